@@ -1,0 +1,36 @@
+# One command a line; `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: help install quickstart test lint format clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tnlayers needs Python >= 3.11; say which one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## make the environment in .venv
+
+quickstart: install  ## train, compress and retrain a CNN on the embedded digits (about a minute)
+	$(BIN)/tnlayers quickstart
+
+test: install  ## run every test
+	$(BIN)/python -m pytest
+
+lint: install  ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

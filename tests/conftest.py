@@ -1,0 +1,52 @@
+"""Fixtures every test shares: the real data, and a clean process around each test."""
+
+import os
+import random
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the real pictures and the published checkpoint; skips (in CI: fails) where there is none."""
+    folder = os.environ.get("TNLAYERS_SHARED")
+    if folder and (Path(folder) / "checkpoints").is_dir():
+        return Path(folder)
+    reason = f"TNLAYERS_SHARED is {folder!r}; set it to the folder that holds data/ and checkpoints/"
+    if os.environ.get("TNLAYERS_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def resnet20_checkpoint(shared: Path) -> Path:
+    return shared / "checkpoints" / "resnet20-12fca82f.th"
+
+
+@pytest.fixture(scope="session")
+def cifar10_png(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lossless CIFAR-10 pictures as class folders under train/ and test/."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with tarfile.open(shared / "data" / "cifar10-png.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    found = next(path.parent for path in folder.rglob("train") if path.is_dir())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """Seeds every test alike and fails one that leaks what others would feel."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    environment = dict(os.environ)
+    before = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+    yield
+    assert (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()) == before, "torch's defaults leaked"
+    changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
+    assert not changed - {"PYTEST_CURRENT_TEST"}, f"environment variables leaked: {sorted(changed)}"
