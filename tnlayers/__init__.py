@@ -1,1 +1,41 @@
-"""Tensorized drop-in layers."""
+"""Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
+
+from tnlayers.checkpoints import CheckpointError, LoadReport, load_dense
+from tnlayers.factorizations import CP, MPS, TT, Factorization, Tucker
+from tnlayers.layers import CPConv2d, FactorizedLayer, MPSConv2d, TTLinear, TuckerConv2d, UnsupportedLayer
+from tnlayers.network import Network
+from tnlayers.plan import Plan
+from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
+from tnlayers.rules import Rule, rules_from_plain
+from tnlayers.summary import Summary, summarize
+from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
+
+__all__ = [
+    "CP",
+    "MPS",
+    "TT",
+    "CPConv2d",
+    "CheckpointError",
+    "Factorization",
+    "FactorizedLayer",
+    "LoadReport",
+    "MPSConv2d",
+    "MacsKept",
+    "Network",
+    "ParamsKept",
+    "Plan",
+    "RelativeError",
+    "Rule",
+    "Summary",
+    "TTLinear",
+    "Tucker",
+    "TuckerConv2d",
+    "UnsupportedLayer",
+    "load_dense",
+    "resolve",
+    "rules_from_plain",
+    "rules_of",
+    "summarize",
+    "tensorize",
+    "to_dense",
+]

@@ -1,0 +1,153 @@
+"""Reading the weights of a dense network from a file that somebody else wrote; nothing in it is ever executed."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CheckpointError", "LoadReport", "load_dense", "read_checkpoint"]
+
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+_NESTED = ("state_dict", "model_state_dict", "model", "net")
+_SHOWN = 4
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or does not fit the model; the message says which keys and why."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_dense` did.
+
+    Attributes:
+        matched: keys of the model that were loaded.
+        missing: keys of the model that the file does not have.
+        unexpected: keys of the file that the model does not have, as they stand in the file.
+        mismatched: keys that both have with different shapes: (key, the file's shape, the model's).
+        prefix: what was taken off the file's keys.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    prefix: str
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} entries matched"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} missing ({_few(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} unexpected ({_few(self.unexpected)})")
+        if self.mismatched:
+            shapes = [f"{key}: {theirs} in the file, {ours} in the model" for key, theirs, ours in self.mismatched]
+            parts.append(f"{len(self.mismatched)} of another shape ({_few(shapes)})")
+        if self.prefix:
+            parts.append(f"prefix {self.prefix!r} taken off")
+        return ", ".join(parts)
+
+
+def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:
+    """Loads a file's weights into a model: `.pt`, `.pth`, `.th`, `.ckpt` or `.safetensors`.
+
+    The state dict may be nested under a usual key and its keys may carry usual prefixes (`module.`, `model.`, `net.`,
+    `_orig_mod.`, in any combination). Buffers that only count batches may be missing.
+
+    Args:
+        path: the file.
+        model: gets the weights, in place; unchanged when an error is raised.
+        strict: whether everything must match; without it what matches is loaded and the report says the rest.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, code in it, nothing that matches, or (strict) not all.
+    """
+    path = Path(path)
+    state = _tensors(read_checkpoint(path))
+    if not state:
+        raise CheckpointError(
+            f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
+        )
+    own = model.state_dict()
+    prefix = _prefix(state, own)
+    stripped = {key.removeprefix(prefix): value for key, value in state.items()}
+    same = [key for key in own if key in stripped and stripped[key].shape == own[key].shape]
+    report = LoadReport(
+        matched=tuple(same),
+        missing=tuple(key for key in own if key not in stripped and not key.endswith("num_batches_tracked")),
+        unexpected=tuple(key for key in state if key.removeprefix(prefix) not in own),
+        mismatched=tuple(
+            (key, tuple(stripped[key].shape), tuple(own[key].shape))
+            for key in own
+            if key in stripped and key not in same
+        ),
+        prefix=prefix,
+    )
+    if not report.matched or (strict and (report.missing or report.unexpected or report.mismatched)):
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {report}; is it a checkpoint of another architecture?"
+        )
+    model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
+    return report
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, on the CPU; only tensors and plain values are accepted.
+
+    Raises:
+        CheckpointError: the file is missing, torn, no checkpoint, or wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() and (
+            "global" in str(error).lower() or "unsupported" in str(error).lower()
+        ):
+            raise CheckpointError(
+                f"{path} was refused: it holds more than tensors and plain values, and loading it could run code; "
+                "save the state_dict alone and try again"
+            ) from None
+        raise CheckpointError(f"{path} is not a checkpoint, or it is truncated; copy or save it again") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, UnicodeDecodeError, safetensors.SafetensorError):
+        raise CheckpointError(f"{path} is not a checkpoint, or it is truncated; copy or save it again") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
+    return dict(content)
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: at the top, or nested under one of the usual keys."""
+    for key in _NESTED:
+        if isinstance(content.get(key), Mapping):
+            return _tensors(content[key])
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The combination of the usual prefixes that makes most of the file's keys the model's."""
+    found = {""}
+    for key in state:
+        rest = key
+        while start := next((prefix for prefix in _PREFIXES if rest.startswith(prefix)), None):
+            rest = rest.removeprefix(start)
+            found.add(key.removesuffix(rest))
+    return max(
+        sorted(found, key=len),
+        key=lambda prefix: sum(key.removeprefix(prefix) in own for key in state if key.startswith(prefix)),
+    )
+
+
+def _few(items: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")

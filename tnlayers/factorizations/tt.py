@@ -1,0 +1,100 @@
+"""Tensor train of a tensorized matrix: features split into small modes, one core for each pair of them.
+
+Novikov et al., Tensorizing neural networks (2015), arXiv 1509.06569, section 4; the fit is TT-SVD, Oseledets (2011),
+algorithm 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tensorly.decomposition import tensor_train
+from torch import Tensor
+
+from tnlayers.factorizations.base import Factorization
+from tnlayers.network import Network
+from tnlayers.ranks import Ranks
+
+__all__ = ["TT", "balanced_shape"]
+
+_DEFAULT_CORES = 3
+
+
+@dataclass(frozen=True)
+class TT(Factorization):
+    """W[(o1..od),(i1..id)] = sum core1[i1,o1,r1] core2[r1,i2,o2,r2] ... ; rank = the d - 1 bonds.
+
+    Args:
+        in_shape, out_shape: the modes (i1, ..., id) and (o1, ..., od) whose products are the features; three balanced
+            ones by default.
+
+    Raises:
+        ValueError: the two shapes differ in length, have fewer than two modes, or do not multiply to the features.
+    """
+
+    in_shape: tuple[int, ...] | None = None
+    out_shape: tuple[int, ...] | None = None
+
+    replaces: ClassVar[str] = "Linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("in_shape", "out_shape"):
+            if (shape := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(shape))
+
+    def _shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(out_shape, in_shape) for this weight."""
+        given = self.out_shape or self.in_shape
+        cores = len(given) if given else _DEFAULT_CORES
+        out_shape, in_shape = (
+            shape or balanced_shape(features, cores)
+            for shape, features in zip((self.out_shape, self.in_shape), weight_shape, strict=True)
+        )
+        for name, shape, features in zip(("out_shape", "in_shape"), (out_shape, in_shape), weight_shape, strict=True):
+            if math.prod(shape) != features or min(shape) < 1:
+                raise ValueError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {features} features")
+        if len(out_shape) != len(in_shape) or len(in_shape) < 2:
+            raise ValueError(
+                f"in_shape {in_shape} and out_shape {out_shape} need the same number of modes, two or more"
+            )
+        return out_shape, in_shape
+
+    def network(self, weight_shape: tuple[int, ...]) -> Network:
+        modes = range(1, len(self._shapes(weight_shape)[0]) + 1)
+        bonds = ["", *(f"r{n}" for n in modes[:-1]), ""]
+        cores = {f"core{n}": f"{bonds[n - 1]} i{n} o{n} {bonds[n]}".strip() for n in modes}
+        fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
+        return Network(cores, weight=f"({fused[0]}) ({fused[1]})")
+
+    def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
+        out_shape, in_shape = self._shapes(weight_shape)
+        sizes = {f"o{n}": size for n, size in enumerate(out_shape, 1)}
+        return sizes | {f"i{n}": size for n, size in enumerate(in_shape, 1)}
+
+    def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+        out_shape, in_shape = self._shapes(tuple(weight.shape))
+        count = len(in_shape)
+        paired = [axis for n in range(count) for axis in (count + n, n)]
+        pairs = [size for both in zip(in_shape, out_shape, strict=True) for size in both]
+        modes = weight.reshape(*out_shape, *in_shape).permute(paired)
+        cores = tensor_train(
+            modes.reshape([pairs[2 * n] * pairs[2 * n + 1] for n in range(count)]), rank=[1, *ranks, 1]
+        )
+        bonds = (1, *ranks, 1)
+        shaped = [core.reshape(bonds[n], pairs[2 * n], pairs[2 * n + 1], bonds[n + 1]) for n, core in enumerate(cores)]
+        shaped[0], shaped[-1] = shaped[0][0], shaped[-1][..., 0]
+        return {f"core{n}": core for n, core in enumerate(shaped, 1)}
+
+
+def balanced_shape(features: int, count: int) -> tuple[int, ...]:
+    """`count` factors of `features`, as even as its primes allow, ascending: 784 in 3 gives (7, 8, 14)."""
+    primes, rest = [], features
+    for divisor in range(2, math.isqrt(features) + 1):
+        while rest % divisor == 0:
+            primes.append(divisor)
+            rest //= divisor
+    shape = [1] * count
+    for prime in sorted([*primes, *([rest] if rest > 1 else [])], reverse=True):
+        shape[shape.index(min(shape))] *= prime
+    return tuple(sorted(shape))

@@ -1,0 +1,389 @@
+"""Drop-in layers: the parameters, the bias, the geometry and the plan loop.
+
+A layer knows its method only through the `Factorization` contract, so none of this changes when a method is added: a new
+layer is a class that names its method.
+"""
+
+import math
+import warnings
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from tnlayers.factorizations import CP, MPS, TT, Factorization, Tucker
+from tnlayers.geometry import Geometry, settle
+from tnlayers.linalg import precise
+from tnlayers.plan import Plan, PlanChoice
+from tnlayers.ranks import Rank, Ranks
+
+__all__ = [
+    "LAYERS",
+    "CPConv2d",
+    "FactorizedLayer",
+    "Init",
+    "MPSConv2d",
+    "TTLinear",
+    "TuckerConv2d",
+    "UnsupportedLayer",
+    "layer_type",
+]
+Init = Literal["decompose", "random"]
+
+
+class UnsupportedLayer(ValueError):
+    """A dense layer that a method cannot replace; the message names the argument."""
+
+
+def _settled(factorization: Factorization, dense: nn.Module, *, flat: bool) -> Factorization:
+    """The factorization with explicit ranks for one layer."""
+    (explicit,) = settle(factorization, [dense], flat=flat)
+    if explicit is None:
+        raise ValueError(
+            f"{factorization.rank}: no such rank of {type(factorization).__name__} is cheaper than the dense {dense}; leave it dense"
+        )
+    return explicit
+
+
+class FactorizedLayer(nn.Module):
+    """What all layers share: factors in place of a weight, and a plan in place of one operation.
+
+    Attributes:
+        factors: the network's factors, by name.
+        bias: as in the dense layer.
+        factorization: the method, with its explicit rank.
+        plan: how the layer is computed.
+        decomposition_error: the relative error against the dense weight that it was made from; None from scratch.
+    """
+
+    method: ClassVar[type[Factorization]]
+    dense_type: ClassVar[type[nn.Module]]
+
+    bias: nn.Parameter | None
+    decomposition_error: float | None
+
+    def _build(self, template: nn.Module, factorization: Factorization, device: Any, dtype: Any) -> None:
+        """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
+        for name in _ATTRIBUTES[type(self).dense_type]:
+            setattr(self, name, getattr(template, name))
+        self.geometry = Geometry(template)
+        self.decomposition_error = None
+        self._merged: tuple[Any, list[Tensor]] | None = None
+        self.factors = nn.ParameterDict()
+        self._adopt(_settled(factorization, template, flat=True), device=device, dtype=dtype)
+        bias = None
+        if isinstance(template.bias, Tensor):
+            bias = nn.Parameter(torch.empty_like(template.bias, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_adopt_ranks)
+
+    def _adopt(self, factorization: Factorization, **dd: Any) -> None:
+        """Takes on explicit ranks: new, empty factors where a shape changes, and the plan for them."""
+        self.factorization = factorization
+        self.network = self.geometry.network(factorization)
+        for name, shape in self.network.shapes(self.index_sizes).items():
+            if name not in self.factors or self.factors[name].shape != shape:
+                frozen = name in self.factors and not self.factors[name].requires_grad
+                self.factors[name] = nn.Parameter(torch.empty(shape, **dd), requires_grad=not frozen)
+        self.set_plan(self.factorization.plan)
+
+    @property
+    def index_sizes(self) -> dict[str, int]:
+        """The size of every index of the network."""
+        return self.geometry.sizes(self.factorization, self.ranks)
+
+    @property
+    def ranks(self) -> Ranks:
+        assert isinstance(self.factorization.rank, tuple)
+        return self.factorization.rank
+
+    @property
+    def rank(self) -> int | Ranks:
+        """The bond dimensions, as the constructor takes them: an int where there is one bond."""
+        return self.ranks if len(self.ranks) > 1 else self.ranks[0]
+
+    def set_plan(self, plan: PlanChoice) -> None:
+        """Chooses how the layer is computed; see `tnlayers.plan`."""
+        if plan == "auto":
+            plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type)
+        self.plan = Plan.compile(self.network, self.index_sizes, plan, self.geometry.axes, self.geometry.pad_mode)
+        self._merged = None
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        """The device and dtype of the factors."""
+        factor = next(iter(self.factors.values()))
+        return {"device": factor.device, "dtype": factor.dtype}
+
+    def reset_parameters(self) -> None:
+        """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
+        bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
+        std = self.network.init_std(self.index_sizes, bound / math.sqrt(3))
+        for factor in self.factors.values():
+            nn.init.normal_(factor, std=std)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, **options: Any) -> Self:
+        """The layer whose weight is closest to a dense layer's.
+
+        Args:
+            dense: the torch layer; it is not changed.
+            options: `rank`, and the other keyword-only arguments of the constructor.
+
+        Raises:
+            UnsupportedLayer: the dense layer is of another type.
+            ValueError: a rank or an option that makes no sense for this layer.
+        """
+        return cls.convert(dense, cls.method(**options))
+
+    @classmethod
+    def convert(cls, dense: nn.Module, factorization: Factorization, *, init: Init = "decompose") -> Self:
+        """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
+
+        Args:
+            dense: the torch layer; it is not changed.
+            factorization: the method and its rank.
+            init: "decompose" for the closest weight, "random" to train from scratch.
+
+        Raises:
+            UnsupportedLayer: the dense layer is of another type.
+        """
+        if type(dense) is not cls.dense_type:
+            raise UnsupportedLayer(f"{cls.__name__} replaces {cls.dense_type.__name__}, not {type(dense).__name__}")
+        weight = dense.weight
+        assert isinstance(weight, Tensor)
+        explicit = _settled(factorization, dense, flat=init == "random")
+        chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
+        layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
+        if init == "decompose":
+            layer._decompose(weight)
+            if layer.bias is not None:
+                _copy(layer.bias, dense.bias)
+        for factor in layer.factors.values():
+            factor.requires_grad_(weight.requires_grad)
+        if layer.bias is not None and isinstance(dense.bias, Tensor):
+            layer.bias.requires_grad_(dense.bias.requires_grad)
+        return layer.train(dense.training)
+
+    def _decompose(self, weight: Tensor) -> None:
+        weights = precise(weight).chunk(self.geometry.groups)
+        groups, errors = zip(*(self.factorization.decompose(part, self.ranks) for part in weights), strict=True)
+        for name, factor in self.factors.items():
+            parts = [factors[name] for factors in groups]
+            _copy(factor, torch.stack(parts) if len(parts) > 1 else parts[0])
+        norms = [torch.linalg.vector_norm(part) for part in weights]
+        total = math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        lost = math.sqrt(sum((error * float(norm)) ** 2 for error, norm in zip(errors, norms, strict=True)))
+        self.decomposition_error = lost / total if total else 0.0
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the factors make, differentiable in them."""
+        return self.network.reconstruct(dict(self.factors.items()))
+
+    def to_dense(self) -> nn.Module:
+        """The torch layer that computes the same."""
+        dense = type(self).dense_type(**_arguments(self), **self._like)
+        with torch.no_grad():
+            weight = self.network.reconstruct({name: precise(value) for name, value in self.factors.items()})
+        _copy(dense.weight, weight)
+        if self.bias is not None:
+            _copy(dense.bias, self.bias)
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        trains = any(factor.requires_grad for factor in self.factors.values())
+        dense.weight.requires_grad_(trains)
+        return dense.train(self.training)
+
+    def truncate(self, rank: Rank) -> None:
+        """Lowers the rank in place, keeping the closest weight.
+
+        The factors are new Parameters where their shape changes: make the optimizer anew afterwards.
+
+        Raises:
+            ValueError: a rank above the present one, or one that is not valid for the method.
+        """
+        dense = self.to_dense()
+        present = self.ranks
+        wanted = _settled(self.factorization.with_rank(rank), dense, flat=False)
+        assert isinstance(wanted.rank, tuple)
+        if any(new > old for new, old in zip(wanted.rank, present, strict=True)):
+            raise ValueError(
+                f"truncate: rank {wanted.rank} is above the present {present}; a truncation only lowers it"
+            )
+        if wanted.rank != present:
+            self._adopt(wanted, **self._like)
+            self._decompose(dense.weight)  # type: ignore[arg-type]
+
+    def _weights(self) -> list[Tensor]:
+        """The plan's merged weights: anew wherever a gradient may flow, else kept until a factor changes.
+
+        What tells a change is torch's own count of in-place writes, and the storage: both differ after an optimizer
+        step, a load, a move to another device. A write through `.data` is hidden from the count; `train()` and `eval()`
+        drop what is kept, so that it is seen from the next of these on.
+        """
+        factors = dict(self.factors.items())
+        trains = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
+        if self.training or trains or torch.compiler.is_compiling() or any(f.is_inference() for f in factors.values()):
+            return self.plan.weights(factors)
+        state = (
+            torch.is_inference_mode_enabled(),
+            *((f.data_ptr(), f._version, f.dtype, f.device) for f in factors.values()),
+        )
+        if self._merged is None or self._merged[0] != state:
+            self._merged = (state, self.plan.weights(factors))
+        return self._merged[1]
+
+    def train(self, mode: bool = True) -> Self:
+        self._merged = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_merged": None}  # not part of what a copy or a pickle is
+
+    def extra_repr(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in _arguments(self).items())
+        return f"{arguments}, rank={self.rank}, plan={self.plan.groups}"
+
+
+class _FactorizedConv2d(FactorizedLayer):
+    """Signature and attributes of `nn.Conv2d`, plus `rank` and `plan`; (n, i, h, w) or (i, h, w) in, (n, o, h', w') out.
+
+    Args:
+        rank: an int, one int a bond, `ParamsKept`, `MacsKept` or `RelativeError` (the last from dense only).
+        plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
+
+    Raises:
+        ValueError: what nn.Conv2d refuses, a rank below 1, a bare float, a plan that is no partition of the factors.
+    """
+
+    dense_type = nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+        plan: PlanChoice = "auto",
+    ) -> None:
+        super().__init__()
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        self._build(nn.Conv2d(*geometry, device="meta"), type(self).method(rank, plan), device, dtype)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.plan(x.unsqueeze(0), self._weights(), self.bias).squeeze(0)
+        return self.plan(x, self._weights(), self.bias)
+
+
+class TuckerConv2d(_FactorizedConv2d):
+    __doc__ = (
+        f"Tucker-2 convolution; rank = (rank_out, rank_in). See `tnlayers.Tucker`.\n\n    {_FactorizedConv2d.__doc__}"
+    )
+    method = Tucker
+
+
+class CPConv2d(_FactorizedConv2d):
+    __doc__ = f"CP convolution; rank = the number of terms. See `tnlayers.CP`.\n\n    {_FactorizedConv2d.__doc__}"
+    method = CP
+
+
+class MPSConv2d(_FactorizedConv2d):
+    __doc__ = f"MPS convolution in the order (i, h, w, o); rank = its three bonds. See `tnlayers.MPS`.\n\n    {_FactorizedConv2d.__doc__}"
+    method = MPS
+
+
+class TTLinear(FactorizedLayer):
+    """Tensor-train linear with the signature and attributes of `nn.Linear`; (..., i) in, (..., o) out.
+
+    Args:
+        rank: an int, one int for each of the d - 1 bonds, `ParamsKept`, `MacsKept` or `RelativeError`.
+        plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
+        in_shape, out_shape: the d modes that the features are split into; three balanced ones by default.
+
+    Raises:
+        ValueError: a rank below 1, a bare float, shapes that do not multiply to the features.
+    """
+
+    method = TT
+    dense_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+        plan: PlanChoice = "auto",
+        in_shape: tuple[int, ...] | None = None,
+        out_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        template = nn.Linear(in_features, out_features, bias, device="meta")
+        self._build(template, TT(rank, plan, in_shape, out_shape), device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plan(x.reshape(-1, x.shape[-1]), self._weights(), self.bias).reshape(*x.shape[:-1], -1)
+
+
+LAYERS: tuple[type[FactorizedLayer], ...] = (TuckerConv2d, CPConv2d, MPSConv2d, TTLinear)
+
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+        *("transposed", "output_padding"),
+    ),
+    nn.Linear: ("in_features", "out_features"),
+}
+
+
+def layer_type(factorization: Factorization) -> type[FactorizedLayer]:
+    """The layer of a method."""
+    return next(layer for layer in LAYERS if layer.method is type(factorization))
+
+
+def _arguments(layer: nn.Module) -> dict[str, Any]:
+    """The constructor arguments of a dense layer or of its factorized counterpart, device and dtype apart."""
+    dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
+    skip = ("transposed", "output_padding")
+    given = {name: getattr(layer, name) for name in _ATTRIBUTES[dense_type] if name not in skip}
+    return given | {"bias": layer.bias is not None}
+
+
+def _copy(target: Any, source: Any) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a load: takes on the ranks that the state brings, so that a truncated layer loads into any definition.
+
+    A state that is not this layer's is left to torch's own errors.
+    """
+    assert isinstance(layer, FactorizedLayer)
+    start = f"{prefix}factors."
+    shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
+    with suppress(ValueError):
+        sizes = layer.network.sizes_from(shapes)
+        ranks = tuple(sizes[bond] for bond in layer.network.bonds)
+        fixed = {index: size for index, size in layer.index_sizes.items() if index in layer.network.weight_indices}
+        if ranks != layer.ranks and all(sizes[index] == size for index, size in fixed.items()):
+            layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
+            warnings.warn(f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state", stacklevel=2)

@@ -1,0 +1,59 @@
+"""Dense linear algebra of unfoldings; thin factors only, float64, gradients and autocast off.
+
+Shapes: an unfolding is (m, n), and k = min(m, n).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import tensorly
+import torch
+from torch import Tensor
+
+__all__ = ["decomposing", "precise", "relative_error", "singular_values", "unfold"]
+
+
+def precise(weight: Tensor) -> Tensor:
+    """The weight in float64, detached; on the CPU where its device has no float64."""
+    device = "cpu" if weight.device.type == "mps" else weight.device
+    return weight.detach().to(device=device, dtype=torch.float64)
+
+
+@contextmanager
+def decomposing() -> Iterator[None]:
+    """No gradients, no autocast, and TensorLy on torch for this block and this thread only."""
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        tensorly.backend_context("pytorch", local_threadsafe=True),
+    ):
+        yield
+
+
+def unfold(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The matrix whose rows run over the given axes and whose columns run over the others, both in order."""
+    columns = [axis for axis in range(tensor.dim()) if axis not in rows]
+    height = 1
+    for axis in rows:
+        height *= tensor.shape[axis]
+    return tensor.permute(*rows, *columns).reshape(height, -1)
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """(k,) in descending order.
+
+    A QR of the tall side first: its cost is linear in the long side, it keeps nothing larger than the unfolding, and
+    unlike the Gram matrix it does not square the condition number.
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    if tall.shape[0] > 2 * tall.shape[1]:
+        tall = torch.linalg.qr(tall, mode="r").R
+    return torch.linalg.svdvals(tall)
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """||W - W~||_F / ||W||_F; 0 for a weight that is zero and stays so."""
+    difference = torch.linalg.vector_norm(precise(weight) - precise(approximation))
+    norm = torch.linalg.vector_norm(precise(weight))
+    return float(difference / norm) if norm > 0 else float(difference)

@@ -1,0 +1,320 @@
+"""How a layer is computed: a partition of the factor sequence, compiled once to plain integers.
+
+Every contiguous partition of the factors is an exact way to compute the layer. The factors of a group are contracted with
+each other first (weights only); the product then meets the activation as one convolution, or as one matmul for a linear.
+All apart is the `"factors"` plan, all together the `"dense"` one, whose cost does not depend on the rank.
+
+Within one step an index of the group is
+    kernel    a spatial index of the weight
+    kept      in the activation, and needed again later: it groups the convolution (CP's r, or g)
+    consumed  in the activation, and summed here
+    produced  new in the activation
+and the activation's other indices are carried: they move into the batch.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
+
+__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "fewest_macs", "macs", "partitions"]
+
+Partition = tuple[tuple[str, ...], ...]
+PlanChoice = Literal["auto", "factors", "dense"] | Partition
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution; `padding` is (before, after) in positions."""
+
+    kernel: int
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    dilation: int = 1
+
+    def output_size(self, size: int) -> int:
+        return (size + sum(self.padding) - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """What each index does in one step of a partition; depends on the network's strings alone."""
+
+    names: tuple[str, ...]
+    before: Indices
+    carried: Indices
+    kept: Indices
+    consumed: Indices
+    produced: Indices
+    kernel: Indices
+
+    @property
+    def after(self) -> Indices:
+        return (*self.carried, *self.kept, *self.produced)
+
+
+def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
+    """The indices of the input, of the output, and the spatial ones; `g` belongs to both ends."""
+    output, inputs, *spatial = network.modes
+    group = tuple(index for index in output if index == "g")
+    return (*group, *inputs), output, tuple(index for mode in spatial for index in mode)
+
+
+def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
+    inputs, outputs, spatial = _ends(network)
+    held, steps = inputs, []
+    for n, names in enumerate(partition):
+        group = dict.fromkeys(index for name in names for index in network.indices[name])
+        later = {index for other in partition[n + 1 :] for name in other for index in network.indices[name]}
+        needed = later.union(outputs)
+        roles = _Roles(
+            names=names,
+            before=held,
+            carried=tuple(index for index in held if index not in group),
+            kept=tuple(index for index in held if index in group and index in needed),
+            consumed=tuple(index for index in held if index in group and index not in needed),
+            produced=tuple(index for index in group if index not in (*held, *spatial) and index in needed),
+            kernel=tuple(index for index in spatial if index in group),
+        )
+        steps.append(roles)
+        held = roles.after
+    return tuple(steps)
+
+
+def partitions(names: Sequence[str]) -> Iterator[Partition]:
+    """Every contiguous partition, from all apart to all together."""
+    for joined in itertools.product((False, True), repeat=len(names) - 1):
+        groups = [[names[0]]]
+        for name, join in zip(names[1:], joined, strict=True):
+            if join:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        yield tuple(map(tuple, groups))
+
+
+def _partition(network: Network, choice: PlanChoice) -> Partition:
+    names = tuple(network.factors)
+    if choice == "factors":
+        return tuple((name,) for name in names)
+    if choice == "dense":
+        return (names,)
+    if not isinstance(choice, str) and tuple(itertools.chain(*choice)) == names and all(choice):
+        return tuple(tuple(group) for group in choice)
+    raise ValueError(
+        f"plan {choice!r} is none of 'auto', 'factors', 'dense' or groups of the factors {names} in that order, "
+        f"such as {tuple((name,) for name in names)}"
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What one call costs: multiply-accumulates and values read or written, of the activation and of the merging."""
+
+    macs: int
+    values: int
+    merge_macs: int
+    launches: int
+
+
+def _cost(
+    network: Network,
+    sizes: Sizes,
+    partition: Partition,
+    axes: Mapping[str, Axis],
+    batch: int,
+    input_size: Sequence[int],
+) -> _Cost:
+    extent = dict(zip(axes, input_size, strict=True))
+    macs = values = merge_macs = launches = 0
+    for roles in _roles(network, partition):
+        values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        positions = batch * math.prod(extent.values())
+        produced = size_of(roles.after, sizes)
+        weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
+        macs += positions * size_of(roles.carried, sizes) * weight
+        values += positions * produced + weight
+        launches += len(roles.names)
+        held = network.indices[roles.names[0]]
+        for name in roles.names[1:]:
+            held = tuple(dict.fromkeys((*held, *network.indices[name])))
+            merge_macs += size_of(held, sizes)
+    return _Cost(macs, values, merge_macs, launches)
+
+
+def macs(
+    network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
+) -> int:
+    """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
+    return _cost(network, sizes, partition, axes, 1, input_size).macs
+
+
+def fewest_macs(network: Network, sizes: Sizes, axes: Mapping[str, Axis], input_size: Sequence[int] = ()) -> Partition:
+    """The partition with the fewest multiply-accumulates per sample; of equals, the one with the most steps."""
+    return min(partitions(tuple(network.factors)), key=lambda groups: macs(network, sizes, groups, axes, input_size))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does in a second: the three constants of the cost model, and the batch it usually sees."""
+
+    macs: float
+    values: float
+    launch_seconds: float
+    batch: int = 32
+
+    @staticmethod
+    def of(device_type: str) -> "Machine":
+        """Rounded figures of one CPU core with wide vectors and of a data-centre GPU; only their ratios matter."""
+        if device_type == "cuda":
+            return Machine(macs=2e13, values=5e11, launch_seconds=5e-6)
+        return Machine(macs=1e11, values=3e9, launch_seconds=5e-6)
+
+
+def cheapest(
+    network: Network,
+    sizes: Sizes,
+    axes: Mapping[str, Axis],
+    machine: Machine,
+    input_size: Sequence[int],
+    batch: int | None = None,
+) -> Partition:
+    """The partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
+
+    def seconds(groups: Partition) -> float:
+        cost = _cost(network, sizes, groups, axes, batch or machine.batch, input_size)
+        compute = (cost.macs + cost.merge_macs) / machine.macs
+        return compute + cost.values / machine.values + cost.launches * machine.launch_seconds
+
+    return min(partitions(tuple(network.factors)), key=seconds)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One group, compiled: how to merge its factors, and the convolution or matmul that follows."""
+
+    merge: Contraction
+    weight_shape: tuple[int, ...]
+    channels: tuple[int, ...]
+    order: tuple[int, ...] | None
+    carried: int
+    kept: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """(kept * produced, consumed, kernel...) from the group's factors."""
+        return self.merge(factors).reshape(self.weight_shape)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(n, channels, positions...) to (n, channels', positions'...)."""
+        batch = x.shape[0]
+        if self.order is not None:
+            x = _permute_channels(x, self.channels, self.order)
+        if self.carried > 1:
+            x = x.reshape(batch * self.carried, -1, *x.shape[2:])
+        if len(self.stride) == 2:
+            x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+        else:
+            x = F.linear(x, weight, bias)
+        return x.reshape(batch, -1, *x.shape[2:]) if self.carried > 1 else x
+
+
+def _permute_channels(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    batch, positions, count = x.shape[0], x.shape[2:], len(channels)
+    moved = (0, *(1 + place for place in order), *range(1 + count, 1 + count + len(positions)))
+    return x.reshape(batch, *channels, *positions).permute(moved).reshape(batch, -1, *positions)
+
+
+def _order(held: Indices, wanted: Indices) -> tuple[int, ...] | None:
+    return None if held == wanted else tuple(held.index(index) for index in wanted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A partition, compiled to integers: `plan(x, plan.weights(factors), bias)` computes the layer.
+
+    `pad` is what F.pad takes before the first step: the padding that no single step can do itself (a padding mode other
+    than zeros, or more on one side than on the other). It commutes with the steps before the kernel, which have no bias.
+    """
+
+    groups: Partition
+    steps: tuple[_Step, ...]
+    pad: tuple[int, ...]
+    pad_mode: str
+    output_channels: tuple[int, ...]
+    output_order: tuple[int, ...] | None
+
+    @staticmethod
+    def compile(
+        network: Network, sizes: Sizes, groups: PlanChoice, axes: Mapping[str, Axis], pad_mode: str = "constant"
+    ) -> "Plan":
+        """
+        Args:
+            network: the factors' strings.
+            sizes: the size of every index.
+            groups: the partition, or "factors" or "dense".
+            axes: the spatial indices of the weight, in order, and their geometry; empty for a linear.
+            pad_mode: what F.pad calls it; "constant" pads with zeros.
+
+        Raises:
+            ValueError: the groups are not a partition of the factors, in order.
+        """
+        partition = _partition(network, groups)
+        early = {index for index, axis in axes.items() if pad_mode != "constant" or axis.padding[0] != axis.padding[1]}
+        steps = []
+        for roles in _roles(network, partition):
+            here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
+            output = (*roles.kept, *roles.produced, *roles.consumed, *roles.kernel)
+            step = _Step(
+                merge=network.contraction(roles.names, output),
+                weight_shape=(
+                    size_of((*roles.kept, *roles.produced), sizes),
+                    size_of(roles.consumed, sizes),
+                    *(axis.kernel for axis in here.values()),
+                ),
+                channels=tuple(sizes[index] for index in roles.before),
+                order=_order(roles.before, (*roles.carried, *roles.kept, *roles.consumed)),
+                carried=size_of(roles.carried, sizes),
+                kept=size_of(roles.kept, sizes),
+                stride=tuple(axis.stride for axis in here.values()),
+                padding=tuple(0 if index in early else axis.padding[0] for index, axis in here.items()),
+                dilation=tuple(axis.dilation for axis in here.values()),
+            )
+            steps.append(step)
+        last = _roles(network, partition)[-1].after
+        pad = [axis.padding if index in early else (0, 0) for index, axis in axes.items()]
+        return Plan(
+            groups=partition,
+            steps=tuple(steps),
+            pad=tuple(itertools.chain(*reversed(pad))) if early else (),
+            pad_mode=pad_mode,
+            output_channels=tuple(sizes[index] for index in last),
+            output_order=_order(last, network.modes[0]),
+        )
+
+    def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The merged weight of each step, differentiable in the factors."""
+        return [step.weight(factors) for step in self.steps]
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """(n, i, positions...) to (n, o, positions'...); the positions are absent for a linear."""
+        if self.pad:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
+        in_order = self.output_order is None and self.steps[-1].carried == 1
+        for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
+            x = step(x, weight, None)
+        x = self.steps[-1](x, weights[-1], bias if in_order else None)
+        if self.output_order is not None:
+            x = _permute_channels(x, self.output_channels, self.output_order)
+        if bias is not None and not in_order:
+            x = x + bias.view(-1, *(1 for _ in x.shape[2:]))
+        return x

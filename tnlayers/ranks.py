@@ -1,0 +1,230 @@
+"""Rank rules: from spectra and sizes to integers. Pure functions; no weights, no layers.
+
+A layer enters as a `Candidate`: the squared singular values at each of its bonds, and what it costs at given ranks. The
+squared relative error of truncating to ranks R is at most the sum over the bonds of what is discarded there (HOSVD,
+TT-SVD), so that sum stands for the error while ranks are chosen.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+__all__ = [
+    "Candidate",
+    "MacsKept",
+    "ParamsKept",
+    "Rank",
+    "RankRule",
+    "Ranks",
+    "RelativeError",
+    "allocate",
+    "check_rank",
+    "within_error",
+]
+
+Ranks = tuple[int, ...]
+
+
+def _check_fraction(rule: object, value: float, upper: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= upper:
+        raise ValueError(f"{type(rule).__name__}({value!r}): expected a number above 0 and at most {upper:g}")
+
+
+@dataclass(frozen=True)
+class ParamsKept:
+    """Keep this fraction of the parameters of all layers that the rule matches, shared out where they matter most."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.fraction, 1)
+
+    def __str__(self) -> str:
+        return f"ParamsKept({self.fraction:g})"
+
+
+@dataclass(frozen=True)
+class MacsKept:
+    """Keep this fraction of the multiply-accumulates of all layers that the rule matches, shared out where they matter most."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.fraction, 1)
+
+    def __str__(self) -> str:
+        return f"MacsKept({self.fraction:g})"
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """In every layer the smallest ranks whose ||W - W~||_F / ||W||_F is guaranteed to be at most this."""
+
+    error: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.error, 1)
+
+    def __str__(self) -> str:
+        return f"RelativeError({self.error:g})"
+
+
+RankRule = ParamsKept | MacsKept | RelativeError
+Rank = int | Sequence[int] | RankRule
+
+
+def check_rank(rank: object) -> int | Ranks | RankRule:
+    """The rank as an int, a tuple of ints or a rule.
+
+    Raises:
+        ValueError: anything else; for a bare float the message says which rules it could have meant.
+    """
+    if isinstance(rank, RankRule):
+        return rank
+    if isinstance(rank, float):
+        raise ValueError(
+            f"rank {rank!r} is a bare float; say what it is a fraction of: ParamsKept({rank!r}), MacsKept({rank!r}) "
+            f"or RelativeError({rank!r})"
+        )
+    ranks = (rank,) if isinstance(rank, int) else tuple(rank) if isinstance(rank, (list, tuple)) else ()
+    if not ranks or any(isinstance(value, bool) or not isinstance(value, int) for value in ranks):
+        raise ValueError(f"rank {rank!r}: expected an int, a tuple of ints, ParamsKept, MacsKept or RelativeError")
+    if min(ranks) < 1:
+        raise ValueError(f"rank {rank!r}: every rank must be at least 1")
+    return rank if isinstance(rank, int) else ranks
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer whose ranks are to be chosen.
+
+    Attributes:
+        spectra: for each bond, its squared singular values in descending order.
+        cost: ranks -> parameters or multiply-accumulates.
+        dense_cost: what the dense layer costs.
+    """
+
+    spectra: Sequence[Sequence[float]]
+    cost: Callable[[Ranks], int]
+    dense_cost: int
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A choice for one layer: its ranks (None: dense), what it costs, and the bound on its squared relative error."""
+
+    ranks: Ranks | None
+    cost: int
+    error: float
+
+
+def _discarded(spectrum: Sequence[float]) -> list[float]:
+    """discarded[r]: the fraction of the squared norm that rank r leaves out; 0 for a weight that is zero."""
+    from_below = list(accumulate(reversed(spectrum), initial=0.0))[::-1]
+    return [value / from_below[0] if from_below[0] > 0 else 0.0 for value in from_below]
+
+
+# Enough steps to meet a budget within a fraction of a percent, few enough for a net of wide layers.
+_STEPS = 128
+
+
+def _path(candidate: Candidate) -> list[_Point]:
+    """From full rank down to 1, each step lowering the bond that loses the least for what it saves; best first."""
+    discarded = [_discarded(spectrum) for spectrum in candidate.spectra]
+    ranks = tuple(len(spectrum) for spectrum in candidate.spectra)
+    steps = [max(1, rank // _STEPS) for rank in ranks]
+
+    def point(ranks: Ranks) -> _Point:
+        return _Point(
+            ranks, candidate.cost(ranks), sum(lost[rank] for lost, rank in zip(discarded, ranks, strict=True))
+        )
+
+    def loss(new: _Point, old: _Point) -> float:
+        saved = old.cost - new.cost
+        return (new.error - old.error) / saved if saved > 0 else math.inf
+
+    path = [point(ranks)]
+    while max(ranks) > 1:
+        lowered = [
+            tuple(max(1, rank - steps[bond]) if bond == lower else rank for bond, rank in enumerate(ranks))
+            for lower in range(len(ranks))
+            if ranks[lower] > 1
+        ]
+        path.append(min((point(option) for option in lowered), key=lambda new: loss(new, path[-1])))
+        ranks = path[-1].ranks or ranks
+    return path
+
+
+def _frontier(candidate: Candidate) -> list[_Point]:
+    """The dense layer and the factorized choices that cost less, cheapest first; each dearer one has a smaller error."""
+    dense = _Point(None, candidate.dense_cost, 0.0)
+    points = sorted(
+        (point for point in _path(candidate) if point.cost < dense.cost), key=lambda point: (point.cost, point.error)
+    )
+    frontier: list[_Point] = []
+    for point in [*points, dense]:
+        if not frontier or point.error < frontier[-1].error:
+            frontier.append(point)
+    return frontier
+
+
+def _hull(frontier: list[_Point]) -> list[int]:
+    """The places of the frontier's lower convex hull: there the error falls fastest for what it costs."""
+    hull: list[int] = []
+    for place, point in enumerate(frontier):
+        while len(hull) >= 2:
+            first, second = frontier[hull[-2]], frontier[hull[-1]]
+            if (second.error - first.error) * (point.cost - first.cost) < (point.error - first.error) * (
+                second.cost - first.cost
+            ):
+                break
+            hull.pop()
+        hull.append(place)
+    return hull
+
+
+def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | None]:
+    """The ranks of every layer (None: better dense) that together cost at most `fraction` of the dense layers.
+
+    Minimises the sum of the layers' squared relative errors: from the cheapest choices upward, always the step that
+    lowers the error most for what it costs (exact on the convex hull), then the finer steps that still fit.
+
+    Raises:
+        ValueError: rank 1 everywhere already costs more.
+    """
+    budget = fraction * sum(candidate.dense_cost for candidate in candidates)
+    frontiers = [_frontier(candidate) for candidate in candidates]
+    chosen = [0] * len(frontiers)
+    spent = sum(frontier[0].cost for frontier in frontiers)
+    if spent > budget:
+        least = spent / sum(candidate.dense_cost for candidate in candidates)
+        raise ValueError(
+            f"a fraction of {fraction:g} cannot be reached: rank 1 in every layer keeps {least:.3g}; ask for more"
+        )
+    upgrades = []
+    for layer, frontier in enumerate(frontiers):
+        hull = _hull(frontier)
+        for low, high in pairwise(hull):
+            gain = (frontier[low].error - frontier[high].error) / (frontier[high].cost - frontier[low].cost)
+            upgrades.append((-gain, layer, high))
+    for _, layer, high in sorted(upgrades):
+        frontier, place = frontiers[layer], chosen[layer]
+        spare = budget - (spent - frontier[place].cost)
+        costs = [point.cost for point in frontier]
+        reached = min(high, bisect_left(costs, math.floor(spare) + 1) - 1)
+        if reached > place:
+            spent += frontier[reached].cost - frontier[place].cost
+            chosen[layer] = reached
+    return [frontier[place].ranks for frontier, place in zip(frontiers, chosen, strict=True)]
+
+
+def within_error(candidate: Candidate, error: float) -> Ranks:
+    """The smallest ranks that each discard at most an equal share of the squared error; together at most `error`."""
+    share = error**2 / len(candidate.spectra)
+    ranks = []
+    for spectrum in candidate.spectra:
+        discarded = _discarded(spectrum)
+        ranks.append(next(rank for rank in range(1, len(discarded)) if discarded[rank] <= share))
+    return tuple(ranks)

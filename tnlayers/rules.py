@@ -1,0 +1,116 @@
+"""Which layers to factorize, and how: in Python, and as plain values for YAML files and checkpoints.
+
+A resolved rule is a rule like any other, with a layer's exact name and integer ranks, so what was decided can be read,
+edited, saved and applied again. The plain form names methods by a fixed list: nothing is imported because a file says so.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from tnlayers.factorizations import METHODS, Factorization
+from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
+
+__all__ = ["Rule", "rules_from_plain"]
+
+_RANK_RULES = {rule.__name__: rule for rule in (ParamsKept, MacsKept, RelativeError)}
+_RANK_TEXT = re.compile(r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s]+)\s*\)\s*")
+_METHODS = {method.__name__: method for method in METHODS}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    Args:
+        pattern: a layer's name as in `model.named_modules()`; `*`, `?` and `[...]` match as in file names, across dots.
+        factorization: the method and its rank; None leaves the layer dense.
+        reason: why it stays dense; for reports.
+    """
+
+    pattern: str
+    factorization: Factorization | None
+    reason: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Strings, numbers and lists only."""
+        if self.factorization is None:
+            return {"pattern": self.pattern, "method": "dense"} | ({"reason": self.reason} if self.reason else {})
+        plain: dict[str, Any] = {"pattern": self.pattern, "method": type(self.factorization).__name__}
+        for field in fields(self.factorization):
+            value = getattr(self.factorization, field.name)
+            if field.default is MISSING or value != field.default:
+                plain[field.name] = str(value) if isinstance(value, RankRule) else _lists(value)
+        return plain
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> "Rule":
+        """
+        Raises:
+            ValueError: an unknown method, key, rank or value; the message names it and what was expected.
+        """
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"{plain!r} is not a mapping; expected {{pattern: ..., method: ..., rank: ...}}")
+        values = dict(plain)
+        missing = [key for key in ("pattern", "method") if key not in values]
+        if missing:
+            raise ValueError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")
+        pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
+        known = {"dense": None, **_METHODS}
+        method = next((known[key] for key in known if key.lower() == name.lower()), MISSING)
+        if method is MISSING:
+            raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{_near(name, known)}")
+        options = [field.name for field in fields(method)] if method else []
+        for key in values:
+            if key not in options:
+                expected = ", ".join(["pattern", "method", *options])
+                raise ValueError(
+                    f"option {key!r} is not known for method {name}; expected {expected}{_near(key, options)}"
+                )
+        if method is None:
+            return Rule(pattern, None, reason)
+        if "rank" not in values:
+            raise ValueError(
+                f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
+            )
+        values["rank"] = _rank_from_plain(values["rank"])
+        return Rule(pattern, method(**values), reason)
+
+
+def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
+    """The rules, each error saying which one it is."""
+    rules = []
+    for place, item in enumerate(plain):
+        try:
+            rules.append(item if isinstance(item, Rule) else Rule.from_plain(item))
+        except (ValueError, TypeError) as error:
+            pattern = item.get("pattern") if isinstance(item, Mapping) else item
+            raise ValueError(f"rules[{place}] (pattern {pattern!r}): {error}") from None
+    return rules
+
+
+def _rank_from_plain(value: Any) -> Rank:
+    if not isinstance(value, str):
+        return value
+    match = _RANK_TEXT.fullmatch(value)
+    rule = _RANK_RULES.get(match[1]) if match else None
+    if match is None or rule is None:
+        raise ValueError(
+            f"rank {value!r} is not understood; expected an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
+        )
+    try:
+        number = float(match[2])
+    except ValueError:
+        raise ValueError(f"rank {value!r}: {match[2]!r} is not a number") from None
+    return rule(number)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1)
+    found = [name for name in known if close and name.lower() == close[0]]
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,241 @@
+"""What was gained: parameters, multiply-accumulates, time and error, for each layer and in all."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnlayers.geometry import Geometry
+from tnlayers.layers import FactorizedLayer
+from tnlayers.linalg import relative_error
+from tnlayers.plan import macs
+from tnlayers.rules import Rule
+from tnlayers.surgery import Example, to_dense
+from tnlayers.tracing import countable_layers, evaluating, layer_inputs
+
+__all__ = ["LayerSummary", "Summary", "Totals", "summarize"]
+
+_RUNS = 9
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One convolution or linear.
+
+    Attributes:
+        method: the factorization's name, or "dense".
+        rank: its bond dimensions; () if dense.
+        plan: the groups of factors that run as one operation each; () if dense.
+        dense_params, params: parameters, bias included.
+        dense_macs, macs: multiply-accumulates for one sample in evaluation, where merged weights are kept; bias not counted.
+        error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
+        dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
+        note: why the layer is dense.
+    """
+
+    name: str
+    method: str
+    weight_shape: tuple[int, ...]
+    rank: tuple[int, ...]
+    plan: tuple[tuple[str, ...], ...]
+    dense_params: int
+    params: int
+    dense_macs: int
+    macs: int
+    error: float | None
+    dense_seconds: float | None
+    seconds: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The whole model: all its parameters, and the multiply-accumulates of its convolutions and linears."""
+
+    dense_params: int
+    params: int
+    dense_macs: int
+    macs: int
+    dense_seconds: float | None
+    seconds: float | None
+
+    @property
+    def params_kept(self) -> float:
+        return self.params / self.dense_params
+
+    @property
+    def macs_kept(self) -> float:
+        return self.macs / self.dense_macs
+
+
+@dataclass(frozen=True)
+class Summary:
+    layers: tuple[LayerSummary, ...]
+    totals: Totals
+    batch: int
+    device: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """Strings, numbers and lists, for JSON."""
+        kept = {"params_kept": self.totals.params_kept, "macs_kept": self.totals.macs_kept}
+        return asdict(self) | {"totals": asdict(self.totals) | kept}
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows of text; the last row is the whole model."""
+        headings = [
+            "layer",
+            "weight",
+            "method",
+            "rank",
+            "params",
+            "kept",
+            "MACs",
+            "kept",
+            "error",
+            "ms dense",
+            "ms",
+            "note",
+        ]
+        rows = [
+            [
+                layer.name,
+                "x".join(map(str, layer.weight_shape)),
+                layer.method,
+                ", ".join(map(str, layer.rank)),
+                *_costs(layer),
+                "" if layer.error is None else f"{layer.error:.3f}",
+                *_times(layer),
+                layer.note,
+            ]
+            for layer in self.layers
+        ]
+        return headings, [*rows, ["whole model", "", "", "", *_costs(self.totals), "", *_times(self.totals), ""]]
+
+    def to_markdown(self) -> str:
+        headings, rows = self.table()
+        lines = [headings, ["---"] * len(headings), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    __str__ = to_markdown
+
+
+def _costs(entry: LayerSummary | Totals) -> list[str]:
+    return [
+        f"{entry.params:,}",
+        f"{entry.params / max(entry.dense_params, 1):.1%}",
+        f"{entry.macs:,}",
+        f"{entry.macs / max(entry.dense_macs, 1):.1%}",
+    ]
+
+
+def _times(entry: LayerSummary | Totals) -> list[str]:
+    if entry.seconds is None or entry.dense_seconds is None:
+        return ["", ""]
+    return [f"{1e3 * entry.dense_seconds:.2f}", f"{1e3 * entry.seconds:.2f}"]
+
+
+def summarize(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    reference: nn.Module | None = None,
+    rules: Sequence[Rule] = (),
+    measure: bool = True,
+) -> Summary:
+    """What the factorized layers of a model save against the dense ones that they stand for.
+
+    Args:
+        model: the tensorized model; a dense one is summarised too.
+        example_input: what the model takes; its batch and device are those of the times.
+        reference: the dense model to measure the error against; by default the error is the decomposition's own.
+        rules: the resolved rules, for their reasons.
+        measure: whether to time each layer and the model: median of 9 calls in evaluation, taken in turn with the dense ones.
+    """
+    inputs = layer_inputs(model, example_input)
+    reasons = {rule.pattern: rule.reason for rule in rules if rule.reason}
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    layers = []
+    for name, layer in countable_layers(model).items():
+        original = reference.get_submodule(name) if reference else None
+        note = reasons.get(name, "" if isinstance(layer, FactorizedLayer) else "no rule matches it")
+        layers.append(_layer(name, layer, inputs.get(name, []), original, note, measure=measure))
+    dense_seconds = seconds = None
+    if measure:
+        dense = to_dense(copy.deepcopy(model))
+        with evaluating(model), evaluating(dense):
+            dense_seconds, seconds = _medians([lambda: dense(*args), lambda: model(*args)], args[0].device)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    totals = Totals(
+        dense_params=params + sum(layer.dense_params - layer.params for layer in layers),
+        params=params,
+        dense_macs=sum(layer.dense_macs for layer in layers),
+        macs=sum(layer.macs for layer in layers),
+        dense_seconds=dense_seconds,
+        seconds=seconds,
+    )
+    return Summary(tuple(layers), totals, args[0].shape[0], str(args[0].device))
+
+
+def _layer(
+    name: str, layer: nn.Module, inputs: list[Tensor], original: nn.Module | None, note: str, *, measure: bool
+) -> LayerSummary:
+    factorized = layer if isinstance(layer, FactorizedLayer) else None
+    geometry = factorized.geometry if factorized else Geometry(layer)
+    params = sum(parameter.numel() for parameter in layer.parameters())
+    dense_macs = layer_macs = 0
+    for x in inputs:
+        size = tuple(x.shape[-len(geometry.axes) :]) if geometry.axes else ()
+        # A linear works on every leading position of a sample.
+        calls = 1 if geometry.axes else x[0].numel() // x.shape[-1] if x.dim() > 1 else 1
+        dense_macs += calls * geometry.macs(size)
+        layer_macs += calls * (_macs(factorized, size) if factorized else geometry.macs(size))
+    error = factorized.decomposition_error if factorized else 0.0
+    if original is not None and factorized:
+        error = relative_error(original.weight, factorized.weight)  # type: ignore[arg-type]
+    dense_seconds = seconds = None
+    if measure and inputs and factorized:
+        dense = factorized.to_dense()
+        with evaluating(layer), evaluating(dense):
+            dense_seconds, seconds = _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], inputs[0].device)
+    return LayerSummary(
+        name=name,
+        method=type(factorized.factorization).__name__ if factorized else "dense",
+        weight_shape=(geometry.groups * geometry.weight_shape[0], *geometry.weight_shape[1:]),
+        rank=factorized.ranks if factorized else (),
+        plan=factorized.plan.groups if factorized else (),
+        dense_params=geometry.num_params + (layer.bias.numel() if isinstance(layer.bias, Tensor) else 0),
+        params=params,
+        dense_macs=dense_macs,
+        macs=layer_macs,
+        error=error if factorized else None,
+        dense_seconds=dense_seconds,
+        seconds=seconds,
+        note=note,
+    )
+
+
+def _macs(layer: FactorizedLayer, size: tuple[int, ...]) -> int:
+    return macs(layer.network, layer.index_sizes, layer.plan.groups, layer.geometry.axes, size)
+
+
+def _medians(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """The median seconds of each call; the calls take turns, so that a change of the machine's speed meets all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for run in range(_RUNS + 1):
+        for call, taken in zip(calls, times, strict=True):
+            start = _now(device)
+            call()
+            if run > 0:  # the first one warms caches up
+                taken.append(_now(device) - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

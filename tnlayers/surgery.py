@@ -1,0 +1,189 @@
+"""From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from tnlayers.factorizations import Factorization
+from tnlayers.geometry import Geometry, settle
+from tnlayers.layers import FactorizedLayer, Init, layer_type
+from tnlayers.ranks import MacsKept
+from tnlayers.rules import Rule
+from tnlayers.tracing import layer_inputs
+
+__all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Example = Tensor | tuple[Tensor, ...]
+
+
+def resolve(
+    model: nn.Module, rules: Sequence[Rule], example_input: Example | None = None, *, init: Init = "decompose"
+) -> list[Rule]:
+    """One rule for each layer that a rule matches: its exact name, integer ranks and plan. The model is not changed.
+
+    A rule matches a layer whose name fits its pattern and whose type its method replaces; the first match wins. A budget
+    (`ParamsKept`, `MacsKept`) holds for all the layers of its rule together. A layer for which no rank is cheaper than
+    the dense one, or that cannot be replaced, resolves to None with the reason.
+
+    Args:
+        model: the dense model.
+        rules: what to do with which layers, first match wins.
+        example_input: what the model takes; gives each layer's input size, and is needed for `MacsKept` on convolutions.
+        init: "random" when the factors will be trained from scratch: then the present weights do not count.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a budget out of reach, `MacsKept` without an example input, an `init`
+            that is neither.
+    """
+    if init not in ("decompose", "random"):
+        raise ValueError(f"init {init!r}: expected 'decompose' or 'random'")
+    dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
+    taken = _assign(rules, dense, done)
+    inputs = layer_inputs(model, example_input) if example_input is not None else {}
+    refused = {name: reason for name in dense if (reason := _refusal(model, name))}
+    resolved: dict[str, Rule] = {}
+    for rule, names in zip(rules, taken, strict=True):
+        method = rule.factorization
+        if method is None:
+            reason = rule.reason or f"the rule {rule.pattern!r} leaves it dense"
+            resolved |= {name: Rule(name, None, reason) for name in names}
+            continue
+        resolved |= {name: Rule(name, None, refused[name]) for name in names if name in refused}
+        names = [name for name in names if name not in refused]
+        if isinstance(method.rank, MacsKept) and any(
+            name not in inputs and Geometry(dense[name]).axes for name in names
+        ):
+            raise ValueError(
+                f"rule {rule.pattern!r}: {method.rank} depends on the size of the pictures; give an example_input that reaches "
+                f"{next(name for name in names if name not in inputs)!r}"
+            )
+        sizes = [tuple(inputs[name][0].shape[2:]) if name in inputs else () for name in names]
+        explicit = (
+            settle(method, [dense[name] for name in names], input_sizes=sizes, flat=init == "random") if names else []
+        )
+        for name, choice in zip(names, explicit, strict=True):
+            if choice is None:
+                resolved[name] = Rule(
+                    name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
+                )
+            else:
+                resolved[name] = Rule(name, _planned(choice, dense[name], inputs.get(name)))
+    return [resolved[name] for name in dense if name in resolved]
+
+
+def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
+    """The names of the layers that each rule takes."""
+    taken: list[list[str]] = [[] for _ in rules]
+    matched = [any(fnmatchcase(name, rule.pattern) for name in done) for rule in rules]
+    for name, module in dense.items():
+        fits = [
+            place
+            for place, rule in enumerate(rules)
+            if fnmatchcase(name, rule.pattern) and _replaces(rule.factorization, module)
+        ]
+        for place in fits:
+            matched[place] = True
+        if fits:
+            taken[fits[0]].append(name)
+    for rule, found in zip(rules, matched, strict=True):
+        if not found:
+            raise ValueError(_no_match(rule, dense))
+    return taken
+
+
+def _replaces(method: Factorization | None, module: nn.Module) -> bool:
+    return method is None or method.replaces == type(module).__name__
+
+
+def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
+    kind = rule.factorization.replaces if rule.factorization else None
+    names = [name for name, module in dense.items() if kind in (None, type(module).__name__)]
+    other = [name for name in dense if fnmatchcase(name, rule.pattern)]
+    if other:
+        what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
+        return f"pattern {rule.pattern!r} matches only {what} layers such as {other[0]!r}, and {method} replaces {kind}"
+    near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4) or names[:3]
+    layers = f"{kind} layers" if kind else "layers"
+    hint = f"near misses: {', '.join(map(repr, near))}" if near else "the model has none that could be replaced"
+    return f"pattern {rule.pattern!r} matches no layer; of the {len(names)} {layers} {hint}"
+
+
+def _refusal(model: nn.Module, name: str) -> str:
+    """Why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
+    layer = model.get_submodule(name)
+    weight = layer.weight
+    tied = [key for key, other in model.named_parameters(remove_duplicate=False) if other is weight]
+    own = {
+        f"{alias}.weight".lstrip(".")
+        for alias, module in model.named_modules(remove_duplicate=False)
+        if module is layer
+    }
+    if set(tied) - own:
+        return f"its weight is tied to {sorted(set(tied) - own)[0]!r}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which a replacement would lose"
+    return ""
+
+
+def _planned(choice: Factorization, dense: nn.Module, inputs: list[Tensor] | None) -> Factorization:
+    """The choice with its plan made explicit for the input that the layer really gets."""
+    if choice.plan != "auto" or not inputs:
+        return choice
+    assert isinstance(choice.rank, tuple)
+    example = inputs[0]
+    geometry = Geometry(dense)
+    batch = example.shape[0] if geometry.axes else example.shape[:-1].numel()
+    size = example.shape[2:] if geometry.axes else ()
+    return replace(choice, plan=geometry.fastest(choice, choice.rank, example.device.type, size, batch))
+
+
+def tensorize(
+    model: Model, rules: Sequence[Rule], *, init: Init = "decompose", example_input: Example | None = None
+) -> Model:
+    """Replaces layers in place by factorized ones and returns the model (the layer itself if the model is one layer).
+
+    Args:
+        model: the dense model.
+        rules: rules, resolved or not; see `resolve`.
+        init: "decompose" keeps the weights as closely as the ranks allow; "random" initialises anew.
+        example_input: what the model takes; see `resolve`.
+
+    Raises:
+        ValueError: what `resolve` raises.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    for rule in resolve(model, rules, example_input, init=init):
+        if rule.factorization is None:
+            continue
+        dense = model.get_submodule(rule.pattern)
+        replacements[dense] = layer_type(rule.factorization).convert(dense, rule.factorization, init=init)
+    return _replace(model, replacements)
+
+
+def to_dense(model: Model) -> Model:
+    """Replaces every factorized layer in place by the dense one that computes the same; returns the model."""
+    return _replace(model, {layer: layer.to_dense() for layer in model.modules() if isinstance(layer, FactorizedLayer)})
+
+
+def _replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
+    """In every place where a module is used, so that a shared one stays shared."""
+    if model in replacements:
+        return replacements[model]  # type: ignore[return-value]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return model
+
+
+def rules_of(model: nn.Module) -> list[Rule]:
+    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
+    return [
+        Rule(name, layer.factorization) for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)
+    ]
