@@ -1,7 +1,7 @@
 """What a dense layer's arguments mean for a network, and which ranks a rule gives it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tnlayers.factorizations import Factorization
 from tnlayers.linalg import precise
 from tnlayers.network import Network
-from tnlayers.plan import Axis, Machine, Partition, cheapest, fewest_macs, macs
+from tnlayers.plan import Axis, Machine, Partition, cheapest, fewest_macs, macs, partitions
 from tnlayers.ranks import Candidate, MacsKept, ParamsKept, RankRule, Ranks, RelativeError, allocate, within_error
 
 __all__ = ["Geometry", "settle"]
@@ -145,8 +145,8 @@ def settle(
         else [within_error(c, rule.error) for c in candidates]
     )
     settled: list[Factorization | None] = []
-    for dense, size, ranks, known in zip(layers, sizes, chosen, candidates, strict=True):
-        if ranks is None or known.cost(ranks) >= known.dense_cost:
+    for dense, size, ranks in zip(layers, sizes, chosen, strict=True):
+        if ranks is None:
             settled.append(None)
             continue
         geometry = Geometry(dense)
@@ -163,19 +163,32 @@ def _candidate(
 ) -> Candidate:
     """What the rank rules need to know of one layer."""
     geometry = Geometry(dense)
-    network = geometry.network(factorization)
+    network, shape, positions = geometry.network(factorization), geometry.weight_shape, geometry.input_size(size)
 
-    def cost(ranks: Ranks) -> int:
-        attained = factorization.clamp(geometry.weight_shape, ranks)
-        if by_macs:
-            return geometry.fewest_macs(factorization, attained, size)[0]
-        return network.num_params(geometry.sizes(factorization, attained))
+    def sizes(ranks: Ranks) -> dict[str, int]:
+        return geometry.sizes(factorization, factorization.clamp(shape, ranks))
 
+    def macs_of(groups: Partition) -> Callable[[Ranks], int]:
+        return lambda ranks: macs(network, sizes(ranks), groups, geometry.axes, positions)
+
+    max_ranks = factorization.max_ranks(shape)
     if flat:
-        spectra = [[1.0] * rank for rank in factorization.max_ranks(geometry.weight_shape)]
+        size_at_full = math.prod(max_ranks)
+
+        def error(ranks: Ranks) -> float:
+            return 1 - math.prod(ranks) / size_at_full
     else:
         weight = dense.weight
         assert isinstance(weight, Tensor)
-        of_groups = [factorization.spectra(part) for part in precise(weight).chunk(geometry.groups)]
-        spectra = [sum(values.square() for values in bond).tolist() for bond in zip(*of_groups, strict=True)]
-    return Candidate(spectra, cost, geometry.macs(size) if by_macs else geometry.num_params)
+        parts = precise(weight).chunk(geometry.groups)
+        energies = [float(part.square().sum()) for part in parts]
+        estimates = [factorization.error_estimate(part) for part in parts]
+
+        def error(ranks: Ranks) -> float:
+            lost = sum(energy * estimate(ranks) for energy, estimate in zip(energies, estimates, strict=True))
+            return lost / sum(energies) if sum(energies) > 0 else 0.0
+
+    if by_macs:
+        costs = [macs_of(groups) for groups in partitions(tuple(network.factors))]
+        return Candidate(max_ranks, error, costs, geometry.macs(size))
+    return Candidate(max_ranks, error, [lambda ranks: network.num_params(sizes(ranks))], geometry.num_params)

@@ -10,7 +10,7 @@ import tensorly
 import torch
 from torch import Tensor
 
-__all__ = ["decomposing", "precise", "relative_error", "singular_values", "unfold"]
+__all__ = ["decomposing", "left_singular_vectors", "precise", "relative_error", "singular_values", "unfold"]
 
 
 def precise(weight: Tensor) -> Tensor:
@@ -50,6 +50,14 @@ def singular_values(matrix: Tensor) -> Tensor:
     if tall.shape[0] > 2 * tall.shape[1]:
         tall = torch.linalg.qr(tall, mode="r").R
     return torch.linalg.svdvals(tall)
+
+
+def left_singular_vectors(matrix: Tensor) -> Tensor:
+    """(m, k), the best first."""
+    m, n = matrix.shape
+    if n > 2 * m:  # wide: the left vectors of the small triangle are those of the whole
+        matrix = torch.linalg.qr(matrix.mT, mode="r").R.mT
+    return torch.linalg.svd(matrix, full_matrices=False).U
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:

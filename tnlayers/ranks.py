@@ -1,15 +1,13 @@
 """Rank rules: from spectra and sizes to integers. Pure functions; no weights, no layers.
 
-A layer enters as a `Candidate`: the squared singular values at each of its bonds, and what it costs at given ranks. The
-squared relative error of truncating to ranks R is at most the sum over the bonds of what is discarded there (HOSVD,
-TT-SVD), so that sum stands for the error while ranks are chosen.
+A layer enters as a `Candidate`: two functions of its ranks, the error and the cost.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 __all__ = [
     "Candidate",
@@ -101,49 +99,42 @@ class Candidate:
     """A layer whose ranks are to be chosen.
 
     Attributes:
-        spectra: for each bond, its squared singular values in descending order.
-        cost: ranks -> parameters or multiply-accumulates.
+        max_ranks: the ranks from which on the weight is exact.
+        error: ranks -> the squared relative error, or a tight estimate of it.
+        costs: for each way of computing the layer: ranks -> parameters or multiply-accumulates.
         dense_cost: what the dense layer costs.
     """
 
-    spectra: Sequence[Sequence[float]]
-    cost: Callable[[Ranks], int]
+    max_ranks: Ranks
+    error: Callable[[Ranks], float]
+    costs: Sequence[Callable[[Ranks], int]]
     dense_cost: int
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A choice for one layer: its ranks (None: dense), what it costs, and the bound on its squared relative error."""
+    """A choice for one layer: its ranks (None: dense), what it costs, and its squared relative error."""
 
     ranks: Ranks | None
     cost: int
     error: float
 
 
-def _discarded(spectrum: Sequence[float]) -> list[float]:
-    """discarded[r]: the fraction of the squared norm that rank r leaves out; 0 for a weight that is zero."""
-    from_below = list(accumulate(reversed(spectrum), initial=0.0))[::-1]
-    return [value / from_below[0] if from_below[0] > 0 else 0.0 for value in from_below]
-
-
 # Enough steps to meet a budget within a fraction of a percent, few enough for a net of wide layers.
 _STEPS = 128
 
 
-def _path(candidate: Candidate) -> list[_Point]:
-    """From full rank down to 1, each step lowering the bond that loses the least for what it saves; best first."""
-    discarded = [_discarded(spectrum) for spectrum in candidate.spectra]
-    ranks = tuple(len(spectrum) for spectrum in candidate.spectra)
+def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
+    """From full rank down to 1, each step lowering the bond that loses the least for what it saves."""
+    ranks = candidate.max_ranks
     steps = [max(1, rank // _STEPS) for rank in ranks]
 
     def point(ranks: Ranks) -> _Point:
-        return _Point(
-            ranks, candidate.cost(ranks), sum(lost[rank] for lost, rank in zip(discarded, ranks, strict=True))
-        )
+        return _Point(ranks, cost(ranks), candidate.error(ranks))
 
-    def loss(new: _Point, old: _Point) -> float:
+    def loss(new: _Point, old: _Point) -> tuple[float, float]:
         saved = old.cost - new.cost
-        return (new.error - old.error) / saved if saved > 0 else math.inf
+        return ((new.error - old.error) / saved if saved > 0 else math.inf, new.error)
 
     path = [point(ranks)]
     while max(ranks) > 1:
@@ -160,9 +151,8 @@ def _path(candidate: Candidate) -> list[_Point]:
 def _frontier(candidate: Candidate) -> list[_Point]:
     """The dense layer and the factorized choices that cost less, cheapest first; each dearer one has a smaller error."""
     dense = _Point(None, candidate.dense_cost, 0.0)
-    points = sorted(
-        (point for point in _path(candidate) if point.cost < dense.cost), key=lambda point: (point.cost, point.error)
-    )
+    found = [point for cost in candidate.costs for point in _path(candidate, cost) if point.cost < dense.cost]
+    points = sorted(found, key=lambda point: (point.cost, point.error))
     frontier: list[_Point] = []
     for point in [*points, dense]:
         if not frontier or point.error < frontier[-1].error:
@@ -220,11 +210,6 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
     return [frontier[place].ranks for frontier, place in zip(frontiers, chosen, strict=True)]
 
 
-def within_error(candidate: Candidate, error: float) -> Ranks:
-    """The smallest ranks that each discard at most an equal share of the squared error; together at most `error`."""
-    share = error**2 / len(candidate.spectra)
-    ranks = []
-    for spectrum in candidate.spectra:
-        discarded = _discarded(spectrum)
-        ranks.append(next(rank for rank in range(1, len(discarded)) if discarded[rank] <= share))
-    return tuple(ranks)
+def within_error(candidate: Candidate, error: float) -> Ranks | None:
+    """The cheapest ranks found whose relative error is at most `error`; None if dense is cheaper."""
+    return next(point.ranks for point in _frontier(candidate) if point.error <= error**2)

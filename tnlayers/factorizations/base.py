@@ -6,14 +6,16 @@ strings; this class derives the rest. Weights come in as (o, i, h, w) or (o, i),
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from itertools import accumulate
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from tnlayers.linalg import decomposing, relative_error, singular_values, unfold
-from tnlayers.network import Network
+from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, singular_values, unfold
+from tnlayers.network import Network, size_of
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
@@ -100,16 +102,34 @@ class Factorization(ABC):
     def with_rank(self, rank: Rank) -> Self:
         return replace(self, rank=rank)
 
-    def spectra(self, weight: Tensor) -> list[Tensor]:
-        """For each bond the singular values of its cut: what a smaller rank there discards."""
+    def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
+        """Ranks -> the squared relative error of truncating the weight to them; never below the error of the best fit.
+
+        Each bond cuts the weight's indices in two. Bonds whose sides are disjoint are truncated together by projections
+        that commute (HOSVD), and what they keep is read off the energies of the rotated weight, exactly. Any other bond
+        (the middle of a train) adds what its own singular values discard (TT-SVD, Oseledets 2011, theorem 2.2).
+        """
         shape = tuple(weight.shape)
         network, sizes = self.network(shape), self.mode_sizes(shape)
-        modes = weight.reshape([sizes[index] for index in network.weight_indices])
-        cuts = (network.cut(bond)[0] for bond in network.bonds)
         with decomposing():
-            return [
-                singular_values(unfold(modes, [network.weight_indices.index(index) for index in cut])) for cut in cuts
-            ]
+            modes = weight.reshape([sizes[index] for index in network.weight_indices])
+            energy, spectra = _energies(modes, _sides(network, sizes))
+        total = float(energy.sum())
+        kept = energy
+        for axis in range(energy.dim()):
+            kept = kept.cumsum(axis)
+        kept_list: Any = kept.tolist()
+        discarded = {place: _tails(values) for place, values in spectra.items()}
+        outer = [place for place in range(len(network.bonds)) if place not in spectra]
+
+        def error(ranks: Ranks) -> float:
+            entry = kept_list
+            for place in outer:
+                entry = entry[ranks[place] - 1]
+            lost = total - entry + sum(tails[ranks[place]] for place, tails in discarded.items())
+            return max(lost, 0.0) / total if total > 0 else 0.0
+
+        return error
 
     def decompose(self, weight: Tensor, ranks: Ranks) -> tuple[dict[str, Tensor], float]:
         """The factors and their relative error, checked on the reconstruction.
@@ -128,3 +148,40 @@ class Factorization(ABC):
                 f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}"
             )
         return factors, error
+
+
+def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], bool]]:
+    """For each bond the axes on the smaller side of its cut, and whether they are disjoint from those of earlier bonds."""
+    used: set[int] = set()
+    sides = {}
+    cuts = [min(network.cut(bond), key=lambda side: size_of(side, sizes)) for bond in network.bonds]
+    for place in sorted(range(len(cuts)), key=lambda place: size_of(cuts[place], sizes)):
+        axes = [network.weight_indices.index(index) for index in cuts[place]]
+        sides[place] = (axes, used.isdisjoint(axes))
+        if used.isdisjoint(axes):
+            used.update(axes)
+    return [sides[place] for place in range(len(cuts))]
+
+
+def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[Tensor, dict[int, list[float]]]:
+    """The squared norm of the weight in the singular bases of the disjoint sides, one axis a side; the others' spectra."""
+    spectra = {}
+    rotated, axes_left = weight, list(range(weight.dim()))
+    for place, (axes, disjoint) in enumerate(sides):
+        matrix = unfold(weight, axes)
+        if not disjoint:
+            spectra[place] = singular_values(matrix).square().tolist()
+            continue
+        basis = left_singular_vectors(matrix)
+        now = [axes_left.index(axis) for axis in axes]
+        rest = [axis for axis in range(rotated.dim()) if axis not in now]
+        shape = [rotated.shape[axis] for axis in rest]
+        rotated = (basis.mT @ unfold(rotated, now)).mT.reshape(*shape, -1)
+        axes_left = [*(axes_left[axis] for axis in rest), -1 - place]
+    ends = [axes_left.index(-1 - place) for place, (_, disjoint) in enumerate(sides) if disjoint]
+    return unfold(rotated.square(), ends).sum(dim=1).reshape([rotated.shape[axis] for axis in ends]), spectra
+
+
+def _tails(spectrum: Sequence[float]) -> list[float]:
+    """tails[r]: the sum of what rank r leaves out."""
+    return list(accumulate(reversed(spectrum), initial=0.0))[::-1]

@@ -9,7 +9,9 @@ an exact CP of rank h w min(o, i), and ALS from there can only improve.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -44,9 +46,12 @@ class CP(Factorization):
     def clamp(self, weight_shape: tuple[int, ...], ranks: Ranks) -> Ranks:
         return (min(ranks[0], self.max_ranks(weight_shape)[0]),)
 
-    def spectra(self, weight: Tensor) -> list[Tensor]:
+    def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
+        """What the orthogonal terms that are left out weigh: the error that ALS starts from."""
         with decomposing():
-            return [torch.linalg.svdvals(_slices(weight)[0]).flatten().sort(descending=True).values]
+            spectrum = torch.linalg.svdvals(_slices(weight)[0]).square().flatten().sort(descending=True).values.tolist()
+        discarded = list(accumulate(reversed(spectrum), initial=0.0))[::-1]
+        return lambda ranks: discarded[ranks[0]] / discarded[0] if discarded[0] > 0 else 0.0
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         (rank,) = ranks

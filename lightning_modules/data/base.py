@@ -1,0 +1,174 @@
+"""What every set of labelled pictures shares: the split, the loaders, and the work on a batch's device.
+
+Shapes: N pictures, C channels, H rows, W columns.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, random_split
+
+from lightning_modules.data.augment import crop_flip, normalise
+from lightning_modules.data.pictures import Batch, PictureSet, as_is
+
+__all__ = ["Augment", "ImageData"]
+
+Augment = Literal["none", "crop", "crop_flip"]
+
+
+class ImageData(LightningDataModule):
+    """Labelled pictures; a subclass gives the class attributes and `load`.
+
+    Loaders yield uint8 pictures and labels; `on_after_batch_transfer`, which the trainer calls on the batch's device,
+    makes them float, normalises them and, in training only, augments them.
+
+    Args:
+        batch_size: pictures in a batch (per process under DDP).
+        val_fraction: part of the training pictures that is held out for validation; 0 for no validation.
+        split_seed: seed of that choice.
+        augment: "crop" shifts training pictures at random, "crop_flip" also mirrors them; None for the data set's own.
+        mean: C channel means of pictures in 0..1; None for the data set's own.
+        std: C channel standard deviations of pictures in 0..1; None for the data set's own.
+        num_workers: processes that read pictures; 0 is best for pictures in memory.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    class_names: list[str]
+    """Name of each label."""
+    input_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment = "crop_flip"
+    padding: int = 4
+    """Pixels by which a crop moves at most."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        augment: Augment | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.augment = self.augment if augment is None else augment
+        self.mean = self.mean if mean is None else tuple(mean)
+        self.std = self.std if std is None else tuple(std)
+        self.num_workers = num_workers
+        self._train: PictureSet | Subset[Batch] | None = None
+        self._val: PictureSet | Subset[Batch] | None = None
+        self._test: PictureSet | None = None
+        self._check()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def load(self, part: Literal["train", "test"]) -> PictureSet:
+        """Reads the training or the test pictures."""
+        raise NotImplementedError
+
+    def load_val(self) -> PictureSet | None:
+        """Reads the validation pictures of a data set that brings its own; None where there are none."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what a stage needs, once; everything where `stage` is None."""
+        if stage in (None, "fit", "validate") and self._train is None:
+            train, self._val = self.load("train"), self.load_val()
+            if self._val is None:
+                num_val = int(len(train) * self.val_fraction)
+                generator = torch.Generator().manual_seed(self.split_seed)
+                self._val, self._train = random_split(train, [num_val, len(train) - num_val], generator)
+            else:
+                self._train = train
+        if stage in (None, "test", "predict") and self._test is None:
+            self._test = self.load("test")
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        return self._loader(self._val) if self._val else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._test)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """uint8 (N, C, H, W) -> float32 (N, C, H, W), normalised, and augmented in training."""
+        pictures, labels = batch
+        if self.augment != "none" and self.trainer is not None and self.trainer.training:
+            # Before normalising, so that the zeros around a shifted picture are black.
+            pictures = crop_flip(pictures, padding=self.padding, flip=self.augment == "crop_flip")
+        return normalise(pictures, self.mean, self.std), labels
+
+    def calibration_batches(self, n: int) -> list[Tensor]:
+        """The same n batches of training pictures at every call, to estimate statistics from; needs no trainer.
+
+        Args:
+            n: number of batches; they are smaller than `batch_size` where the training pictures do not fill n of them,
+                so no picture comes twice.
+
+        Returns:
+            n float32 (N, C, H, W), normalised and not augmented.
+
+        Raises:
+            ValueError: unless there is a picture for each batch.
+        """
+        self.setup("fit")
+        assert self._train is not None
+        if not 1 <= n <= len(self._train):
+            raise ValueError(
+                f"cannot make {n} calibration batches of {len(self._train)} training pictures: ask for at least 1 and "
+                "at most one per picture"
+            )
+        order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(0))
+        batches = [part.tolist() for part in torch.tensor_split(order[: n * self.batch_size], n)]
+        loader = DataLoader(self._train, batch_sampler=batches, num_workers=self.num_workers, collate_fn=as_is)
+        return [normalise(pictures, self.mean, self.std) for pictures, _ in loader]
+
+    def _loader(self, pictures: PictureSet | Subset[Batch] | None, shuffle: bool = False) -> DataLoader[Batch]:
+        assert pictures is not None, "setup() comes before the loaders"
+        # All by keyword: Lightning builds the loader anew, with its own sampler, and passes `shuffle` by keyword.
+        return DataLoader(
+            pictures,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _check(self) -> None:
+        channels = self.input_shape[0]
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: give at least 1, such as --data.batch_size 128")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction}: give the part of the training pictures to hold out, from 0 to "
+                "below 1, such as --data.val_fraction 0.1"
+            )
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}: give 0 to read in this process, or more")
+        if self.augment not in get_args(Augment):
+            raise ValueError(f"augment is {self.augment!r}: give one of {', '.join(get_args(Augment))}")
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}: give one mean and one positive std for each of the "
+                f"{channels} channels, for pictures in 0..1"
+            )

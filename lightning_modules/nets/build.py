@@ -1,0 +1,122 @@
+"""From a name such as `resnet20` or `torchvision/resnet18` to a network with fresh weights."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from lightning_modules.nets.cnn4 import CNN4
+from lightning_modules.nets.resnet50_cifar import resnet50_cifar
+from lightning_modules.nets.resnet_cifar import cifar_resnet
+
+__all__ = ["NETS", "build_net"]
+
+Builder = Callable[..., nn.Module]
+
+NETS: dict[str, Builder] = {
+    "cnn4": CNN4,
+    "resnet20": cifar_resnet(20),
+    "resnet32": cifar_resnet(32),
+    "resnet44": cifar_resnet(44),
+    "resnet56": cifar_resnet(56),
+    "resnet50_cifar": resnet50_cifar,
+}
+"""Our own networks: each builder takes `num_classes`, `input_shape` and its options by keyword."""
+
+
+def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int], **options: Any) -> nn.Module:
+    """Builds a network with fresh weights.
+
+    Args:
+        name: one of `NETS`, `torchvision/<name>` or `timm/<name>`.
+        num_classes: number of outputs.
+        input_shape: (channels, height, width) of a picture.
+        **options: what the network's own constructor takes, such as `widths` of `cnn4`.
+
+    Raises:
+        ValueError: for an unknown name, an option that the network does not take, or a shape it cannot read.
+    """
+    if len(input_shape) != 3 or min(input_shape) < 1 or num_classes < 1:
+        raise ValueError(
+            f"input_shape is {tuple(input_shape)} and num_classes {num_classes}, but net {name!r} needs three positive "
+            "sizes (channels, height, width) and at least one class"
+        )
+    library, _, model = name.rpartition("/")
+    if library == "torchvision":
+        builder = _torchvision_builder(model, input_shape[0])
+        arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    elif library == "timm":
+        builder = _timm_builder(model)
+        arguments = {"pretrained": False, "num_classes": num_classes, "in_chans": input_shape[0]}
+    elif name in NETS:
+        builder = NETS[name]
+        arguments = {"num_classes": num_classes, "input_shape": input_shape}
+    else:
+        raise ValueError(_unknown(name, [*NETS, *_torchvision_names()]))
+    try:
+        return builder(**arguments, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        accepted = sorted(_option_names(builder) - arguments.keys()) or ["none"]
+        raise ValueError(
+            f"net {name!r} cannot be built with the options {options} ({error}): its options are {', '.join(accepted)}"
+        ) from error
+
+
+def _torchvision_names() -> list[str]:
+    # list_models() without a module also gives detection, segmentation and video, which do not classify pictures.
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [f"torchvision/{name}" for name in names]
+
+
+def _torchvision_builder(model: str, channels: int) -> Builder:
+    name = f"torchvision/{model}"
+    if name not in _torchvision_names():
+        raise ValueError(_unknown(name, _torchvision_names()))
+    if channels != 3:
+        raise ValueError(
+            f"net {name!r} reads pictures of 3 channels but these have {channels}: take 'timm/{model}', which reads "
+            f"any number, or one of {', '.join(NETS)}"
+        )
+    return torchvision.models.get_model_builder(model)
+
+
+def _timm_builder(model: str) -> Builder:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"net 'timm/{model}' needs timm: pip install 'tnlayers[timm]'") from error
+    if not timm.is_model(model):
+        raise ValueError(_unknown(f"timm/{model}", [f"timm/{name}" for name in timm.list_models()]))
+
+    @wraps(timm.model_entrypoint(model))
+    def build(**arguments: Any) -> nn.Module:
+        return timm.create_model(model, **arguments)
+
+    return build
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    """One sentence: the name, the known ones it resembles, and where all of them are."""
+    bare = {full.rpartition("/")[2]: full for full in reversed(list(known))}
+    near = [bare[match] for match in get_close_matches(name.rpartition("/")[2], bare)]
+    hint = f"did you mean {' or '.join(near)}, " if near else "expected "
+    return (
+        f"unknown net {name!r}: {hint}{'or ' if near else ''}one of {', '.join(NETS)}, torchvision/<name> with a name "
+        "from torchvision.models.list_models() or timm/<name> with one from timm.list_models()"
+    )
+
+
+def _option_names(builder: Builder) -> set[str]:
+    """Names of the optional arguments of `builder` and of the network class that it hands further ones to."""
+    signature = inspect.signature(builder)
+    names = {key for key, value in signature.parameters.items() if value.default is not value.empty}
+    built = signature.return_annotation
+    if inspect.isclass(built) and issubclass(built, nn.Module):
+        names |= _option_names(built)
+    return names

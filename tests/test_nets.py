@@ -1,0 +1,159 @@
+"""The networks: names, shapes, published weights, and what a wrong name or option says."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.data import Folders
+from lightning_modules.nets import CNN4, NETS, CIFARResNet, build_net
+
+CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
+    ("cnn4", (1, 8, 8), {}),
+    ("cnn4", (3, 32, 32), {"widths": [8, 8, 16, 16], "hidden": 24}),
+    ("cnn4", (2, 1, 5), {}),
+    ("cnn4", (1, 1, 1), {}),
+    ("resnet20", (3, 32, 32), {}),
+    ("resnet20", (1, 28, 28), {}),
+    ("resnet32", (3, 7, 9), {}),
+    ("resnet44", (3, 8, 8), {}),
+    ("resnet56", (3, 8, 8), {}),
+    ("resnet50_cifar", (1, 8, 8), {}),
+    ("torchvision/resnet18", (3, 32, 32), {"width_per_group": 64}),
+    ("timm/resnet18", (1, 32, 32), {"drop_rate": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "input_shape", "options"), CASES)
+def test_builds_and_runs(name: str, input_shape: tuple[int, int, int], options: dict[str, Any]) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    net = build_net(name, num_classes=7, input_shape=input_shape, **options)
+    logits = net(torch.randn(2, *input_shape))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_every_own_net_is_a_case() -> None:
+    assert {name for name, _, _ in CASES if "/" not in name} == set(NETS)
+
+
+# The paper's table 6 rounds these to 0.27 M, 0.46 M, 0.66 M and 0.85 M.
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("resnet20", 269_722), ("resnet32", 464_154), ("resnet44", 658_586), ("resnet56", 853_018)],
+)
+def test_cifar_resnets_have_the_papers_sizes(name: str, num_parameters: int) -> None:
+    net = build_net(name, num_classes=10, input_shape=(3, 32, 32))
+    assert sum(parameter.numel() for parameter in net.parameters()) == num_parameters
+
+
+def test_shortcut_drops_pixels_and_surrounds_channels_with_zeros() -> None:
+    net = CIFARResNet(num_classes=10, input_shape=(3, 32, 32))
+    x = torch.randn(2, 16, 6, 6)
+    shortcut = net.get_submodule("layer2.0").shortcut(x)  # type: ignore[operator]
+    assert shortcut.shape == (2, 32, 3, 3)
+    torch.testing.assert_close(shortcut[:, 8:24], x[:, :, ::2, ::2], rtol=0, atol=0)
+    assert shortcut[:, :8].count_nonzero() == shortcut[:, 24:].count_nonzero() == 0
+
+
+def test_cifar_resnet_starts_from_he_weights() -> None:
+    weight = CIFARResNet(num_classes=10, input_shape=(3, 32, 32)).get_parameter("layer3.1.conv1.weight")
+    torch.testing.assert_close(weight.std().item(), (2 / (64 * 9)) ** 0.5, rtol=0.03, atol=0)
+
+
+def test_resnet50_cifar_keeps_the_resolution_in_its_stem() -> None:
+    net = build_net("resnet50_cifar", num_classes=10, input_shape=(3, 32, 32))
+    assert isinstance(net.conv1, nn.Conv2d)
+    assert net.conv1.weight.shape == (64, 3, 3, 3)
+    assert isinstance(net.maxpool, nn.Identity)
+    shapes = []
+    net.get_submodule("layer1").register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
+    net.eval()(torch.randn(1, 3, 32, 32))
+    assert shapes == [(1, 64, 32, 32)]
+
+
+def test_cnn4_names_its_layers() -> None:
+    names = [name for name, _ in CNN4(num_classes=10, input_shape=(1, 8, 8)).named_children()]
+    layers = [f"{kind}{i}" for i in range(1, 5) for kind in ("conv", "bn")]
+    assert [name for name in names if name not in ("relu", "halve", "average")] == [*layers, "fc1", "fc2"]
+
+
+@pytest.mark.parametrize("name", ["cnn4", "resnet20"])
+def test_compiles_whole_and_exports(name: str) -> None:
+    net = build_net(name, num_classes=10, input_shape=(3, 16, 16)).eval()
+    x = torch.randn(3, 3, 16, 16)
+    expected = net(x)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(net, (torch.randn(2, 3, 16, 16),), dynamic_shapes=dynamic).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+@pytest.mark.data
+def test_published_resnet20_scores_as_published(resnet20_checkpoint: Path, cifar10_png: Path) -> None:
+    net = build_net("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
+    published = torch.load(resnet20_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    net.load_state_dict({key.removeprefix("module."): value for key, value in published.items()})
+    data = Folders(str(cifar10_png))
+    data.setup("test")
+    with torch.no_grad():
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+        correct = sum(int((net(pictures).argmax(1) == labels).sum()) for pictures, labels in batches)
+    assert sum(len(labels) for _, labels in batches) == 1017
+    # 932 as measured; kernels that round otherwise may tip one picture either way.
+    assert 931 <= correct <= 933
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "options", "message"),
+    [
+        ("resnet21", (3, 8, 8), {}, "unknown net 'resnet21': did you mean .*resnet20.*one of cnn4, resnet20, .*timm/"),
+        ("resnet18", (3, 8, 8), {}, "unknown net 'resnet18': did you mean torchvision/resnet18"),
+        ("qqq", (3, 8, 8), {}, "unknown net 'qqq': expected one of cnn4, resnet20, "),
+        (
+            "torchvision/resnet19",
+            (3, 8, 8),
+            {},
+            "unknown net 'torchvision/resnet19': did you mean torchvision/resnet18",
+        ),
+        ("torchvision/fcn_resnet50", (3, 8, 8), {}, "unknown net 'torchvision/fcn_resnet50'"),
+        ("torchvision/resnet18", (1, 8, 8), {}, "3 channels but these have 1: take 'timm/resnet18'"),
+        ("torchvision/resnet18", (3, 8, 8), {"grups": 1}, "'torchvision/resnet18'.*'grups'.*options are groups, norm"),
+        ("torchvision/resnet18", (3, 8, 8), {"weights": "DEFAULT"}, "multiple values for .*'weights'"),
+        ("cnn4", (3, 8, 8), {"width": 4}, "net 'cnn4'.*'width'.*its options are hidden, widths$"),
+        ("resnet20", (3, 8, 8), {"depth": 32}, "net 'resnet20'.*'depth'.*its options are none$"),
+        ("cnn4", (3, 8, 8), {"widths": [4, 4]}, r"widths is \[4, 4\], but cnn4 has four .*give four positive"),
+        ("cnn4", (0, 8, 8), {}, r"input_shape is \(0, 8, 8\) .*needs three positive sizes"),
+    ],
+)
+def test_errors_name_the_value_and_the_fix(
+    name: str, input_shape: tuple[int, int, int], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_net(name, num_classes=10, input_shape=input_shape, **options)
+
+
+def test_depth_must_fit_the_paper() -> None:
+    with pytest.raises(ValueError, match=r"depth is 21, but .* 6 n \+ 2 layers: give 20"):
+        CIFARResNet(num_classes=10, input_shape=(3, 8, 8), depth=21)
+
+
+def test_timm_errors() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="unknown net 'timm/resnet19': did you mean timm/resnet18"):
+        build_net("timm/resnet19", num_classes=10, input_shape=(3, 8, 8))
+    with pytest.raises(ValueError, match=r"'timm/resnet18'.*'drop'.*its options are .*drop_rate"):
+        build_net("timm/resnet18", num_classes=10, input_shape=(3, 8, 8), drop=0.1)
+
+
+def test_missing_timm_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=re.escape("needs timm: pip install 'tnlayers[timm]'")):
+        build_net("timm/resnet18", num_classes=10, input_shape=(3, 8, 8))
