@@ -47,6 +47,8 @@ def clean_process() -> Iterator[None]:
     environment = dict(os.environ)
     before = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
     yield
-    assert (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()) == before, "torch's defaults leaked"
+    assert (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()) == before, (
+        "torch's defaults leaked"
+    )
     changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
     assert not changed - {"PYTEST_CURRENT_TEST"}, f"environment variables leaked: {sorted(changed)}"

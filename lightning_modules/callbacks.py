@@ -1,0 +1,64 @@
+"""Callbacks that decide when something is written; what is written comes from elsewhere."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+__all__ = ["PredictionWriter", "RunConfig"]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions.csv to the run's folder: the picture's place, the class and its probability."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch_and_epoch")
+        self._rows: list[tuple[int, str, float]] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: list[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        best, classes = prediction.max(dim=1)
+        places = batch_indices or range(len(self._rows), len(self._rows) + len(prediction))
+        self._rows += [
+            (place, names[label], round(probability, 6))
+            for place, label, probability in zip(places, classes.tolist(), best.tolist(), strict=True)
+        ]
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        with open(folder / f"predictions{suffix}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("picture", "class", "probability"), *self._rows])
+        self._rows = []
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps the full configuration with the run: config.yaml in its folder, and under `cli` in W&B."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"cli": yaml.safe_load(text)}, allow_val_change=True)
+        if trainer.log_dir and any(not isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text)

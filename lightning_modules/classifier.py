@@ -1,0 +1,230 @@
+"""The training module: an image classifier whose layers may be factorized.
+
+It takes specifications, not modules, so that its checkpoints hold plain values and reload anywhere: the net by name, the
+rules as plain mappings. A checkpoint carries the structure that the net really has (`tensorization`), which is the truth
+after any truncation; nothing in it is imported or executed.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_modules.nets import build_net
+from tnlayers import CheckpointError, LoadReport, load_dense, resolve, rules_from_plain, rules_of, tensorize
+from tnlayers.checkpoints import read_checkpoint
+from tnlayers.rules import Rule
+
+__all__ = ["ImageClassifier", "load_net", "load_weights"]
+
+_STRUCTURE_VERSION = 1
+_WARMUP = 0.05
+_EXAMPLE_BATCH = 32
+
+
+class ImageClassifier(LightningModule):
+    """Trains, evaluates and predicts; logs `train/`, `val/` and `test/` loss and accuracy.
+
+    Args:
+        net: a name for `lightning_modules.nets.build_net`.
+        num_classes: how many classes.
+        input_shape: (channels, height, width) of a picture.
+        net_options: further arguments of the net.
+        init_from: a dense or tensorized checkpoint to start from, with a fresh optimizer (`ckpt_path` resumes instead).
+        rules: which layers to factorize, first match wins: {pattern, method, rank, ...}; see `tnlayers.rules`.
+        init: "decompose" keeps the weights as closely as the ranks allow, "random" trains the factors from scratch.
+        teacher: a checkpoint of the dense net; training then also follows its outputs (knowledge distillation, Hinton
+            et al. 2015, arXiv 1503.02531).
+        distill_weight: the teacher's share of the loss, 0 to 1.
+        temperature: softens both outputs before they are compared.
+        optimizer: parameters -> optimizer.
+        lr_scheduler: optimizer -> scheduler, stepped once an epoch; by default a cosine to zero over the whole run, after
+            a short warm-up.
+    """
+
+    def __init__(
+        self,
+        net: str = "cnn4",
+        num_classes: int = 10,
+        input_shape: tuple[int, int, int] = (1, 8, 8),
+        net_options: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        rules: list[dict[str, Any]] | None = None,
+        init: Literal["decompose", "random"] = "decompose",
+        teacher: str | None = None,
+        distill_weight: float = 0.9,
+        temperature: float = 4.0,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= distill_weight <= 1 or temperature <= 0:
+            raise ValueError(
+                f"distill_weight {distill_weight} and temperature {temperature}: expected a weight from 0 to 1 and a "
+                "temperature above 0"
+            )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"], logger=False)
+        self.rules = rules_from_plain(rules or [])
+        self.net: nn.Module = self._build()
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._prepared = False
+        self._teacher: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule: checkpoints do not carry it
+        accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = accuracy, accuracy.clone(), accuracy.clone()
+
+    def _build(self) -> nn.Module:
+        h = self.hparams
+        return build_net(
+            h["net"], num_classes=h["num_classes"], input_shape=tuple(h["input_shape"]), **(h["net_options"] or {})
+        )
+
+    @property
+    def example_input(self) -> Tensor:
+        """(n, channels, height, width) of zeros on the module's device."""
+        return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device)
+
+    def load(self, path: str | Path) -> LoadReport:
+        """Takes a checkpoint's weights, and its structure if it is tensorized."""
+        self._prepared = True
+        return load_weights(path, self.net)
+
+    def tensorize(self) -> list[Rule]:
+        """Applies the rules to the net and returns what they resolved to."""
+        self._prepared = True
+        resolved = resolve(self.net, self.rules, self.example_input, init=self.hparams["init"])
+        tensorize(self.net, resolved, init=self.hparams["init"])
+        return resolved
+
+    def setup(self, stage: str) -> None:
+        """Once, before anything runs: weights and rules, unless a checkpoint is about to bring both."""
+        if not self._prepared and self.trainer.ckpt_path is None:
+            if self.hparams["init_from"]:
+                self.load(self.hparams["init_from"])
+            self.tensorize()
+        if stage == "fit" and self.hparams["teacher"] and self.hparams["distill_weight"] > 0 and not self._teacher:
+            teacher = self._build()
+            load_weights(self.hparams["teacher"], teacher)
+            self._teacher = (teacher.eval().requires_grad_(False),)
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, height, width) -> (n, classes) logits."""
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        self.train_accuracy(logits, y)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        if self._teacher:
+            weight = self.hparams["distill_weight"]
+            loss = (1 - weight) * loss + weight * self._distillation(x, logits)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
+        """T^2 KL(teacher || student) at temperature T; the square keeps the gradients' scale (Hinton et al., section 2)."""
+        temperature = self.hparams["temperature"]
+        with torch.no_grad():
+            target = F.log_softmax(self._teacher[0](x) / temperature, dim=1)
+        ours = F.log_softmax(logits / temperature, dim=1)
+        return temperature**2 * F.kl_div(ours, target, log_target=True, reduction="batchmean")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", self.val_accuracy, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", self.test_accuracy, batch)
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = self(x)
+        accuracy(logits, y)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, y), on_epoch=True, batch_size=len(y))
+        self.log(f"{stage}/accuracy", accuracy, on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """(n, classes) probabilities."""
+        return self(batch[0]).softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self._lr_scheduler is not None:
+            return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        warmup = max(int(_WARMUP * total), 1)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        layers = [rule.to_plain() for rule in rules_of(self.net)]
+        checkpoint["tensorization"] = {"version": _STRUCTURE_VERSION, "layers": layers}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._prepared = True
+        _apply_structure(checkpoint, self.net)
+
+
+def _apply_structure(checkpoint: dict[str, Any], net: nn.Module) -> None:
+    """Factorizes the layers that a checkpoint says are; their weights follow with the state dict."""
+    structure = checkpoint.get("tensorization")
+    if structure is None:
+        return
+    if not isinstance(structure, dict) or structure.get("version") != _STRUCTURE_VERSION:
+        version = structure.get("version") if isinstance(structure, dict) else structure
+        raise CheckpointError(
+            f"the checkpoint's structure has version {version!r}; this tnlayers reads {_STRUCTURE_VERSION}; update tnlayers"
+        )
+    tensorize(net, rules_from_plain(structure["layers"]), init="random")
+
+
+def load_weights(path: str | Path, net: nn.Module) -> LoadReport:
+    """Loads a dense checkpoint, or one of ours with its structure, into a net built by the same name.
+
+    Raises:
+        CheckpointError: what `tnlayers.load_dense` raises; rules that do not fit the net.
+    """
+    content = read_checkpoint(path)
+    try:
+        _apply_structure(content, net)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit {type(net).__name__}: {error}") from None
+    return load_dense(path, net)
+
+
+def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The net of a checkpoint that `fit` or `compress` wrote, and the (channels, height, width) of its pictures.
+
+    Raises:
+        CheckpointError: another file.
+    """
+    hparams = read_checkpoint(path).get("hyper_parameters")
+    needed = ("net", "num_classes", "input_shape", "net_options")
+    if not isinstance(hparams, dict) or any(key not in hparams for key in needed):
+        raise CheckpointError(
+            f"{path} does not say which net it is of; expected a checkpoint that tnlayers fit or compress wrote"
+        )
+    shape = tuple(hparams["input_shape"])
+    net = build_net(
+        hparams["net"], num_classes=hparams["num_classes"], input_shape=shape, **(hparams["net_options"] or {})
+    )
+    load_weights(path, net)
+    return net, shape

@@ -1,0 +1,79 @@
+"""The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+__all__ = ["main"]
+
+_HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
+
+Train networks with tensorized layers, or compress trained ones and retrain them.
+
+  quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in about a minute
+  compress     a dense checkpoint in; a tensorized one, its configuration and a report out
+  fit          train: from scratch, or a compressed checkpoint
+  test         accuracy on the test pictures
+  validate     accuracy on the validation pictures
+  predict      a class and its probability for every test picture, as predictions.csv
+  report       the per-layer table of a checkpoint
+
+example: tnlayers compress -c configs/experiment/cifar10_resnet20_tucker.yaml --checkpoint resnet20.th --out runs/tucker
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 for a user's error, which is one line on stderr; 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    try:
+        return _command(arguments[0])(arguments)
+    except Exception as error:
+        users = _users_error(error)
+        if users is None:
+            raise
+        print(f"tnlayers: error: {' '.join(str(users).split())}", file=sys.stderr)
+        return 2
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name in ("fit", "validate", "test", "predict", "compress", "-c", "--config"):
+        from lightning_modules.lightning_cli import run
+
+        return run
+    if name in ("quickstart", "report"):
+        from lightning_modules.commands import run as run_plain
+
+        return run_plain
+    import difflib
+
+    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+    raise ValueError(f"unknown command {name!r}{hint}")
+
+
+def _users_error(error: BaseException | None) -> BaseException | None:
+    """The message of ours to the user among an error and its causes; None where it is a bug, which keeps its traceback.
+
+    It is ours if one of our packages raised it, of a kind that we raise for users; libraries wrap it in errors of theirs.
+    """
+    from jsonargparse import ArgumentError
+
+    outer = error
+    while error is not None:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if (
+            isinstance(error, (ValueError, OSError))
+            and frames
+            and frames[-1].split(".")[0] in ("tnlayers", "lightning_modules")
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return outer if isinstance(outer, ArgumentError) else None

@@ -1,0 +1,62 @@
+"""The commands that need no configuration: quickstart and report."""
+
+from pathlib import Path
+
+import jsonargparse
+import torch
+from rich.console import Console
+
+__all__ = ["quickstart", "report", "run"]
+
+
+def run(arguments: list[str]) -> int:
+    """Parses and runs one of them; returns the exit code."""
+    parser = jsonargparse.ArgumentParser(prog="tnlayers", exit_on_error=False, parser_mode="yaml")
+    commands = {"quickstart": quickstart, "report": report}
+    name, *rest = arguments
+    parser = jsonargparse.ArgumentParser(
+        prog=f"tnlayers {name}", exit_on_error=False, description=commands[name].__doc__
+    )
+    parser.add_function_arguments(commands[name])
+    commands[name](**vars(parser.parse_args(rest)))  # type: ignore[operator]
+    return 0
+
+
+def quickstart(out: str = "runs/quickstart", seed: int = 0) -> None:
+    """Trains a CNN on scikit-learn's digits, compresses it, retrains it and reports.
+
+    Args:
+        out: where everything is written; a folder that already holds a run gets a numbered neighbour.
+        seed: of the training.
+    """
+    from lightning_modules.quickstart import run_quickstart
+
+    run_quickstart(Path(out), seed, Console())
+
+
+def report(checkpoint: str, dense: str | None = None, out: str | None = None, batch: int = 32) -> None:
+    """Prints the per-layer table of a checkpoint that fit or compress wrote.
+
+    Args:
+        checkpoint: the file.
+        dense: the dense checkpoint that it was compressed from, to measure each layer's error against.
+        out: a folder to write the report to as well; it must be new.
+        batch: pictures in the batch that is timed.
+    """
+    import copy
+
+    from lightning_modules.classifier import load_net, load_weights
+    from lightning_modules.report import Report, new_folder
+    from tnlayers import summarize, to_dense
+
+    if batch < 1:
+        raise ValueError(f"batch {batch}: expected at least 1")
+    net, shape = load_net(checkpoint)
+    reference = None
+    if dense is not None:
+        reference = to_dense(copy.deepcopy(net))
+        load_weights(dense, reference)
+    found = Report(checkpoint, summarize(net, torch.zeros(batch, *shape), reference=reference), {})
+    found.show(Console())
+    if out is not None:
+        found.write(new_folder(out))

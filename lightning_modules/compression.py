@@ -1,0 +1,125 @@
+"""The job behind `tnlayers compress`: a dense checkpoint in, a tensorized one out, measured on the way."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageData
+from lightning_modules.report import Report
+from tnlayers import Rule, summarize
+
+__all__ = ["Compression", "compress", "log_report", "test_accuracy"]
+
+_CALIBRATION_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` did: the rules with integer ranks, and the figures."""
+
+    rules: list[Rule]
+    report: Report
+
+
+def compress(
+    model: ImageClassifier, data: ImageData, trainer: Trainer, checkpoint: str | Path, out: Path
+) -> Compression:
+    """Loads a dense checkpoint into the model, applies the model's rules, and writes model.ckpt and the report to `out`.
+
+    BatchNorm's running statistics belong to the dense net's activations. They are estimated anew from training pictures
+    where the compressed net then agrees better with the dense one on further training pictures; labels are not used.
+
+    Args:
+        model: a classifier with rules and a fresh net; it is compressed in place.
+        data: gives the pictures to calibrate with, and the test pictures for the accuracies.
+        trainer: runs the tests.
+        checkpoint: the dense net's.
+        out: an empty folder.
+    """
+    loaded = model.load(checkpoint)
+    accuracy = {"dense": test_accuracy(trainer, model, data)}
+    dense = copy.deepcopy(model.net)
+    rules = model.tensorize()
+    batches = data.calibration_batches(_CALIBRATION_BATCHES)
+    recalibrated = recalibrate_if_better(model.net, dense, batches)
+    accuracy["right after"] = test_accuracy(trainer, model, data)
+    notes = [f"from        {checkpoint}: {loaded}"]
+    if recalibrated:
+        notes.append("BatchNorm   statistics re-estimated on training pictures")
+    summary = summarize(model.net.cpu(), batches[0].cpu(), reference=dense.cpu(), rules=rules)
+    report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
+    report.write(out)
+    trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
+    log_report(trainer, report, out)
+    return Compression(rules, report)
+
+
+def test_accuracy(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:
+    """The fraction of the test pictures that the model gets right."""
+    return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
+
+
+test_accuracy.__test__ = False  # type: ignore[attr-defined]  # the name is not pytest's
+
+
+def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:
+    """Estimates the BatchNorm statistics on half of the batches, and keeps them if they help on the other half."""
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms or len(batches) < 2:
+        return False
+    estimate, judge = batches[::2], batches[1::2]
+    before = copy.deepcopy(net.state_dict())
+    agreement = _agreement(net, dense, judge)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    net.eval()
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        for pictures in estimate:
+            net(pictures.to(next(net.parameters()).device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    better = _agreement(net, dense, judge) > agreement
+    if not better:
+        net.load_state_dict(before)
+    return better
+
+
+def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> float:
+    """How near the outputs are: minus the mean KL divergence of the dense net's probabilities from the net's."""
+    net.eval()
+    dense.eval()
+    device = next(net.parameters()).device
+    dense.to(device)
+    with torch.no_grad():
+        losses = [
+            nn.functional.kl_div(net(x).log_softmax(1), dense(x).log_softmax(1), log_target=True, reduction="batchmean")
+            for x in (pictures.to(device) for pictures in batches)
+        ]
+    return -float(torch.stack(losses).mean())
+
+
+def log_report(trainer: Trainer, report: Report, folder: Path) -> None:
+    """The totals to every logger; the table and the plots in `folder` too where the logger takes them (W&B)."""
+    totals = report.summary.totals
+    metrics = {"compress/params_kept": totals.params_kept, "compress/macs_kept": totals.macs_kept}
+    metrics |= {f"compress/accuracy_{stage.replace(' ', '_')}": value for stage, value in report.accuracy.items()}
+    for layer in report.summary.layers:
+        metrics |= {f"compress/{layer.name}/rank{n}": float(rank) for n, rank in enumerate(layer.rank)}
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics)
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            headings, rows = report.summary.table()
+            logger.log_table("compress/layers", columns=headings, data=rows)
+            logger.log_image("compress/plots", [str(path) for path in sorted(folder.glob("*.png"))])
+        logger.save()

@@ -1,0 +1,146 @@
+"""fit, validate, test, predict and compress, on LightningCLI: every option is checked against the classes' signatures."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from lightning_modules.callbacks import RunConfig
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression import compress
+from lightning_modules.data import ImageData
+from lightning_modules.report import new_folder
+from tnlayers.checkpoints import read_checkpoint
+
+__all__ = ["CompressionTrainer", "TensorCLI", "run"]
+
+
+class CompressionTrainer(Trainer):
+    """Lightning's trainer; the signature of `compress` makes the command's options."""
+
+    def compress(
+        self, model: ImageClassifier, datamodule: ImageData, checkpoint: str, out: str = "runs/compressed"
+    ) -> None:
+        """Compresses a dense checkpoint by the model's rules.
+
+        Args:
+            model: the net and the rules.
+            datamodule: gives pictures to calibrate and to test with.
+            checkpoint: the dense checkpoint: .pt, .pth, .th, .ckpt or .safetensors.
+            out: a new folder for model.ckpt, config.yaml (for fit and test), report.md, report.json and the plots.
+        """
+        found = compress(model, datamodule, self, checkpoint, new_folder(out))
+        if self.is_global_zero:
+            found.report.show(Console())
+        self.resolved_rules = found.rules
+
+
+class TensorCLI(LightningCLI):
+    """LightningCLI with `compress`, and without what bites: no options from checkpoints, no abbreviated options."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "compress": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Not from the checkpoint: what the command line says holds."""
+
+    def before_instantiate_classes(self) -> None:
+        """Fails early, and in one line, on what would fail late in a traceback."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "compress":
+            new_folder(config.out)
+            read_checkpoint(config.checkpoint)
+        elif (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
+            content = read_checkpoint(path)
+            if "state_dict" not in content:
+                raise ValueError(
+                    f"{path} was not written by tnlayers; load its weights with --model.init_from {path} instead"
+                )
+
+    def after_compress(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        config = self.config["compress"]
+        out = Path(config.out)
+        resolved = resolved_config(
+            yaml.safe_load(self._parser("compress").dump(config, skip_none=False)), out, self.trainer.resolved_rules
+        )
+        (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        Console().print(
+            f"written     {out}/ (report.md, report.json, plots, model.ckpt, config.yaml)\nretrain     tnlayers fit -c {out}/config.yaml",
+            highlight=False,
+        )
+
+    def after_fit(self) -> None:
+        saved = self.trainer.checkpoint_callback
+        if self.trainer.is_global_zero and isinstance(saved, ModelCheckpoint) and saved.last_model_path:
+            Console().print(f"checkpoint  {_shown(saved.last_model_path)}", highlight=False, soft_wrap=True)
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            folder = self.trainer.log_dir or self.trainer.default_root_dir
+            Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
+
+
+def resolved_config(config: dict[str, Any], out: Path, rules: list[Any]) -> dict[str, Any]:
+    """What `fit` and `test` take to go on from a compression: integer ranks, the new checkpoint, the dense net as teacher."""
+    checkpoint = config.pop("checkpoint")
+    for key in ("out", "config"):
+        config.pop(key, None)
+    config["model"] |= {"init_from": str(out / "model.ckpt"), "rules": [rule.to_plain() for rule in rules]}
+    config["model"]["teacher"] = config["model"].get("teacher") or checkpoint
+    return config
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def _shown(path: str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one Lightning command; returns the exit code."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # pictures in memory need none
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # val_fraction: 0
+    try:
+        TensorCLI(
+            ImageClassifier,
+            ImageData,
+            subclass_mode_data=True,
+            trainer_class=CompressionTrainer,
+            trainer_defaults={
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "logs"}},
+                "default_root_dir": "runs",
+            },
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": "tnlayers"},
+            # Processes that Lightning starts run the same command line again, so it has to come from there.
+            args=None if arguments == sys.argv[1:] else arguments,
+        )
+    except SIGTERMException:
+        return 143
+    return 0

@@ -1,0 +1,84 @@
+"""Pictures of what was gained, drawn without a display and without touching matplotlib's global state."""
+
+from matplotlib.figure import Figure
+
+from tnlayers import Summary
+
+__all__ = ["plot_accuracy", "plot_layers"]
+
+_DENSE, _OURS, _INK = "#c9cfd6", "#1f6fb4", "#333333"
+
+
+def plot_layers(summary: Summary) -> Figure:
+    """Parameters and multiply-accumulates of every layer, dense behind tensorized, and the relative error beside them."""
+    layers = summary.layers
+    figure = Figure(figsize=(10, 1.4 + 0.3 * len(layers)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 1))
+    places = range(len(layers))
+    scale = 1e6 if max(layer.dense_macs for layer in layers) >= 1e6 else 1e3
+    bars = [
+        (
+            panels[0],
+            "parameters (thousand)",
+            1e3,
+            [layer.dense_params for layer in layers],
+            [layer.params for layer in layers],
+        ),
+        (
+            panels[1],
+            f"MACs a picture ({'million' if scale == 1e6 else 'thousand'})",
+            scale,
+            [layer.dense_macs for layer in layers],
+            [layer.macs for layer in layers],
+        ),
+    ]
+    for axes, title, unit, before, after in bars:
+        axes.barh(places, [value / unit for value in before], height=0.8, color=_DENSE, label="dense")
+        axes.barh(places, [value / unit for value in after], height=0.45, color=_OURS, label="tensorized")
+        axes.set_title(title, fontsize=10, color=_INK)
+    errors = [(place, layer.error) for place, layer in enumerate(layers) if layer.error is not None]
+    panels[2].barh([place for place, _ in errors], [error for _, error in errors], height=0.45, color=_OURS)
+    panels[2].set_title("relative error", fontsize=10, color=_INK)
+    panels[2].set_xlim(0, max([1.1 * error for _, error in errors] + [0.1]))
+    panels[0].set_yticks(
+        list(places), [f"{layer.name}  {_how(layer.method, layer.rank)}" for layer in layers], fontsize=8
+    )
+    panels[0].invert_yaxis()
+    panels[1].legend(fontsize=8, frameon=False, loc="lower right")
+    for axes in panels:
+        _clean(axes)
+    return figure
+
+
+def plot_accuracy(summary: Summary, accuracy: dict[str, float]) -> Figure:
+    """The accuracy at each stage, next to what is left of parameters, MACs and time."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    stages = list(accuracy)
+    bars = left.bar(
+        stages, [100 * value for value in accuracy.values()], width=0.6, color=[_DENSE] + [_OURS] * (len(stages) - 1)
+    )
+    left.bar_label(bars, fmt="%.1f", fontsize=9)
+    left.set_ylim(0, 109)
+    left.set_title("test accuracy (%)", fontsize=10, color=_INK)
+    totals = summary.totals
+    kept = {"parameters": totals.params_kept, "MACs": totals.macs_kept}
+    if totals.seconds and totals.dense_seconds:
+        kept["time"] = totals.seconds / totals.dense_seconds
+    bars = right.bar(list(kept), [100 * value for value in kept.values()], width=0.6, color=_OURS)
+    right.bar_label(bars, fmt="%.0f", fontsize=9)
+    right.axhline(100, color=_INK, linewidth=0.8, linestyle=":")
+    right.set_ylim(0, max(115, 112 * max(kept.values())))
+    right.set_title("left of the dense network (%)", fontsize=10, color=_INK)
+    for axes in (left, right):
+        _clean(axes)
+    return figure
+
+
+def _how(method: str, rank: tuple[int, ...]) -> str:
+    return f"{method} {'·'.join(map(str, rank))}" if rank else method
+
+
+def _clean(axes: object) -> None:
+    axes.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
+    axes.tick_params(labelsize=8, colors=_INK)  # type: ignore[attr-defined]
