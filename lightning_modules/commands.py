@@ -1,5 +1,6 @@
 """The commands that need no configuration: quickstart and report."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonargparse
@@ -11,14 +12,13 @@ __all__ = ["quickstart", "report", "run"]
 
 def run(arguments: list[str]) -> int:
     """Parses and runs one of them; returns the exit code."""
-    parser = jsonargparse.ArgumentParser(prog="tnlayers", exit_on_error=False, parser_mode="yaml")
-    commands = {"quickstart": quickstart, "report": report}
+    commands: dict[str, Callable[..., None]] = {"quickstart": quickstart, "report": report}
     name, *rest = arguments
     parser = jsonargparse.ArgumentParser(
         prog=f"tnlayers {name}", exit_on_error=False, description=commands[name].__doc__
     )
     parser.add_function_arguments(commands[name])
-    commands[name](**vars(parser.parse_args(rest)))  # type: ignore[operator]
+    commands[name](**vars(parser.parse_args(rest)))
     return 0
 
 
@@ -56,7 +56,8 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     if dense is not None:
         reference = to_dense(copy.deepcopy(net))
         load_weights(dense, reference)
-    found = Report(checkpoint, summarize(net, torch.zeros(batch, *shape), reference=reference), {})
+    example = torch.zeros(batch, *shape).contiguous(memory_format=torch.channels_last)
+    found = Report(checkpoint, summarize(net, example, reference=reference), {})
     found.show(Console())
     if out is not None:
         found.write(new_folder(out))

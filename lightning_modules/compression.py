@@ -53,7 +53,8 @@ def compress(
     notes = [f"from        {checkpoint}: {loaded}"]
     if recalibrated:
         notes.append("BatchNorm   statistics re-estimated on training pictures")
-    summary = summarize(model.net.cpu(), batches[0].cpu(), reference=dense.cpu(), rules=rules)
+    example = batches[0].cpu().contiguous(memory_format=torch.channels_last)  # as the classifier runs it
+    summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
     report.write(out)
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)

@@ -13,11 +13,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from lightning_modules.callbacks import RunConfig
+from lightning_modules.callbacks import PredictionWriter, RunConfig
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
 from lightning_modules.report import new_folder
+from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
 
 __all__ = ["CompressionTrainer", "TensorCLI", "run"]
@@ -25,6 +26,9 @@ __all__ = ["CompressionTrainer", "TensorCLI", "run"]
 
 class CompressionTrainer(Trainer):
     """Lightning's trainer; the signature of `compress` makes the command's options."""
+
+    resolved_rules: list[Rule]
+    """What the last `compress` resolved the rules to."""
 
     def compress(
         self, model: ImageClassifier, datamodule: ImageData, checkpoint: str, out: str = "runs/compressed"
@@ -37,7 +41,7 @@ class CompressionTrainer(Trainer):
             checkpoint: the dense checkpoint: .pt, .pth, .th, .ckpt or .safetensors.
             out: a new folder for model.ckpt, config.yaml (for fit and test), report.md, report.json and the plots.
         """
-        found = compress(model, datamodule, self, checkpoint, new_folder(out))
+        found = compress(model, datamodule, self, checkpoint, Path(out))
         if self.is_global_zero:
             found.report.show(Console())
         self.resolved_rules = found.rules
@@ -53,6 +57,8 @@ class TensorCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
+        parser.add_lightning_class_args(ModelCheckpoint, "model_checkpoint")
+        parser.set_defaults({"model_checkpoint.save_last": True})
 
     def _parse_ckpt_path(self) -> None:
         """Not from the checkpoint: what the command line says holds."""
@@ -61,8 +67,14 @@ class TensorCLI(LightningCLI):
         """Fails early, and in one line, on what would fail late in a traceback."""
         config = self.config[self.subcommand]
         if self.subcommand == "compress":
-            new_folder(config.out)
             read_checkpoint(config.checkpoint)
+            new_folder(config.out)
+            self._given = config.clone()
+            logger = config.trainer.logger
+            if hasattr(logger, "init_args") and logger.class_path.endswith(
+                "CSVLogger"
+            ):  # all that compress writes is in one folder
+                logger.init_args.update({"save_dir": config.out, "name": "logs", "version": ""})
         elif (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
             content = read_checkpoint(path)
             if "state_dict" not in content:
@@ -71,13 +83,13 @@ class TensorCLI(LightningCLI):
                 )
 
     def after_compress(self) -> None:
-        if not self.trainer.is_global_zero:
+        trainer = self.trainer
+        assert isinstance(trainer, CompressionTrainer)
+        if not trainer.is_global_zero:
             return
-        config = self.config["compress"]
-        out = Path(config.out)
-        resolved = resolved_config(
-            yaml.safe_load(self._parser("compress").dump(config, skip_none=False)), out, self.trainer.resolved_rules
-        )
+        given = yaml.safe_load(self._parser("compress").dump(self._given, skip_none=False))
+        out = Path(self._given.out)
+        resolved = resolved_config(given, out, trainer.resolved_rules)
         (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         Console().print(
             f"written     {out}/ (report.md, report.json, plots, model.ckpt, config.yaml)\nretrain     tnlayers fit -c {out}/config.yaml",
@@ -95,7 +107,7 @@ class TensorCLI(LightningCLI):
             Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
 
 
-def resolved_config(config: dict[str, Any], out: Path, rules: list[Any]) -> dict[str, Any]:
+def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
     """What `fit` and `test` take to go on from a compression: integer ranks, the new checkpoint, the dense net as teacher."""
     checkpoint = config.pop("checkpoint")
     for key in ("out", "config"):
@@ -129,6 +141,7 @@ def run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
+                "callbacks": [PredictionWriter()],
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "logs"}},
                 "default_root_dir": "runs",
             },

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lightning_modules.plots import plot_accuracy, plot_layers
 from tnlayers import Summary
+from tnlayers.summary import LayerSummary, Totals
 
 __all__ = ["Report", "environment", "new_folder"]
 
@@ -35,21 +36,20 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def show(self, console: Console) -> None:
-        """The per-layer table and the totals."""
-        headings, rows = self.summary.table()
-        places = [place for place, heading in enumerate(headings) if heading != "note"]
-        table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left")
-        for place in places:
-            table.add_column(
-                headings[place], justify="left" if headings[place] in ("layer", "method") else "right", no_wrap=True
-            )
-        for row in rows[:-1]:
-            table.add_row(*(row[place] for place in places))
+        """The per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
+        table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("layer")
+        table.add_column("method, rank")
+        for heading in ("params", "kept", "MACs", "kept", "error", "speed"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer in self.summary.layers:
+            how = f"{layer.method} {','.join(map(str, layer.rank))}"
+            table.add_row(layer.name, how, *_figures(layer, layer.error), style="" if layer.rank else "dim")
         table.add_section()
-        table.add_row(*(rows[-1][place] for place in places), style="bold")
+        table.add_row("whole model", "", *_figures(self.summary.totals, None), style="bold")
         console.print(table)
         for line in self.sentences():
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
 
     def sentences(self) -> list[str]:
         totals = self.summary.totals
@@ -69,7 +69,7 @@ class Report:
         for layer in self.summary.layers:
             if layer.note:
                 reasons.setdefault(layer.note, []).append(layer.name)
-        lines += [f"dense       {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        lines += [f"left dense  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:
@@ -98,6 +98,19 @@ class Report:
             "environment": environment(),
             **self.summary.to_plain(),
         }
+
+
+def _figures(entry: LayerSummary | Totals, error: float | None) -> list[str]:
+    """Parameters, MACs, what is kept of them, the error, and how many times faster than dense."""
+    speed = f"{entry.dense_seconds / entry.seconds:.2f}x" if entry.seconds and entry.dense_seconds else ""
+    return [
+        f"{entry.params:,}",
+        f"{entry.params / max(entry.dense_params, 1):.0%}",
+        f"{entry.macs / 1e6:.2f}M",
+        f"{entry.macs / max(entry.dense_macs, 1):.0%}",
+        "" if error is None else f"{error:.3f}",
+        speed,
+    ]
 
 
 def environment() -> dict[str, Any]:

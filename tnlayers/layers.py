@@ -7,7 +7,7 @@ layer is a class that names its method.
 import math
 import warnings
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -107,6 +107,7 @@ class FactorizedLayer(nn.Module):
 
     def set_plan(self, plan: PlanChoice) -> None:
         """Chooses how the layer is computed; see `tnlayers.plan`."""
+        self.factorization = replace(self.factorization, plan=plan)
         if plan == "auto":
             plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type)
         self.plan = Plan.compile(self.network, self.index_sizes, plan, self.geometry.axes, self.geometry.pad_mode)

@@ -40,6 +40,12 @@ class Contraction:
 
     names: tuple[str, ...]
     equations: tuple[str, ...]
+    products: tuple[Indices, ...]
+    """The indices that each einsum runs over."""
+
+    def macs(self, sizes: Sizes) -> int:
+        """Multiply-accumulates of all the einsums."""
+        return sum(size_of(indices, sizes) for indices in self.products)
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
         first, *others = self.names
@@ -90,6 +96,9 @@ class Network:
             raise ValueError(
                 f"rank {self.rank!r} names a bond that no factor has; expected an order of the summed indices"
             )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.factors.items()), self.weight, self.rank))
 
     def _holders(self, index: str) -> list[str]:
         return [name for name, text in self.factors.items() if index in text.split()]
@@ -195,15 +204,16 @@ class Network:
 
         held, *others = (self.indices[name] for name in names)
         if not others:
-            return Contraction(tuple(names), (f"{spell(held)}->{spell(output)}",))
-        equations = []
+            return Contraction(tuple(names), (f"{spell(held)}->{spell(output)}",), ())
+        equations, products = [], []
         for n, indices in enumerate(others):
             needed = {*output, *(index for later in others[n + 1 :] for index in later)}
             product = tuple(dict.fromkeys((*held, *indices)))
             result = tuple(output) if n == len(others) - 1 else tuple(index for index in product if index in needed)
             equations.append(f"{spell(held)},{spell(indices)}->{spell(result)}")
+            products.append(product)
             held = result
-        return Contraction(tuple(names), tuple(equations))
+        return Contraction(tuple(names), tuple(equations), tuple(products))
 
     @cached_property
     def _whole(self) -> Contraction:

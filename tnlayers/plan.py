@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class _Roles:
     consumed: Indices
     produced: Indices
     kernel: Indices
+    merge: Contraction
 
     @property
     def after(self) -> Indices:
@@ -66,6 +68,7 @@ def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
     return (*group, *inputs), output, tuple(index for mode in spatial for index in mode)
 
 
+@lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
 def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
     inputs, outputs, spatial = _ends(network)
     held, steps = inputs, []
@@ -73,14 +76,19 @@ def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
         group = dict.fromkeys(index for name in names for index in network.indices[name])
         later = {index for other in partition[n + 1 :] for name in other for index in network.indices[name]}
         needed = later.union(outputs)
+        kept = tuple(index for index in held if index in group and index in needed)
+        consumed = tuple(index for index in held if index in group and index not in needed)
+        produced = tuple(index for index in group if index not in (*held, *spatial) and index in needed)
+        kernel = tuple(index for index in spatial if index in group)
         roles = _Roles(
             names=names,
             before=held,
             carried=tuple(index for index in held if index not in group),
-            kept=tuple(index for index in held if index in group and index in needed),
-            consumed=tuple(index for index in held if index in group and index not in needed),
-            produced=tuple(index for index in group if index not in (*held, *spatial) and index in needed),
-            kernel=tuple(index for index in spatial if index in group),
+            kept=kept,
+            consumed=consumed,
+            produced=produced,
+            kernel=kernel,
+            merge=network.contraction(names, (*kept, *produced, *consumed, *kernel)),
         )
         steps.append(roles)
         held = roles.after
@@ -113,6 +121,9 @@ def _partition(network: Network, choice: PlanChoice) -> Partition:
     )
 
 
+_EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
+
+
 @dataclass(frozen=True)
 class _Cost:
     """What one call costs: multiply-accumulates and values read or written, of the activation and of the merging."""
@@ -141,11 +152,11 @@ def _cost(
         weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
         macs += positions * size_of(roles.carried, sizes) * weight
         values += positions * produced + weight
-        launches += len(roles.names)
-        held = network.indices[roles.names[0]]
-        for name in roles.names[1:]:
-            held = tuple(dict.fromkeys((*held, *network.indices[name])))
-            merge_macs += size_of(held, sizes)
+        merge_macs += roles.merge.macs(sizes)
+        launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
+        if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
+            values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
+            launches += 1
     return _Cost(macs, values, merge_macs, launches)
 
 
@@ -273,9 +284,8 @@ class Plan:
         steps = []
         for roles in _roles(network, partition):
             here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
-            output = (*roles.kept, *roles.produced, *roles.consumed, *roles.kernel)
             step = _Step(
-                merge=network.contraction(roles.names, output),
+                merge=roles.merge,
                 weight_shape=(
                     size_of((*roles.kept, *roles.produced), sizes),
                     size_of(roles.consumed, sizes),

@@ -119,6 +119,14 @@ class _Point:
     cost: int
     error: float
 
+    @property
+    def loss(self) -> float:
+        """-log of the fraction of the squared norm that is kept: summed over the layers, what a signal loses on its way.
+
+        For small errors it is the squared error itself; unlike that it lets no layer be emptied for the others.
+        """
+        return -math.log1p(-min(self.error, 1 - 1e-12))
+
 
 # Enough steps to meet a budget within a fraction of a percent, few enough for a net of wide layers.
 _STEPS = 128
@@ -166,7 +174,7 @@ def _hull(frontier: list[_Point]) -> list[int]:
     for place, point in enumerate(frontier):
         while len(hull) >= 2:
             first, second = frontier[hull[-2]], frontier[hull[-1]]
-            if (second.error - first.error) * (point.cost - first.cost) < (point.error - first.error) * (
+            if (second.loss - first.loss) * (point.cost - first.cost) < (point.loss - first.loss) * (
                 second.cost - first.cost
             ):
                 break
@@ -178,7 +186,7 @@ def _hull(frontier: list[_Point]) -> list[int]:
 def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | None]:
     """The ranks of every layer (None: better dense) that together cost at most `fraction` of the dense layers.
 
-    Minimises the sum of the layers' squared relative errors: from the cheapest choices upward, always the step that
+    Minimises the sum of the layers' losses (-log of the squared norm kept): from the cheapest choices upward, always the step that
     lowers the error most for what it costs (exact on the convex hull), then the finer steps that still fit.
 
     Raises:
@@ -197,7 +205,7 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
     for layer, frontier in enumerate(frontiers):
         hull = _hull(frontier)
         for low, high in pairwise(hull):
-            gain = (frontier[low].error - frontier[high].error) / (frontier[high].cost - frontier[low].cost)
+            gain = (frontier[low].loss - frontier[high].loss) / (frontier[high].cost - frontier[low].cost)
             upgrades.append((-gain, layer, high))
     for _, layer, high in sorted(upgrades):
         frontier, place = frontiers[layer], chosen[layer]

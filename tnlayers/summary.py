@@ -66,11 +66,11 @@ class Totals:
 
     @property
     def params_kept(self) -> float:
-        return self.params / self.dense_params
+        return self.params / max(self.dense_params, 1)
 
     @property
     def macs_kept(self) -> float:
-        return self.macs / self.dense_macs
+        return self.macs / max(self.dense_macs, 1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""The main job on data that is always there: train a dense CNN, compress it, retrain it, report."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression import Compression, compress, test_accuracy
+from lightning_modules.data import Digits
+
+__all__ = ["run_quickstart"]
+
+_RULES = [
+    {"pattern": "conv1", "method": "dense"},
+    {"pattern": "fc2", "method": "dense"},
+    {"pattern": "conv*", "method": "Tucker", "rank": "ParamsKept(0.4)"},
+    {"pattern": "fc1", "method": "TT", "rank": "ParamsKept(0.4)"},
+]
+_EPOCHS, _RETRAIN_EPOCHS = 12, 6
+
+
+def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
+    """Writes checkpoints, logs, the report and plots to `out`, or to a numbered neighbour of it that is new."""
+    out = _unused(out)
+    seed_everything(seed, verbose=False)
+    data = Digits(batch_size=64, val_fraction=0)
+    with _quiet():
+        console.print(f"[bold]1[/] training a dense CNN on scikit-learn's digits, {_EPOCHS} epochs")
+        dense = _classifier(data)
+        _trainer(out, "dense", _EPOCHS).fit(dense, datamodule=data)
+        checkpoint = out / "dense.ckpt"
+        dense.trainer.save_checkpoint(checkpoint, weights_only=True)
+
+        console.print("[bold]2[/] compressing its convolutions (Tucker) and its large linear (tensor train)")
+        model = _classifier(data, rules=_RULES, teacher=str(checkpoint))
+        trainer = _trainer(out, "retrain", _RETRAIN_EPOCHS)
+        folder = out / "compressed"
+        folder.mkdir()
+        found = compress(model, data, trainer, checkpoint, folder)
+
+        console.print(f"[bold]3[/] retraining the factors with the dense CNN as teacher, {_RETRAIN_EPOCHS} epochs")
+        trainer.fit(model, datamodule=data)
+        trainer.save_checkpoint(out / "retrained.ckpt", weights_only=True)
+        accuracy = {**found.report.accuracy, "retrained": test_accuracy(trainer, model, data)}
+    report = replace(found.report, title="cnn4 on digits: dense, compressed, retrained", accuracy=accuracy)
+    report.write(out)
+    report.show(console)
+    console.print(
+        f"written     {out}/report.md, report.json, layers.png, accuracy.png, checkpoints and logs",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return replace(found, report=report)
+
+
+def _classifier(data: Digits, **options: object) -> ImageClassifier:
+    return ImageClassifier(net="cnn4", num_classes=data.num_classes, input_shape=data.input_shape, **options)  # type: ignore[arg-type]
+
+
+def _trainer(out: Path, name: str, epochs: int) -> Trainer:
+    return Trainer(
+        max_epochs=epochs,
+        logger=CSVLogger(out / "logs", name=name, version=""),
+        default_root_dir=out,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+
+
+def _unused(out: Path) -> Path:
+    """`out`, or the first of out-1, out-2, ... that is not there yet; made."""
+    folder, number = out, 0
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        number += 1
+        folder = out.with_name(f"{out.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only what matters here: Lightning's notes on devices and workers are for longer runs."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
