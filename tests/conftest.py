@@ -51,4 +51,6 @@ def clean_process() -> Iterator[None]:
         "torch's defaults leaked"
     )
     changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
-    assert not changed - {"PYTEST_CURRENT_TEST"}, f"environment variables leaked: {sorted(changed)}"
+    # pytest's own, and the compiler's caches: torch sets these for the process when it is first used
+    changed = {key for key in changed if not key.startswith(("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_"))}
+    assert not changed, f"environment variables leaked: {sorted(changed)}"

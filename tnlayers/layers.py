@@ -75,7 +75,7 @@ class FactorizedLayer(nn.Module):
         self._adopt(_settled(factorization, template, flat=True), device=device, dtype=dtype)
         bias = None
         if isinstance(template.bias, Tensor):
-            bias = nn.Parameter(torch.empty_like(template.bias, device=device, dtype=dtype))
+            bias = nn.Parameter(torch.empty(template.bias.shape, device=device, dtype=dtype))
         self.register_parameter("bias", bias)
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(_adopt_ranks)
@@ -122,9 +122,15 @@ class FactorizedLayer(nn.Module):
     def reset_parameters(self) -> None:
         """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
         bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
-        std = self.network.init_std(self.index_sizes, bound / math.sqrt(3))
+        std = bound / math.sqrt(3)
+        factor_std = self.network.init_std(self.index_sizes, std)
         for factor in self.factors.values():
-            nn.init.normal_(factor, std=std)
+            nn.init.normal_(factor, std=factor_std)
+        # A product of normal draws has heavy tails, so one draw can be far from its expected scale: set it.
+        drawn = math.sqrt(precise(self.weight).square().mean()) if not self._like["device"].type == "meta" else std
+        with torch.no_grad():
+            for factor in self.factors.values():
+                factor.mul_((std / drawn) ** (1 / len(self.factors)) if drawn > 0 else 1.0)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
@@ -341,7 +347,8 @@ class TTLinear(FactorizedLayer):
         self._build(template, TT(rank, plan, in_shape, out_shape), device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.plan(x.reshape(-1, x.shape[-1]), self._weights(), self.bias).reshape(*x.shape[:-1], -1)
+        rows = self.plan(x.reshape(-1, self.in_features), self._weights(), self.bias)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (TuckerConv2d, CPConv2d, MPSConv2d, TTLinear)

@@ -217,6 +217,8 @@ class _Step:
     order: tuple[int, ...] | None
     carried: int
     kept: int
+    wide: int
+    """Channels after the step, the carried ones included."""
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -231,18 +233,18 @@ class _Step:
         if self.order is not None:
             x = _permute_channels(x, self.channels, self.order)
         if self.carried > 1:
-            x = x.reshape(batch * self.carried, -1, *x.shape[2:])
+            x = x.reshape(batch * self.carried, self.kept * self.weight_shape[1], *x.shape[2:])
         if len(self.stride) == 2:
             x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
         else:
             x = F.linear(x, weight, bias)
-        return x.reshape(batch, -1, *x.shape[2:]) if self.carried > 1 else x
+        return x.reshape(batch, self.wide, *x.shape[2:]) if self.carried > 1 else x
 
 
 def _permute_channels(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
     batch, positions, count = x.shape[0], x.shape[2:], len(channels)
     moved = (0, *(1 + place for place in order), *range(1 + count, 1 + count + len(positions)))
-    return x.reshape(batch, *channels, *positions).permute(moved).reshape(batch, -1, *positions)
+    return x.reshape(batch, *channels, *positions).permute(moved).reshape(batch, math.prod(channels), *positions)
 
 
 def _order(held: Indices, wanted: Indices) -> tuple[int, ...] | None:
@@ -295,6 +297,7 @@ class Plan:
                 order=_order(roles.before, (*roles.carried, *roles.kept, *roles.consumed)),
                 carried=size_of(roles.carried, sizes),
                 kept=size_of(roles.kept, sizes),
+                wide=size_of(roles.after, sizes),
                 stride=tuple(axis.stride for axis in here.values()),
                 padding=tuple(0 if index in early else axis.padding[0] for index, axis in here.items()),
                 dilation=tuple(axis.dilation for axis in here.values()),

@@ -1,0 +1,357 @@
+"""The conformance suite: what every layer guarantees, with the dense torch layer as the oracle."""
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from tests.cases import CASES, FULL, GEOMETRIES, Case
+from tests.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64
+from tnlayers import FactorizedLayer, MacsKept, ParamsKept, RelativeError, TTLinear, TuckerConv2d, UnsupportedLayer
+
+clamps = pytest.mark.filterwarnings("ignore:.*above what a weight")  # where FULL asks for it
+CONVS = [case for case in CASES if case.is_conv]
+every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.layer.__name__)
+every_conv = pytest.mark.parametrize("case", CONVS, ids=lambda case: case.layer.__name__)
+
+
+def converted(case: Case, rank: Any = None, **options: Any) -> FactorizedLayer:
+    return case.layer.from_dense(case.dense(**options), rank=rank or case.rank)
+
+
+@clamps
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@every_conv
+def test_full_rank_conversion_is_the_dense_layer(case: Case, geometry: dict[str, Any]) -> None:
+    dense, x = case.dense(**geometry), case.input()
+    layer = case.layer.from_dense(dense, rank=FULL)
+    for plan in ("factors", "dense", "auto"):
+        layer.set_plan(plan)
+        torch.testing.assert_close(layer(x), dense(x), **FLOAT64)
+        torch.testing.assert_close(layer(x[0]), dense(x[0]), **FLOAT64)
+    assert layer.decomposition_error == pytest.approx(0, abs=1e-10)
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ):
+        assert getattr(layer, name) == getattr(dense, name)
+
+
+@clamps
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(30,), (4, 30), (2, 3, 30), (0, 30)])
+def test_full_rank_linear_takes_any_leading_shape(shape: tuple[int, ...], bias: bool) -> None:
+    dense = nn.Linear(30, 28, bias=bias, dtype=torch.float64)
+    layer = TTLinear.from_dense(dense, rank=FULL)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), dense(x), **FLOAT64)
+
+
+@every_layer
+def test_plans_agree_at_a_compressing_rank(case: Case) -> None:
+    layer, x = converted(case), case.input()
+    results = []
+    for plan in ("factors", "dense"):
+        layer.set_plan(plan)
+        results.append(layer(x))
+    torch.testing.assert_close(results[0], results[1], **FLOAT64)
+    torch.testing.assert_close(layer.to_dense()(x), results[0], **FLOAT64)
+
+
+@every_layer
+def test_gradients(case: Case) -> None:
+    layer, x = converted(case), case.input()
+    for plan in ("factors", "dense"):
+        layer.set_plan(plan)
+        names = [name for name, _ in layer.named_parameters()]
+
+        def run(x: torch.Tensor, *values: torch.Tensor, names: list[str] = names) -> torch.Tensor:
+            return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+        inputs = [x.requires_grad_(), *(value.detach().clone().requires_grad_() for value in layer.parameters())]
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@every_layer
+def test_weight_is_what_the_factors_make(case: Case) -> None:
+    layer = converted(case)
+    torch.testing.assert_close(layer.weight, layer.to_dense().weight, **FLOAT64)
+    layer.weight.sum().backward()
+    assert all(factor.grad is not None for factor in layer.factors.values())
+
+
+@every_layer
+def test_signature_is_the_dense_layers_plus_keywords(case: Case) -> None:
+    dense = inspect.signature(case.layer.dense_type.__init__).parameters
+    ours = inspect.signature(case.layer.__init__).parameters
+    assert list(ours)[: len(dense)] == list(dense)
+    assert [ours[name].default for name in dense] == [parameter.default for parameter in dense.values()]
+    extra = [parameter for name, parameter in ours.items() if name not in dense]
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in extra)
+    assert {"rank", "plan"} <= {parameter.name for parameter in extra}
+
+
+@every_layer
+def test_state_dict_keys_are_a_contract(case: Case) -> None:
+    assert list(converted(case).state_dict()) == ["bias", *(f"factors.{name}" for name in case.keys)]
+
+
+@every_layer
+def test_copies_and_reloads_are_exact(case: Case) -> None:
+    layer, x = converted(case).eval(), case.input()
+    with torch.no_grad():
+        expected = layer(x)  # fills what a copy must not share
+        fresh = case.layer.from_dense(case.dense(), rank=case.rank).eval()
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
+            torch.testing.assert_close(other(x), expected, **EXACT)
+            next(iter(other.factors.values())).mul_(2)
+            torch.testing.assert_close(layer(x), expected, **EXACT)
+
+
+@every_layer
+def test_a_truncated_state_loads_into_the_untruncated_definition(case: Case) -> None:
+    small, x = converted(case, case.smaller_rank), case.input()
+    layer = converted(case)
+    with pytest.warns(UserWarning, match="adopted from the loaded state"):
+        layer.load_state_dict(small.state_dict())
+    assert layer.rank == small.rank
+    torch.testing.assert_close(layer(x), small(x), **EXACT)
+
+
+@every_layer
+def test_another_layers_state_is_refused(case: Case) -> None:
+    other = converted(case, **({"in_channels": 6} if case.is_conv else {"in_features": 24}))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        converted(case).load_state_dict(other.state_dict())
+
+
+@every_layer
+def test_merged_weights_are_never_stale(case: Case) -> None:
+    layer, x = converted(case), case.input()
+    layer.set_plan("dense")
+    layer.eval()
+    oracle = copy.deepcopy(layer)
+    oracle.set_plan("factors")
+
+    def check() -> None:
+        oracle.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), oracle(x), **FLOAT64)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), oracle(x), **FLOAT64)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), oracle(x), **FLOAT64)
+
+    check()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    check()
+    layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+    check()
+    with torch.no_grad():
+        next(iter(layer.factors.values())).neg_()
+    check()
+    next(iter(layer.factors.values())).data = torch.ones_like(next(iter(layer.factors.values())))
+    check()
+    layer.truncate(case.smaller_rank)
+    oracle = copy.deepcopy(layer)
+    check()
+
+
+@every_layer
+def test_merged_weights_are_kept_while_evaluating(case: Case) -> None:
+    layer, x = converted(case).eval(), case.input()
+    with torch.no_grad():
+        layer(x)
+        kept = layer._weights()
+        assert all(one is other for one, other in zip(kept, layer._weights(), strict=True))
+    assert all(weight.requires_grad for weight in layer._weights())  # a gradient may flow: not the kept ones
+
+
+@every_layer
+def test_truncate(case: Case) -> None:
+    layer = converted(case)
+    dense = layer.to_dense()
+    before = dict(layer.factors.items())
+    layer.truncate(case.rank)
+    assert all(layer.factors[name] is factor for name, factor in before.items())  # nothing to do: nothing replaced
+    layer.truncate(case.smaller_rank)
+    expected = case.layer.from_dense(dense, rank=case.smaller_rank)
+    assert layer.rank == expected.rank == case.smaller_rank
+    assert layer.decomposition_error == pytest.approx(expected.decomposition_error, rel=1e-6)
+    with pytest.raises(ValueError, match="is above the present"):
+        layer.truncate(case.rank)
+
+
+@every_layer
+def test_from_scratch_has_the_dense_layers_scale(case: Case) -> None:
+    options = {"in_channels": 64, "out_channels": 64} if case.is_conv else {"in_features": 512, "out_features": 512}
+    dense = case.dense(dtype=torch.float32, **options)
+    arguments = options | ({"kernel_size": (3, 2)} if case.is_conv else {})
+    for rank in (1, 3, 16):
+        layer = case.layer(**arguments, rank=rank)
+        assert layer.weight.square().mean().sqrt().item() == pytest.approx(
+            dense.weight.square().mean().sqrt().item(), rel=0.05
+        )
+
+
+@every_layer
+def test_nothing_is_left_uninitialised(case: Case) -> None:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        layer = converted(case)
+        scratch = case.layer(
+            **(
+                {"in_channels": 8, "out_channels": 12, "kernel_size": 3}
+                if case.is_conv
+                else {"in_features": 30, "out_features": 28}
+            ),
+            rank=4,
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(value).all() for one in (layer, scratch) for value in one.parameters())
+
+
+@clamps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_layer
+def test_conversion_keeps_dtype_mode_and_frozen_parameters(case: Case, dtype: torch.dtype) -> None:
+    dense = case.dense(dtype=dtype).eval().requires_grad_(False)
+    layer = case.layer.from_dense(dense, rank=FULL)
+    assert not layer.training
+    assert all(value.dtype is dtype and not value.requires_grad for value in layer.parameters())
+    assert not any(value.requires_grad for value in layer.to_dense().parameters())
+    tolerance = FLOAT32 if dtype is torch.float32 else BFLOAT16
+    torch.testing.assert_close(layer.weight, dense.weight, **tolerance)
+
+
+@clamps
+@every_layer
+def test_odd_inputs(case: Case) -> None:
+    layer, x = converted(case, FULL) if case.layer is TuckerConv2d else converted(case), case.input(batch=4)
+    expected = layer(x)
+    torch.testing.assert_close(layer(x[::2]), expected[::2], **FLOAT64)
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    torch.testing.assert_close(layer(strided), expected, **FLOAT64)
+    if case.is_conv:
+        torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected, **FLOAT64)
+    assert layer(x[:0]).shape == expected[:0].shape
+
+
+@pytest.mark.parametrize("plan", ["factors", "dense"])
+@every_layer
+def test_compiles_to_one_graph(case: Case, plan: str) -> None:
+    layer = converted(case)
+    layer.set_plan(plan)  # type: ignore[arg-type]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5):
+        x = case.input(batch)
+        torch.testing.assert_close(compiled(x), layer(x), **FLOAT64)
+    assert counter.frame_count <= 2  # the first batch size, then any
+
+
+@pytest.mark.slow
+@every_layer
+def test_compiles_with_inductor(case: Case) -> None:
+    layer, x = converted(case, dtype=torch.float32), case.input(dtype=torch.float32)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), **FLOAT32)
+
+
+@every_layer
+def test_exports_with_a_dynamic_batch(case: Case) -> None:
+    layer = converted(case).eval()
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(layer, (case.input(),), dynamic_shapes=batch).module()
+    for size in (1, 2, 7):
+        x = case.input(size)
+        torch.testing.assert_close(program(x), layer(x), **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0.5, r"bare float.*ParamsKept\(0.5\), MacsKept\(0.5\) or RelativeError\(0.5\)"),
+        (0, "rank 0: every rank must be at least 1"),
+        ((3, -1), r"rank \(3, -1\): every rank must be at least 1"),
+        ((1, 2, 3, 4, 5), r"has 5 entries; \w+ takes"),
+        ("many", "rank 'many': expected an int, a tuple of ints"),
+        (True, "rank True: expected an int"),
+        ((), r"rank \(\): expected an int"),
+    ],
+    ids=str,
+)
+@every_layer
+def test_bad_ranks_are_named(case: Case, rank: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        case.layer.from_dense(case.dense(), rank=rank)
+
+
+@every_layer
+def test_a_rank_above_the_attainable_is_clamped_and_said(case: Case) -> None:
+    with pytest.warns(UserWarning, match=r"above what a weight of shape .* attains; clamped to"):
+        layer = case.layer.from_dense(case.dense(), rank=FULL)
+    assert layer.factorization.rank == case.layer.method(FULL).max_ranks(tuple(case.dense().weight.shape))
+
+
+@pytest.mark.parametrize("rule", [ParamsKept(0.5), MacsKept(0.5)], ids=str)
+@every_layer
+def test_rank_rules(case: Case, rule: ParamsKept | MacsKept) -> None:
+    for layer in (converted(case, rule), case.layer.convert(case.dense(), case.layer.method(rule), init="random")):
+        factors = sum(factor.numel() for factor in layer.factors.values())
+        if isinstance(rule, ParamsKept):
+            assert factors <= 0.5 * layer.to_dense().weight.numel()
+
+
+@every_layer
+def test_relative_error_is_met_by_less_than_the_dense_layer(case: Case) -> None:
+    dense = converted(case, case.smaller_rank).to_dense()  # a weight that has something to drop
+    with torch.no_grad():
+        dense.weight.add_(1e-6 * torch.randn_like(dense.weight))
+    layer = case.layer.from_dense(dense, rank=RelativeError(0.01))
+    assert layer.decomposition_error <= 0.01
+    assert sum(factor.numel() for factor in layer.factors.values()) < dense.weight.numel()
+    with pytest.raises(ValueError, match="is cheaper than the dense"):
+        case.layer.from_dense(case.dense(), rank=RelativeError(1e-9))
+    with pytest.raises(ValueError, match="needs trained weights"):
+        case.layer.convert(dense, case.layer.method(RelativeError(0.1)), init="random")
+
+
+def test_another_type_is_refused_when_it_is_converted() -> None:
+    with pytest.raises(UnsupportedLayer, match="TuckerConv2d replaces Conv2d, not ConvTranspose2d"):
+        TuckerConv2d.from_dense(nn.ConvTranspose2d(4, 4, 3), rank=2)
+    with pytest.raises(UnsupportedLayer, match="TTLinear replaces Linear, not Conv2d"):
+        TTLinear.from_dense(nn.Conv2d(4, 4, 3), rank=2)
+
+
+def test_tt_shapes() -> None:
+    layer = TTLinear(30, 28, rank=3, in_shape=(5, 6), out_shape=(4, 7))
+    assert [tuple(core.shape) for core in layer.factors.values()] == [(5, 4, 3), (3, 6, 7)]
+    assert layer.rank == 3
+    for options, message in [
+        ({"in_shape": (5, 5)}, r"in_shape \(5, 5\) multiplies to 25; expected 30 features"),
+        ({"in_shape": (5, 6), "out_shape": (2, 2, 7)}, "need the same number of modes"),
+        ({"in_shape": (30,), "out_shape": (28,)}, "two or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TTLinear(30, 28, rank=3, **options)
