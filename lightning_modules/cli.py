@@ -77,3 +77,7 @@ def _users_error(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return outer if isinstance(outer, ArgumentError) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -127,7 +127,7 @@ class FactorizedLayer(nn.Module):
         for factor in self.factors.values():
             nn.init.normal_(factor, std=factor_std)
         # A product of normal draws has heavy tails, so one draw can be far from its expected scale: set it.
-        drawn = math.sqrt(precise(self.weight).square().mean()) if not self._like["device"].type == "meta" else std
+        drawn = math.sqrt(precise(self.weight).square().mean()) if self._like["device"].type != "meta" else std
         with torch.no_grad():
             for factor in self.factors.values():
                 factor.mul_((std / drawn) ** (1 / len(self.factors)) if drawn > 0 else 1.0)

@@ -1,0 +1,163 @@
+"""Decompositions against the bounds of the SVD, on weights that break the careless."""
+
+import itertools
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tensorly
+import torch
+from torch import Tensor
+
+from tnlayers import CP, MPS, TT, Factorization, Tucker
+from tnlayers.linalg import left_singular_vectors, singular_values, unfold
+
+SHAPES = {"conv": (12, 8, 3, 2), "pointwise": (7, 5, 1, 1), "prime": (11, 13, 3, 3), "thin": (2, 16, 3, 3)}
+
+
+def weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """One weight of each kind that decompositions meet."""
+    generic = torch.randn(shape, dtype=torch.float64)
+    low = torch.einsum("or,ri->oi", torch.randn(shape[0], 2).double(), torch.randn(2, math.prod(shape[1:])).double())
+    scales = torch.logspace(0, -12, shape[0], dtype=torch.float64)
+    return {
+        "generic": generic,
+        "rank deficient": low.reshape(shape),
+        "zero": torch.zeros_like(generic),
+        "ill-conditioned": generic * scales.reshape(-1, *(1 for _ in shape[1:])),
+        "tiny": 1e-30 * generic,
+    }
+
+
+METHODS = {"Tucker": Tucker(1), "CP": CP(1), "MPS": MPS(1), "TT": TT(1)}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def shape_for(method: Factorization, name: str) -> tuple[int, ...]:
+    shape = SHAPES[name]
+    return shape if method.replaces == "Conv2d" else (shape[0] * shape[2], shape[1] * shape[3])
+
+
+def error_at(method: Factorization, weight: Tensor, ranks: tuple[int, ...]) -> float:
+    return method.decompose(weight, method.clamp(tuple(weight.shape), ranks))[1]
+
+
+def ladder(method: Factorization, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Ranks that grow together, from 1 to the attainable."""
+    most = method.max_ranks(shape)
+    steps = max(most)
+    return [
+        tuple(max(1, math.ceil(rank * step / steps)) for rank in most)
+        for step in range(1, steps + 1, max(1, steps // 6))
+    ] + [most]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@every_method
+def test_error_falls_with_rank_and_vanishes_at_the_attainable(method: Factorization, name: str) -> None:
+    shape = shape_for(method, name)
+    for kind, weight in weights(shape).items():
+        errors = [error_at(method, weight, ranks) for ranks in ladder(method, shape)]
+        assert errors[-1] < 1e-7 if kind == "ill-conditioned" else errors[-1] < 1e-10, kind
+        assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(errors)), (kind, errors)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@every_method
+def test_the_estimate_bounds_the_error(method: Factorization, name: str) -> None:
+    shape = shape_for(method, name)
+    for kind, weight in weights(shape).items():
+        estimate = method.error_estimate(weight)
+        for ranks in ladder(method, shape):
+            attained = method.clamp(shape, ranks)
+            assert error_at(method, weight, ranks) <= math.sqrt(estimate(attained)) + 1e-6, (kind, attained)
+
+
+@pytest.mark.parametrize("method", [Tucker(1), MPS(1), TT(1)], ids=lambda method: type(method).__name__)
+def test_no_cut_is_beaten(method: Factorization) -> None:
+    """The error is at least what each bond's own cut discards (Eckart-Young): a smaller one would be a wrong one."""
+    shape = shape_for(method, "conv")
+    weight = torch.randn(shape, dtype=torch.float64)
+    network, sizes = method.network(shape), method.mode_sizes(shape)
+    modes = weight.reshape([sizes[index] for index in network.weight_indices])
+    ranks = method.clamp(shape, tuple(max(1, rank // 2) for rank in method.max_ranks(shape)))
+    error = error_at(method, weight, ranks)
+    for bond, rank in zip(network.bonds, ranks, strict=True):
+        axes = [network.weight_indices.index(index) for index in network.cut(bond)[0]]
+        values = np.linalg.svd(unfold(modes, axes).numpy(), compute_uv=False)
+        assert error >= math.sqrt((values[rank:] ** 2).sum() / (values**2).sum()) - 1e-12
+
+
+def test_hooi_improves_on_the_truncated_hosvd() -> None:
+    weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
+    assert error_at(Tucker(1), weight, (5, 6)) < math.sqrt(Tucker(1).error_estimate(weight)((5, 6)))
+
+
+def test_als_improves_on_its_start() -> None:
+    weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
+    assert error_at(CP(1), weight, (24,)) < 0.95 * math.sqrt(CP(1).error_estimate(weight)((24,)))
+
+
+@every_method
+def test_results_do_not_depend_on_the_call(method: Factorization) -> None:
+    weight = torch.randn(shape_for(method, "conv"), dtype=torch.float64)
+    ranks = method.clamp(tuple(weight.shape), (3, 3, 3)[: len(method.max_ranks(tuple(weight.shape)))])
+    first, second = (method.decompose(weight, ranks)[0] for _ in range(2))
+    for name, factor in first.items():
+        torch.testing.assert_close(factor, second[name], rtol=0, atol=0)
+
+
+@every_method
+def test_the_users_tensorly_backend_and_weight_are_left_alone(method: Factorization) -> None:
+    weight = torch.randn(shape_for(method, "conv"), dtype=torch.float64)
+    before, backend = weight.clone(), tensorly.get_backend()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = error_at(method, weight, method.max_ranks(tuple(weight.shape)))
+    assert error < 1e-10  # autocast did not reach the decomposition
+    assert tensorly.get_backend() == backend == "numpy"
+    torch.testing.assert_close(weight, before, rtol=0, atol=0)
+
+
+@every_method
+def test_a_weight_that_is_not_finite_is_refused(method: Factorization) -> None:
+    weight = torch.full(shape_for(method, "conv"), float("nan"), dtype=torch.float64)
+    with pytest.raises(ValueError, match="not finite"):
+        method.decompose(weight, method.max_ranks(tuple(weight.shape)))
+
+
+@every_method
+def test_ranks_are_clamped_next_to_each_other(method: Factorization) -> None:
+    """A bond above the product of its neighbours would be padded with vectors that mean nothing."""
+    shape = shape_for(method, "pointwise")
+    bonds = len(method.max_ranks(shape))
+    for place in range(bonds):
+        asked = tuple(10**6 if bond == place else 1 for bond in range(bonds))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attained = replace(method, rank=asked).ranks(shape)
+        assert error_at(method, torch.randn(shape, dtype=torch.float64), attained) <= 1
+        network = method.network(shape)
+        sizes = method.sizes(shape, attained)
+        for indices in network.indices.values():
+            for bond in set(indices) & set(network.bonds):
+                others = math.prod(sizes[index] for index in indices if index != bond)
+                assert sizes[bond] <= others or isinstance(method, CP)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (1, 9)])
+def test_singular_vectors_and_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, s, _ = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    np.testing.assert_allclose(singular_values(matrix).numpy(), s, rtol=1e-10)
+    ours = left_singular_vectors(matrix).numpy()
+    assert ours.shape == u.shape
+    np.testing.assert_allclose(np.abs((ours * u).sum(axis=0)), 1, rtol=1e-8)
+
+
+def test_wide_kernels_take_thin_factors_only() -> None:
+    """A full set of right vectors of this unfolding would take 17 GB."""
+    weight = torch.randn(96, 512, 9, 10, dtype=torch.float64)
+    assert left_singular_vectors(unfold(weight, [0])).shape == (96, 96)
+    assert len(singular_values(unfold(weight, [0]))) == 96

@@ -1,0 +1,80 @@
+"""What the distribution promises: its names, what importing it costs, and that the wheel works away from the repository."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import lightning_modules
+import tnlayers
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("package", [tnlayers, lightning_modules], ids=lambda package: package.__name__)
+def test_public_names_are_sorted_and_there(package: object) -> None:
+    names = package.__all__  # type: ignore[attr-defined]
+    assert len(names) == len(set(names))
+    assert all(getattr(package, name) is not None for name in names)
+
+
+def test_the_layers_import_neither_lightning_nor_wandb() -> None:
+    code = "import sys, tnlayers; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = run_python(code)
+    assert not any(f"'{name}'" in loaded for name in ("lightning", "wandb", "matplotlib", "torchvision", "torchmetrics"))
+
+
+def test_importing_touches_no_global_state() -> None:
+    code = (
+        "import os, random, torch, tensorly; e = dict(os.environ); s = random.getstate(); t = torch.get_rng_state()\n"
+        "import tnlayers, lightning_modules\n"
+        "print(e == dict(os.environ), s == random.getstate(), bool((t == torch.get_rng_state()).all()), tensorly.get_backend())"
+    )
+    assert run_python(code).split() == ["True", "True", "True", "numpy"]
+
+
+def test_imports_run_downward_only() -> None:
+    """The ground floor knows nothing of what stands on it."""
+    order = ["network", "plan", "linalg", "ranks", "factorizations", "geometry", "layers", "rules", "tracing", "surgery"]
+    for floor, name in enumerate(order):
+        path = ROOT / "tnlayers" / name
+        files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        text = "\n".join(file.read_text() for file in files)
+        above = [other for other in order[floor + 1 :] if f"tnlayers.{other}" in _imports(text)]
+        assert not above, f"{name} imports {above}"
+    for file in (ROOT / "tnlayers").rglob("*.py"):
+        assert "lightning_modules" not in _imports(file.read_text())
+
+
+def _imports(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.lstrip().startswith(("from ", "import ")))
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
+    """Built, installed into an environment that sees this one's dependencies but not the checkout, and run."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True, timeout=300
+    )
+    (wheel,) = tmp_path.glob("tnlayers-*.whl")
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site = next((environment / "lib").glob("python*/site-packages"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel], check=True, timeout=300)
+    dependencies = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    code = "import tnlayers, lightning_modules; print(tnlayers.__file__, lightning_modules.__file__)"
+    where = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120).stdout
+    assert all(part.startswith(str(site)) for part in where.split())
+    done = subprocess.run(
+        [python, "-m", "lightning_modules.cli", "quickstart", "--out", "run"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.md").is_file()

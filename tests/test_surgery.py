@@ -1,0 +1,226 @@
+"""From rules to layers and back, on nets with the traps that real ones have."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tolerances import FLOAT32, FLOAT64
+from tnlayers import (
+    CP,
+    MPS,
+    TT,
+    FactorizedLayer,
+    MacsKept,
+    ParamsKept,
+    RelativeError,
+    Rule,
+    Tucker,
+    TuckerConv2d,
+    resolve,
+    rules_from_plain,
+    rules_of,
+    summarize,
+    tensorize,
+    to_dense,
+)
+from tnlayers.surgery import Example
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+        self.head = nn.Linear(32, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.conv1(x).relu()).mean(dim=(2, 3)))
+
+
+X = torch.randn(2, 3, 16, 16)
+
+
+def fractions(net: nn.Module, dense: nn.Module, names: list[str], example: Example = X) -> tuple[float, float]:
+    """(parameters, MACs) kept in the weights of the named layers."""
+    ours = {layer.name: layer for layer in summarize(net, example, measure=False).layers if layer.name in names}
+    bias = {name: module.bias.numel() for name, module in dense.named_modules() if name in names}
+    params = sum(layer.params - bias[name] for name, layer in ours.items())
+    dense_params = sum(layer.dense_params - bias[name] for name, layer in ours.items())
+    return params / dense_params, sum(layer.macs for layer in ours.values()) / sum(
+        layer.dense_macs for layer in ours.values()
+    )
+
+
+@pytest.mark.parametrize("method", [Tucker, CP, MPS])
+@pytest.mark.parametrize("init", ["decompose", "random"])
+def test_budgets_hold_for_the_layers_of_the_rule(method: type, init: Any) -> None:
+    dense = Net()
+    for place, rule in enumerate((ParamsKept(0.4), MacsKept(0.4))):
+        net = tensorize(copy.deepcopy(dense), [Rule("body.*", method(rule))], init=init, example_input=X)
+        kept = fractions(net, dense, ["body.0", "body.2"])[place]
+        assert 0.97 * 0.4 <= kept <= 0.4, (rule, kept)
+
+
+def test_resolving_decides_and_touches_nothing() -> None:
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    rules = [Rule("conv1", None), Rule("*", Tucker(MacsKept(0.5))), Rule("head", TT(4))]
+    resolved = resolve(net, rules, X)
+    assert [rule.pattern for rule in resolved] == ["conv1", "body.0", "body.2", "head"]
+    assert resolved[0].factorization is None
+    assert "leaves it dense" in resolved[0].reason
+    assert all(isinstance(rule.factorization.rank, tuple) for rule in resolved[1:] if rule.factorization)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert net.training
+    again = rules_from_plain([rule.to_plain() for rule in resolved])
+    assert again == resolved
+    once, twice = tensorize(copy.deepcopy(net), resolved), tensorize(copy.deepcopy(net), again)
+    torch.testing.assert_close(once(X), twice(X), rtol=0, atol=0)
+    assert [rule.factorization for rule in rules_of(once)] == [r.factorization for r in resolved if r.factorization]
+
+
+def test_first_match_wins_and_a_method_only_takes_its_own_layers() -> None:
+    net = tensorize(Net(), [Rule("body.0", CP(3)), Rule("*", Tucker((2, 2))), Rule("*", TT(2))])
+    kinds = {name: type(module).__name__ for name, module in net.named_modules() if isinstance(module, FactorizedLayer)}
+    assert kinds == {"conv1": "TuckerConv2d", "body.0": "CPConv2d", "body.2": "TuckerConv2d", "head": "TTLinear"}
+
+
+@pytest.mark.filterwarnings("ignore:.*above what a weight")
+def test_there_and_back() -> None:
+    dense = Net().double().eval()
+    net = tensorize(copy.deepcopy(dense), [Rule("body.*", Tucker(32)), Rule("head", TT(1000))])
+    x = X.double()
+    torch.testing.assert_close(net(x), dense(x), **FLOAT64)
+    back = to_dense(net)
+    assert [type(module) for module in back.modules()] == [type(module) for module in dense.modules()]
+    torch.testing.assert_close(back(x), dense(x), **FLOAT64)
+    assert not back.training
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [Rule("bdoy.0", Tucker(2))],
+            r"pattern 'bdoy.0' matches no layer; of the 3 Conv2d layers near misses: 'body.0'",
+        ),
+        ([Rule("bdoy.0", None)], "matches no layer; of the 4 layers near misses"),
+        ([Rule("head", Tucker(2))], "matches only Linear layers such as 'head', and Tucker replaces Conv2d"),
+        ([Rule("*", Tucker(MacsKept(0.5)))], "depends on the size of the pictures; give an example_input"),
+        ([Rule("*", Tucker(ParamsKept(1e-6)))], "cannot be reached: rank 1 in every layer keeps"),
+    ],
+)
+def test_rules_that_cannot_be_followed_are_named(rules: list[Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tensorize(Net(), rules)
+    with pytest.raises(ValueError, match="init 'rnadom': expected 'decompose' or 'random'"):
+        tensorize(Net(), [Rule("*", Tucker(2))], init="rnadom")  # type: ignore[arg-type]
+
+
+def test_relative_error_is_met_in_every_layer() -> None:
+    net = Net()
+    with torch.no_grad():  # weights with something to drop
+        net.body[0].weight.mul_(torch.logspace(0, -3, 32).reshape(-1, 1, 1, 1))
+    resolved = resolve(net, [Rule("body.*", Tucker(RelativeError(0.05)))], X)
+    tensorize(net, resolved)
+    assert isinstance(net.body[0], TuckerConv2d)
+    assert net.body[0].decomposition_error <= 0.05
+    assert "dense is cheaper" in resolved[1].reason
+
+
+def test_a_shared_module_stays_shared() -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    net = nn.Sequential(shared, nn.ReLU(), shared)
+    tensorize(net, [Rule("0", Tucker((3, 3)))])
+    assert net[0] is net[2]
+    assert isinstance(net[0], TuckerConv2d)
+    assert len(list(net.parameters())) == 4
+
+
+def test_a_tied_weight_stays_dense_with_the_reason() -> None:
+    net = nn.ModuleDict({"embedding": nn.Embedding(20, 12), "head": nn.Linear(12, 20)})
+    net["head"].weight = net["embedding"].weight
+    (resolved,) = resolve(net, [Rule("head", TT(2))])
+    assert resolved.factorization is None
+    assert "tied to 'embedding.weight'" in resolved.reason
+
+
+def test_a_layer_with_hooks_stays_dense_with_the_reason() -> None:
+    net = Net()
+    net.body[0].register_forward_hook(lambda *_: None)
+    resolved = resolve(net, [Rule("body.*", Tucker(2))])
+    assert "hooks" in resolved[0].reason
+    assert resolved[1].factorization is not None
+
+
+def test_attention_is_not_taken_apart() -> None:
+    """MultiheadAttention reads its projection's weight itself, so replacing that layer would be ignored or crash."""
+    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    tensorize(net, [Rule("*", TT(2))])
+    assert [name for name, module in net.named_modules() if isinstance(module, FactorizedLayer)] == [
+        "linear1",
+        "linear2",
+    ]
+    assert net(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+
+
+def test_a_model_that_is_one_layer_comes_back_replaced() -> None:
+    layer = tensorize(nn.Linear(12, 20), [Rule("*", TT(2))])
+    assert isinstance(layer, FactorizedLayer)
+    assert type(to_dense(layer)) is nn.Linear
+
+
+def test_frozen_layers_stay_frozen_and_modes_stay() -> None:
+    net = Net()
+    net.body.requires_grad_(False).eval()
+    tensorize(net, [Rule("*", Tucker(2))])
+    assert net.training
+    assert not net.body[0].training
+    assert not any(parameter.requires_grad for parameter in net.body.parameters())
+    assert all(parameter.requires_grad for parameter in net.conv1.parameters())
+
+
+def test_tensorizing_again_leaves_what_is_done() -> None:
+    net = tensorize(Net(), [Rule("body.*", Tucker((4, 4)))])
+    layer = net.body[0]
+    tensorize(net, [Rule("body.*", Tucker((2, 2)))])
+    assert net.body[0] is layer
+
+
+def test_summary_counts_and_reasons() -> None:
+    dense = Net().eval()
+    net = copy.deepcopy(dense)
+    rules = resolve(net, [Rule("conv1", None), Rule("body.*", Tucker((6, 5)))], X)
+    summary = summarize(tensorize(net, rules), X, reference=dense, rules=rules)
+    layers = {layer.name: layer for layer in summary.layers}
+    assert list(layers) == ["conv1", "body.0", "body.2", "head"]
+    assert layers["body.0"].dense_params == 32 * 16 * 9 + 32
+    assert layers["body.0"].params == 5 * 16 + 6 * 5 * 9 + 32 * 6 + 32
+    assert layers["body.0"].dense_macs == 32 * 16 * 9 * 8 * 8
+    assert layers["head"].macs == 32 * 24
+    assert layers["conv1"].note == "the rule 'conv1' leaves it dense"
+    assert layers["head"].note == "no rule matches it"
+    weight, approximation = dense.body[0].weight.detach(), net.body[0].weight.detach()
+    assert layers["body.0"].error == pytest.approx(float((weight - approximation).norm() / weight.norm()), rel=1e-4)
+    assert summary.totals.params == sum(parameter.numel() for parameter in net.parameters())
+    assert summary.totals.dense_params == sum(parameter.numel() for parameter in dense.parameters())
+    assert summary.totals.macs == sum(layer.macs for layer in summary.layers)
+    assert summary.totals.seconds is not None
+    assert str(summary).count("\n") == 2 + len(layers)
+    assert net.training is False
+
+
+def test_a_dense_model_can_be_summarised() -> None:
+    totals = summarize(Net(), X, measure=False).totals
+    assert totals.params_kept == totals.macs_kept == 1
+
+
+def test_example_inputs_do_not_touch_the_statistics() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
+    before = net[1].running_mean.clone()
+    tensorize(net, [Rule("0", Tucker(MacsKept(0.9)))], example_input=X)
+    torch.testing.assert_close(net[1].running_mean, before, **FLOAT32)
+    assert net[1].training
