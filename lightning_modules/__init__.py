@@ -1,8 +1,24 @@
 """Lightning training for networks with tensorized layers: classifier, data, nets, compression, reports, command line."""
 
-from lightning_modules.classifier import ImageClassifier, load_net, load_weights
-from lightning_modules.compression import Compression, compress
-from lightning_modules.nets import NETS, build_net
-from lightning_modules.report import Report
+from importlib import import_module
+from typing import Any
 
-__all__ = ["NETS", "Compression", "ImageClassifier", "Report", "build_net", "compress", "load_net", "load_weights"]
+_HOMES = {
+    "Compression": "compression",
+    "ImageClassifier": "classifier",
+    "NETS": "nets",
+    "Report": "report",
+    "build_net": "nets",
+    "compress": "compression",
+    "load_net": "classifier",
+    "load_weights": "classifier",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Each public name on first use: the command line answers --help without waiting for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

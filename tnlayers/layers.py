@@ -328,6 +328,8 @@ class TTLinear(FactorizedLayer):
 
     method = TT
     dense_type = nn.Linear
+    in_features: int
+    out_features: int
 
     def __init__(
         self,
