@@ -6,8 +6,10 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (it and sklearn set environment variables when they are first imported)
 import numpy as np
 import pytest
+import sklearn  # noqa: F401
 import torch
 
 
@@ -52,5 +54,7 @@ def clean_process() -> Iterator[None]:
     )
     changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
     # pytest's own, and the compiler's caches: torch sets these for the process when it is first used
-    changed = {key for key in changed if not key.startswith(("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_"))}
+    changed = {
+        key for key in changed if not key.startswith(("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_"))
+    }
     assert not changed, f"environment variables leaked: {sorted(changed)}"
