@@ -1,6 +1,6 @@
 """Files that others wrote: every usual nesting and prefix, and the hostile ones."""
 
-import pickle
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,42 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
+class Call:
+    def __init__(self, function: Any, argument: str) -> None:
+        self.call = (function, (argument,))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def test_odd_state_dicts_are_named(tmp_path: Path) -> None:
+    state = net().state_dict()
+    loop: dict[str, Any] = {}
+    loop["model"] = loop
+    odd = {
+        "integer keys": {1: state["0.weight"]},
+        "bytes keys": {b"0.weight": state["0.weight"]},
+        "a loop": loop,
+        "sparse": state | {"2.weight": state["2.weight"].to_sparse()},
+        "integers": state | {"2.weight": state["2.weight"].int()},
+        "complex": state | {"2.weight": state["2.weight"].to(torch.complex64)},
+    }
+    for kind, content in odd.items():
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"does not fit|holds no state dict"):
+            load_dense(tmp_path / "a.pt", net())
+        assert kind
+
+
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     torch.save({"state_dict": net().state_dict(), "extra": Hostile(trap)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"was refused: .* could run code; save the state_dict alone"):
         load_dense(tmp_path / "a.pt", net())
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Hostile(trap)))
-    with pytest.raises(CheckpointError, match=r"was refused|is not a checkpoint"):
-        load_dense(tmp_path / "b.pt", net())
+    for function in (os.system, print, exec):
+        torch.save({"state_dict": net().state_dict(), "extra": Call(function, f"touch {trap}")}, tmp_path / "b.pt")
+        with pytest.raises(CheckpointError, match="was refused"):
+            load_dense(tmp_path / "b.pt", net())
     assert not trap.exists()
 
 

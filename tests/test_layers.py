@@ -185,6 +185,44 @@ def test_merged_weights_are_kept_while_evaluating(case: Case) -> None:
     assert all(weight.requires_grad for weight in layer._weights())  # a gradient may flow: not the kept ones
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@every_layer
+def test_a_fused_step_in_evaluation_is_seen(case: Case, optimizer: type[torch.optim.Optimizer]) -> None:
+    """Fused optimizers write without being counted; fine-tuning in evaluation mode keeps BatchNorm still."""
+    layer, x = converted(case).eval(), case.input()
+    layer.set_plan("dense")
+    step = optimizer(layer.parameters(), lr=0.1, fused=True)  # type: ignore[call-arg]
+    with torch.no_grad():
+        layer(x)
+    layer(x).square().sum().backward()
+    step.step()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT64)
+
+
+@every_layer
+def test_merged_weights_outlive_autocast(case: Case) -> None:
+    layer, x = converted(case, dtype=torch.float32).eval(), case.input(dtype=torch.float32)
+    layer.set_plan("dense")
+    expected = layer.to_dense()(x)
+    with torch.no_grad():
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                torch.testing.assert_close(layer(x).float(), expected, **(BFLOAT16 if enabled else FLOAT32))
+
+
+@every_layer
+def test_functional_calls_use_the_factors_that_they_bring(case: Case) -> None:
+    layer, x = converted(case).eval(), case.input()
+    layer.set_plan("dense")
+    with torch.no_grad():
+        for _ in range(5):
+            factors = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
+            other = copy.deepcopy(layer)
+            other.load_state_dict(factors)
+            torch.testing.assert_close(torch.func.functional_call(layer, factors, (x,)), other(x), **FLOAT64)
+
+
 @every_layer
 def test_truncate(case: Case) -> None:
     layer = converted(case)
@@ -192,10 +230,13 @@ def test_truncate(case: Case) -> None:
     before = dict(layer.factors.items())
     layer.truncate(case.rank)
     assert all(layer.factors[name] is factor for name, factor in before.items())  # nothing to do: nothing replaced
-    layer.truncate(case.smaller_rank)
+    lost = layer.truncate(case.smaller_rank)
     expected = case.layer.from_dense(dense, rank=case.smaller_rank)
     assert layer.rank == expected.rank == case.smaller_rank
-    assert layer.decomposition_error == pytest.approx(expected.decomposition_error, rel=1e-6)
+    assert lost == pytest.approx(expected.decomposition_error, rel=1e-6)
+    assert layer.decomposition_error is None  # it was against another weight
+    layer.truncate(2)  # every bond that is above it
+    assert set(layer.ranks) == {2}
     with pytest.raises(ValueError, match="is above the present"):
         layer.truncate(case.rank)
 
@@ -281,7 +322,7 @@ def test_compiles_with_inductor(case: Case) -> None:
 @every_layer
 def test_exports_with_a_dynamic_batch(case: Case) -> None:
     layer = converted(case).eval()
-    batch = {"x": {0: torch.export.Dim("batch")}}
+    batch = {"input": {0: torch.export.Dim("batch")}}
     program = torch.export.export(layer, (case.input(),), dynamic_shapes=batch).module()
     for size in (1, 2, 7):
         x = case.input(size)
@@ -335,6 +376,30 @@ def test_relative_error_is_met_by_less_than_the_dense_layer(case: Case) -> None:
         case.layer.from_dense(case.dense(), rank=RelativeError(1e-9))
     with pytest.raises(ValueError, match="needs trained weights"):
         case.layer.convert(dense, case.layer.method(RelativeError(0.1)), init="random")
+
+
+@pytest.mark.parametrize("error", [0.5, 0.7, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("every", CASES, ids=lambda case: case.layer.__name__)
+def test_relative_error_holds_where_ranks_hold_each_other_down(every: Case, error: float) -> None:
+    dense = every.dense()
+    try:
+        layer = every.layer.from_dense(dense, rank=RelativeError(error))
+    except ValueError as reason:
+        assert "is cheaper than the dense" in str(reason)
+    else:
+        assert layer.decomposition_error <= error
+
+
+def test_complex_weights_are_refused() -> None:
+    with pytest.raises(UnsupportedLayer, match=r"real floating-point weights; this layer's dtype is torch.complex64"):
+        TuckerConv2d.from_dense(nn.Conv2d(4, 4, 3, dtype=torch.complex64), rank=2)
+
+
+def test_factors_that_overflow_their_dtype_are_refused() -> None:
+    dense = nn.Conv2d(8, 8, 3, dtype=torch.float16)
+    nn.init.constant_(dense.weight, 6e4)
+    with pytest.raises(ArithmeticError, match=r"overflow torch.float16"):
+        TuckerConv2d.from_dense(dense, rank=2)
 
 
 def test_another_type_is_refused_when_it_is_converted() -> None:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.test_network import NETWORKS, SIZES
 from tests.tolerances import FLOAT64
 from tnlayers import Network, Plan
-from tnlayers.plan import Axis, cheapest, fewest_macs, macs, partitions
+from tnlayers.plan import Axis, cheapest, macs, partitions
 from tnlayers.plan import Machine as CostMachine
 
 CONVS = [name for name in NETWORKS if name != "ttfc"]
@@ -83,11 +83,10 @@ def test_the_choice_follows_the_costs() -> None:
     axes = {"h": Axis(3, padding=(1, 1)), "w": Axis(3, padding=(1, 1))}
     sizes = {"o": 256, "i": 256, "h": 3, "w": 3, "r": 32, "s": 32}
     machine = CostMachine.of("cpu")
-    assert len(cheapest(network, sizes, axes, machine, (28, 28))) == 3
-    assert len(cheapest(network, sizes | {"r": 256, "s": 256}, axes, machine, (28, 28))) == 1
-    assert len(fewest_macs(network, sizes, axes, (28, 28))) == 3
-    free_launches = CostMachine(macs=1e11, values=3e9, launch_seconds=10.0)
-    assert len(cheapest(network, sizes, axes, free_launches, (28, 28))) == 3
+    assert len(cheapest(network, sizes, axes, machine, (28, 28), 32)) == 3
+    assert len(cheapest(network, sizes | {"r": 256, "s": 256}, axes, machine, (28, 28), 32)) == 1
+    slow_launches = CostMachine(macs=1e11, values=3e9, launch_seconds=10.0)
+    assert len(cheapest(network, sizes, axes, slow_launches, (28, 28), 32)) == 3
 
 
 @pytest.mark.parametrize(

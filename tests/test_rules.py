@@ -10,7 +10,7 @@ from tnlayers import CP, MPS, TT, MacsKept, ParamsKept, RelativeError, Rule, Tuc
 
 RULES = [
     Rule("conv1", None, "small"),
-    Rule("*", Tucker(MacsKept(0.5))),
+    Rule("*", Tucker(MacsKept(1 / 3)), "a third"),
     Rule("*", Tucker((4, 3), plan=(("input",), ("core", "output")))),
     Rule("a.b", CP(7, plan="dense")),
     Rule("a.?", MPS((2, 3, 4))),
@@ -54,6 +54,17 @@ def test_method_names_may_be_written_in_lower_case() -> None:
         ),
         ({"pattern": "a", "method": "os.system", "rank": 2}, "method 'os.system' is not known"),
         ("conv1", "is not a mapping"),
+        ({"pattern": None, "method": "dense"}, "pattern None is not a string"),
+        ({"pattern": "a", "method": "Tucker", "rank": 2, "plan": "dens"}, "plan 'dens': expected 'auto'"),
+        ({"pattern": "a", "method": "Tucker", "rank": 2, "plan": 5}, "plan 5: expected 'auto'"),
+        (
+            {"pattern": "a", "method": "TT", "rank": 2, "in_shape": 784},
+            "in_shape 784: expected a tuple of positive ints",
+        ),
+        (
+            {"pattern": "a", "method": "TT", "rank": 2, "in_shape": [2.0, 392]},
+            r"in_shape \[2.0, 392\]: expected a tuple",
+        ),
     ],
     ids=str,
 )

@@ -88,7 +88,7 @@ def test_first_match_wins_and_a_method_only_takes_its_own_layers() -> None:
     assert kinds == {"conv1": "TuckerConv2d", "body.0": "CPConv2d", "body.2": "TuckerConv2d", "head": "TTLinear"}
 
 
-@pytest.mark.filterwarnings("ignore:.*above what a weight")
+@pytest.mark.filterwarnings("ignore:.*above what a weight", "ignore:.*lower the rank or leave the layer dense")
 def test_there_and_back() -> None:
     dense = Net().double().eval()
     net = tensorize(copy.deepcopy(dense), [Rule("body.*", Tucker(32)), Rule("head", TT(1000))])
@@ -109,7 +109,7 @@ def test_there_and_back() -> None:
         ),
         ([Rule("bdoy.0", None)], "matches no layer; of the 4 layers near misses"),
         ([Rule("head", Tucker(2))], "matches only Linear layers such as 'head', and Tucker replaces Conv2d"),
-        ([Rule("*", Tucker(MacsKept(0.5)))], "depends on the size of the pictures; give an example_input"),
+        ([Rule("*", Tucker(MacsKept(0.5)))], "depends on how the layers are used; give an example_input"),
         ([Rule("*", Tucker(ParamsKept(1e-6)))], "cannot be reached: rank 1 in every layer keeps"),
     ],
 )
@@ -146,6 +146,63 @@ def test_a_tied_weight_stays_dense_with_the_reason() -> None:
     (resolved,) = resolve(net, [Rule("head", TT(2))])
     assert resolved.factorization is None
     assert "tied to 'embedding.weight'" in resolved.reason
+
+
+def test_a_tied_bias_stays_tied() -> None:
+    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(12, 20))
+    net[1].bias = net[0].bias
+    assert all("tied to" in rule.reason for rule in resolve(net, [Rule("*", TT(2))]))
+
+
+def test_an_integer_rank_that_grows_a_layer_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"0: Tucker of rank \(8, 8\) has 192 parameters and the dense weight 64"):
+        tensorize(nn.Sequential(nn.Conv2d(8, 8, 1)), [Rule("0", Tucker(8))])
+
+
+def test_names_that_look_like_patterns() -> None:
+    net = nn.ModuleDict({"a[0]": nn.Linear(12, 20)})
+    tensorize(net, resolve(net, [Rule("*", TT(2))]))
+    assert isinstance(net["a[0]"], FactorizedLayer)
+
+
+class Reused(nn.Module):
+    """A convolution that runs six times, one at half the size, and linears over positions and over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.once = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.wide, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = self.often(x)
+        x = self.once(input=x[..., ::2, ::2])
+        return self.head(self.wide(x.flatten(2).mT).mean(dim=1))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.7])
+def test_macs_are_budgeted_as_often_as_a_layer_runs(fraction: float) -> None:
+    dense, x = Reused(), torch.randn(2, 16, 12, 12)
+    for pattern, rule in (
+        ("o*", Tucker(MacsKept(fraction))),
+        ("[wh]*", TT(MacsKept(fraction), in_shape=(4, 4), out_shape=(4, 4))),
+    ):
+        net = tensorize(copy.deepcopy(dense), [Rule(pattern, rule)], example_input=x)
+        layers = [layer for layer in summarize(net, x, measure=False).layers if layer.method != "dense"]
+        names = ["often", "once"] if pattern == "o*" else ["wide", "head"]
+        kept = sum(layer.macs for layer in summarize(net, x, measure=False).layers if layer.name in names)
+        full = sum(layer.macs for layer in summarize(dense, x, measure=False).layers if layer.name in names)
+        assert layers
+        assert kept <= fraction * full
+    counted = {layer.name: layer.macs for layer in summarize(dense, x, measure=False).layers}
+    assert counted == {"often": 6 * 16 * 144 * 144, "once": 16 * 144 * 36, "wide": 36 * 256, "head": 256}
+
+
+def test_an_unbatched_example() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+    tensorize(net, [Rule("0", Tucker(MacsKept(0.5)))], example_input=torch.randn(16, 9, 9))
+    (layer,) = summarize(net, torch.randn(16, 9, 9), measure=False).layers
+    assert layer.dense_macs == 16 * 16 * 9 * 81
 
 
 def test_a_layer_with_hooks_stays_dense_with_the_reason() -> None:

@@ -14,8 +14,9 @@ __all__ = ["CheckpointError", "LoadReport", "load_dense", "read_checkpoint"]
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _SHOWN = 4
+_DEPTH = 4
 # How torch says that a pickle names a class or a function that is not on its list.
-_CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function")
+_CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function", "is blocked")
 
 
 class CheckpointError(ValueError):
@@ -30,14 +31,14 @@ class LoadReport:
         matched: keys of the model that were loaded.
         missing: keys of the model that the file does not have.
         unexpected: keys of the file that the model does not have, as they stand in the file.
-        mismatched: keys that both have with different shapes: (key, the file's shape, the model's).
+        mismatched: keys that both have with another shape or kind of number: (key, the file's, the model's).
         prefix: what was taken off the file's keys.
     """
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    mismatched: tuple[tuple[str, str, str], ...]
     prefix: str
 
     def __str__(self) -> str:
@@ -77,15 +78,13 @@ def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> Lo
     own = model.state_dict()
     prefix = _prefix(state, own)
     stripped = {key.removeprefix(prefix): value for key, value in state.items()}
-    same = [key for key in own if key in stripped and stripped[key].shape == own[key].shape]
+    same = [key for key in own if key in stripped and _kind(stripped[key]) == _kind(own[key])]
     report = LoadReport(
         matched=tuple(same),
         missing=tuple(key for key in own if key not in stripped and not key.endswith("num_batches_tracked")),
         unexpected=tuple(key for key in state if key.removeprefix(prefix) not in own),
         mismatched=tuple(
-            (key, tuple(stripped[key].shape), tuple(own[key].shape))
-            for key in own
-            if key in stripped and key not in same
+            (key, _kind(stripped[key]), _kind(own[key])) for key in own if key in stripped and key not in same
         ),
         prefix=prefix,
     )
@@ -93,7 +92,10 @@ def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> Lo
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {report}; is it a checkpoint of another architecture?"
         )
-    model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
+    try:
+        model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
     return report
 
 
@@ -123,12 +125,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: at the top, or nested under one of the usual keys."""
-    for key in _NESTED:
-        if isinstance(content.get(key), Mapping):
-            return _tensors(content[key])
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: at the top, or nested under the usual keys."""
+    for _ in range(_DEPTH):
+        nested = [content[key] for key in _NESTED if isinstance(content.get(key), Mapping)]
+        if not nested:
+            break
+        content = nested[0]
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -143,6 +147,12 @@ def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         sorted(found, key=len),
         key=lambda prefix: sum(key.removeprefix(prefix) in own for key in state if key.startswith(prefix)),
     )
+
+
+def _kind(value: Tensor) -> str:
+    """The shape, and the kind of number where it is not the usual one."""
+    number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
+    return f"{tuple(value.shape)}{number}{'' if value.layout is torch.strided else ' sparse'}"
 
 
 def _few(items: tuple[str, ...] | list[str]) -> str:

@@ -5,6 +5,7 @@ layer is a class that names its method.
 """
 
 import math
+import operator
 import warnings
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -13,11 +14,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from tnlayers.budget import settle
 from tnlayers.factorizations import CP, MPS, TT, Factorization, Tucker
-from tnlayers.geometry import Geometry, settle
-from tnlayers.linalg import precise
+from tnlayers.geometry import NOMINAL_CALLS, Geometry
+from tnlayers.linalg import precise, relative_error
 from tnlayers.plan import Plan, PlanChoice
-from tnlayers.ranks import Rank, Ranks
+from tnlayers.ranks import Rank, Ranks, check_rank
 
 __all__ = [
     "LAYERS",
@@ -55,7 +57,8 @@ class FactorizedLayer(nn.Module):
         bias: as in the dense layer.
         factorization: the method, with its explicit rank.
         plan: how the layer is computed.
-        decomposition_error: the relative error against the dense weight that it was made from; None from scratch.
+        decomposition_error: the relative error at conversion, against the dense weight; None from scratch, after a
+            truncation and after a load.
     """
 
     method: ClassVar[type[Factorization]]
@@ -66,11 +69,11 @@ class FactorizedLayer(nn.Module):
 
     def _build(self, template: nn.Module, factorization: Factorization, device: Any, dtype: Any) -> None:
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
-        for name in _ATTRIBUTES[type(self).dense_type]:
+        for name in _ARGUMENTS[type(self).dense_type]:
             setattr(self, name, getattr(template, name))
         self.geometry = Geometry(template)
         self.decomposition_error = None
-        self._merged: tuple[Any, list[Tensor]] | None = None
+        self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
         self.factors = nn.ParameterDict()
         self._adopt(_settled(factorization, template, flat=True), device=device, dtype=dtype)
         bias = None
@@ -109,7 +112,7 @@ class FactorizedLayer(nn.Module):
         """Chooses how the layer is computed; see `tnlayers.plan`."""
         self.factorization = replace(self.factorization, plan=plan)
         if plan == "auto":
-            plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type)
+            plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type, NOMINAL_CALLS)
         self.plan = Plan.compile(self.network, self.index_sizes, plan, self.geometry.axes, self.geometry.pad_mode)
         self._merged = None
 
@@ -164,11 +167,15 @@ class FactorizedLayer(nn.Module):
             raise UnsupportedLayer(f"{cls.__name__} replaces {cls.dense_type.__name__}, not {type(dense).__name__}")
         weight = dense.weight
         assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            raise UnsupportedLayer(
+                f"{cls.__name__} takes real floating-point weights; this layer's dtype is {weight.dtype}"
+            )
         explicit = _settled(factorization, dense, flat=init == "random")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
         layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
         if init == "decompose":
-            layer._decompose(weight)
+            layer.decomposition_error = layer._decompose(weight)
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -177,16 +184,22 @@ class FactorizedLayer(nn.Module):
             layer.bias.requires_grad_(dense.bias.requires_grad)
         return layer.train(dense.training)
 
-    def _decompose(self, weight: Tensor) -> None:
-        weights = precise(weight).chunk(self.geometry.groups)
-        groups, errors = zip(*(self.factorization.decompose(part, self.ranks) for part in weights), strict=True)
+    def _decompose(self, weight: Tensor) -> float:
+        """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
+        groups = [
+            self.factorization.decompose(part, self.ranks)[0] for part in precise(weight).chunk(self.geometry.groups)
+        ]
         for name, factor in self.factors.items():
             parts = [factors[name] for factors in groups]
             _copy(factor, torch.stack(parts) if len(parts) > 1 else parts[0])
-        norms = [torch.linalg.vector_norm(part) for part in weights]
-        total = math.sqrt(sum(float(norm) ** 2 for norm in norms))
-        lost = math.sqrt(sum((error * float(norm)) ** 2 for error, norm in zip(errors, norms, strict=True)))
-        self.decomposition_error = lost / total if total else 0.0
+        error = relative_error(weight, self._precise_weight())
+        if not math.isfinite(error):
+            raise ArithmeticError(f"the factors overflow {self._like['dtype']}; convert in bfloat16 or float32")
+        return error
+
+    def _precise_weight(self) -> Tensor:
+        with torch.no_grad():
+            return self.network.reconstruct({name: precise(value) for name, value in self.factors.items()})
 
     @property
     def weight(self) -> Tensor:
@@ -195,10 +208,8 @@ class FactorizedLayer(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The torch layer that computes the same."""
-        dense = type(self).dense_type(**_arguments(self), **self._like)
-        with torch.no_grad():
-            weight = self.network.reconstruct({name: precise(value) for name, value in self.factors.items()})
-        _copy(dense.weight, weight)
+        dense = nn.utils.skip_init(type(self).dense_type, **_arguments(self), **self._like)
+        _copy(dense.weight, self._precise_weight())
         if self.bias is not None:
             _copy(dense.bias, self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
@@ -206,44 +217,63 @@ class FactorizedLayer(nn.Module):
         dense.weight.requires_grad_(trains)
         return dense.train(self.training)
 
-    def truncate(self, rank: Rank) -> None:
+    def truncate(self, rank: Rank) -> float:
         """Lowers the rank in place, keeping the closest weight.
 
         The factors are new Parameters where their shape changes: make the optimizer anew afterwards.
 
+        Args:
+            rank: the new rank; an int lowers every bond that is above it.
+
+        Returns:
+            ||W - W~||_F / ||W||_F against the weight before.
+
         Raises:
             ValueError: a rank above the present one, or one that is not valid for the method.
         """
-        dense = self.to_dense()
-        present = self.ranks
+        dense, present = self.to_dense(), self.ranks
+        if isinstance(rank, int):
+            check_rank(rank)
+            rank = tuple(min(rank, old) for old in present) if rank <= max(present) else (rank,) * len(present)
         wanted = _settled(self.factorization.with_rank(rank), dense, flat=False)
         assert isinstance(wanted.rank, tuple)
         if any(new > old for new, old in zip(wanted.rank, present, strict=True)):
             raise ValueError(
                 f"truncate: rank {wanted.rank} is above the present {present}; a truncation only lowers it"
             )
-        if wanted.rank != present:
-            self._adopt(wanted, **self._like)
-            self._decompose(dense.weight)  # type: ignore[arg-type]
+        if wanted.rank == present:
+            return 0.0
+        self._adopt(wanted, **self._like)
+        self.decomposition_error = None
+        return self._decompose(dense.weight)  # type: ignore[arg-type]
 
     def _weights(self) -> list[Tensor]:
         """The plan's merged weights: anew wherever a gradient may flow, else kept until a factor changes.
 
-        What tells a change is torch's own count of in-place writes, and the storage: both differ after an optimizer
-        step, a load, a move to another device. A write through `.data` is hidden from the count; `train()` and `eval()`
-        drop what is kept, so that it is seen from the next of these on.
+        A change shows in torch's own count of in-place writes, or as another tensor or storage. Two kinds of writes are
+        not counted: fused optimizers', so what is kept is dropped by every call that a step could follow; and those
+        through `.data`, which are seen from the next `train()` or `eval()` on.
         """
-        factors = dict(self.factors.items())
-        trains = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
-        if self.training or trains or torch.compiler.is_compiling() or any(f.is_inference() for f in factors.values()):
-            return self.plan.weights(factors)
-        state = (
-            torch.is_inference_mode_enabled(),
-            *((f.data_ptr(), f._version, f.dtype, f.device) for f in factors.values()),
-        )
-        if self._merged is None or self._merged[0] != state:
-            self._merged = (state, self.plan.weights(factors))
-        return self._merged[1]
+        factors = list(self.factors.values())
+        compiling = torch.compiler.is_compiling()
+        trains = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+        swapped = not all(isinstance(factor, nn.Parameter) for factor in factors)  # by torch.func
+        if self.training or trains or compiling or swapped or any(factor.is_inference() for factor in factors):
+            if not compiling:
+                self._merged = None
+            return self._merge()
+        state = (torch.is_inference_mode_enabled(), [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors])
+        if self._merged is None or self._merged[0] != state or any(map(operator.is_not, self._merged[1], factors)):
+            self._merged = (state, factors, self._merge())
+        return self._merged[2]
+
+    def _merge(self) -> list[Tensor]:
+        """In the factors' own precision: autocast would round the products, and casts the result itself."""
+        device = self._like["device"].type
+        if not torch.amp.is_autocast_available(device):
+            return self.plan.weights(dict(self.factors.items()))
+        with torch.autocast(device, enabled=False):
+            return self.plan.weights(dict(self.factors.items()))
 
     def train(self, mode: bool = True) -> Self:
         self._merged = None
@@ -269,6 +299,8 @@ class _FactorizedConv2d(FactorizedLayer):
     """
 
     dense_type = nn.Conv2d
+    transposed = False
+    output_padding = (0, 0)
 
     def __init__(
         self,
@@ -291,26 +323,27 @@ class _FactorizedConv2d(FactorizedLayer):
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._build(nn.Conv2d(*geometry, device="meta"), type(self).method(rank, plan), device, dtype)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return self.plan(x.unsqueeze(0), self._weights(), self.bias).squeeze(0)
-        return self.plan(x, self._weights(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.plan(input.unsqueeze(0), self._weights(), self.bias).squeeze(0)
+        return self.plan(input, self._weights(), self.bias)
 
 
 class TuckerConv2d(_FactorizedConv2d):
-    __doc__ = (
-        f"Tucker-2 convolution; rank = (rank_out, rank_in). See `tnlayers.Tucker`.\n\n    {_FactorizedConv2d.__doc__}"
-    )
+    """Tucker-2 convolution: W = core x output x input; `rank=(rank_out, rank_in)`. See `tnlayers.Tucker` and `nn.Conv2d`."""
+
     method = Tucker
 
 
 class CPConv2d(_FactorizedConv2d):
-    __doc__ = f"CP convolution; rank = the number of terms. See `tnlayers.CP`.\n\n    {_FactorizedConv2d.__doc__}"
+    """CP convolution: a sum of rank-one kernels; `rank` is how many. See `tnlayers.CP` and `nn.Conv2d`."""
+
     method = CP
 
 
 class MPSConv2d(_FactorizedConv2d):
-    __doc__ = f"MPS convolution in the order (i, h, w, o); rank = its three bonds. See `tnlayers.MPS`.\n\n    {_FactorizedConv2d.__doc__}"
+    """MPS convolution over (i, h, w, o); `rank` are its three bonds in that order. See `tnlayers.MPS` and `nn.Conv2d`."""
+
     method = MPS
 
 
@@ -348,20 +381,27 @@ class TTLinear(FactorizedLayer):
         template = nn.Linear(in_features, out_features, bias, device="meta")
         self._build(template, TT(rank, plan, in_shape, out_shape), device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.plan(x.reshape(-1, self.in_features), self._weights(), self.bias)
-        return rows.reshape(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
+        return rows.reshape(*input.shape[:-1], self.out_features)
 
 
 LAYERS: tuple[type[FactorizedLayer], ...] = (TuckerConv2d, CPConv2d, MPSConv2d, TTLinear)
 
-_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: (
-        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-        *("transposed", "output_padding"),
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
     ),
     nn.Linear: ("in_features", "out_features"),
 }
+"""What a dense layer keeps of its constructor's arguments; `bias`, device and dtype show in its parameters."""
 
 
 def layer_type(factorization: Factorization) -> type[FactorizedLayer]:
@@ -372,8 +412,7 @@ def layer_type(factorization: Factorization) -> type[FactorizedLayer]:
 def _arguments(layer: nn.Module) -> dict[str, Any]:
     """The constructor arguments of a dense layer or of its factorized counterpart, device and dtype apart."""
     dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
-    skip = ("transposed", "output_padding")
-    given = {name: getattr(layer, name) for name in _ATTRIBUTES[dense_type] if name not in skip}
+    given = {name: getattr(layer, name) for name in _ARGUMENTS[dense_type]}
     return given | {"bias": layer.bias is not None}
 
 
@@ -390,10 +429,15 @@ def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     assert isinstance(layer, FactorizedLayer)
     start = f"{prefix}factors."
     shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
+    layer.decomposition_error = None
     with suppress(ValueError):
         sizes = layer.network.sizes_from(shapes)
         ranks = tuple(sizes[bond] for bond in layer.network.bonds)
         fixed = {index: size for index, size in layer.index_sizes.items() if index in layer.network.weight_indices}
         if ranks != layer.ranks and all(sizes[index] == size for index, size in fixed.items()):
             layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
-            warnings.warn(f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state", stacklevel=2)
+            warnings.warn(
+                f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state; "
+                "an optimizer made before holds the old factors: make it anew",
+                stacklevel=2,
+            )

@@ -5,12 +5,22 @@ Shapes: an unfolding is (m, n), and k = min(m, n).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import tensorly
 import torch
 from torch import Tensor
 
-__all__ = ["decomposing", "left_singular_vectors", "precise", "relative_error", "singular_values", "unfold"]
+__all__ = [
+    "decomposing",
+    "leading_subspace",
+    "left_singular_vectors",
+    "precise",
+    "relative_error",
+    "singular_values",
+    "tails",
+    "unfold",
+]
 
 
 def precise(weight: Tensor) -> Tensor:
@@ -60,8 +70,21 @@ def left_singular_vectors(matrix: Tensor) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).U
 
 
+def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
+    """(m, rank), the best first: by the Gram matrix of the short side, for where the small singular values do not count."""
+    m, n = matrix.shape
+    if n < m:
+        return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -rank:].flip(1)
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """||W - W~||_F / ||W||_F; 0 for a weight that is zero and stays so."""
     difference = torch.linalg.vector_norm(precise(weight) - precise(approximation))
     norm = torch.linalg.vector_norm(precise(weight))
     return float(difference / norm) if norm > 0 else float(difference)
+
+
+def tails(spectrum: Sequence[float]) -> list[float]:
+    """tails[r]: the sum of what rank r leaves out."""
+    return list(accumulate(reversed(spectrum), initial=0.0))[::-1]

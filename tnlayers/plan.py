@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
 
-__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "fewest_macs", "macs", "partitions"]
+__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "macs", "partitions"]
 
 Partition = tuple[tuple[str, ...], ...]
 PlanChoice = Literal["auto", "factors", "dense"] | Partition
@@ -143,21 +143,21 @@ def _cost(
     input_size: Sequence[int],
 ) -> _Cost:
     extent = dict(zip(axes, input_size, strict=True))
-    macs = values = merge_macs = launches = 0
+    compute = values = merge_macs = launches = 0
     for roles in _roles(network, partition):
         values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
         extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
         positions = batch * math.prod(extent.values())
         produced = size_of(roles.after, sizes)
         weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-        macs += positions * size_of(roles.carried, sizes) * weight
+        compute += positions * size_of(roles.carried, sizes) * weight
         values += positions * produced + weight
         merge_macs += roles.merge.macs(sizes)
         launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
         if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
             values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
             launches += 1
-    return _Cost(macs, values, merge_macs, launches)
+    return _Cost(compute, values, merge_macs, launches)
 
 
 def macs(
@@ -167,19 +167,13 @@ def macs(
     return _cost(network, sizes, partition, axes, 1, input_size).macs
 
 
-def fewest_macs(network: Network, sizes: Sizes, axes: Mapping[str, Axis], input_size: Sequence[int] = ()) -> Partition:
-    """The partition with the fewest multiply-accumulates per sample; of equals, the one with the most steps."""
-    return min(partitions(tuple(network.factors)), key=lambda groups: macs(network, sizes, groups, axes, input_size))
-
-
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second: the three constants of the cost model, and the batch it usually sees."""
+    """What a device does in a second: the three constants of the cost model."""
 
     macs: float
     values: float
     launch_seconds: float
-    batch: int = 32
 
     @staticmethod
     def of(device_type: str) -> "Machine":
@@ -195,12 +189,12 @@ def cheapest(
     axes: Mapping[str, Axis],
     machine: Machine,
     input_size: Sequence[int],
-    batch: int | None = None,
+    batch: int,
 ) -> Partition:
     """The partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
 
     def seconds(groups: Partition) -> float:
-        cost = _cost(network, sizes, groups, axes, batch or machine.batch, input_size)
+        cost = _cost(network, sizes, groups, axes, batch, input_size)
         compute = (cost.macs + cost.merge_macs) / machine.macs
         return compute + cost.values / machine.values + cost.launches * machine.launch_seconds
 

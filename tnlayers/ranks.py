@@ -4,10 +4,12 @@ A layer enters as a `Candidate`: two functions of its ranks, the error and the c
 """
 
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 __all__ = [
     "Candidate",
@@ -32,7 +34,7 @@ def _check_fraction(rule: object, value: float, upper: float) -> None:
 
 @dataclass(frozen=True)
 class ParamsKept:
-    """Keep this fraction of the parameters of all layers that the rule matches, shared out where they matter most."""
+    """Keep this fraction of the weights' parameters (not the biases) of all layers that the rule matches, shared out well."""
 
     fraction: float
 
@@ -40,7 +42,7 @@ class ParamsKept:
         _check_fraction(self, self.fraction, 1)
 
     def __str__(self) -> str:
-        return f"ParamsKept({self.fraction:g})"
+        return f"ParamsKept({self.fraction!r})"
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class MacsKept:
         _check_fraction(self, self.fraction, 1)
 
     def __str__(self) -> str:
-        return f"MacsKept({self.fraction:g})"
+        return f"MacsKept({self.fraction!r})"
 
 
 @dataclass(frozen=True)
 class RelativeError:
-    """In every layer the smallest ranks whose ||W - W~||_F / ||W||_F is guaranteed to be at most this."""
+    """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is sure to be at most this."""
 
     error: float
 
@@ -66,7 +68,7 @@ class RelativeError:
         _check_fraction(self, self.error, 1)
 
     def __str__(self) -> str:
-        return f"RelativeError({self.error:g})"
+        return f"RelativeError({self.error!r})"
 
 
 RankRule = ParamsKept | MacsKept | RelativeError
@@ -86,12 +88,16 @@ def check_rank(rank: object) -> int | Ranks | RankRule:
             f"rank {rank!r} is a bare float; say what it is a fraction of: ParamsKept({rank!r}), MacsKept({rank!r}) "
             f"or RelativeError({rank!r})"
         )
-    ranks = (rank,) if isinstance(rank, int) else tuple(rank) if isinstance(rank, (list, tuple)) else ()
-    if not ranks or any(isinstance(value, bool) or not isinstance(value, int) for value in ranks):
+    try:
+        given: tuple[Any, ...] = tuple(rank) if isinstance(rank, (list, tuple)) else (rank,)
+        ranks = tuple(operator.index(value) for value in given if not isinstance(value, bool))
+    except TypeError:
+        ranks = ()
+    if not ranks or len(ranks) < len(given):
         raise ValueError(f"rank {rank!r}: expected an int, a tuple of ints, ParamsKept, MacsKept or RelativeError")
     if min(ranks) < 1:
         raise ValueError(f"rank {rank!r}: every rank must be at least 1")
-    return rank if isinstance(rank, int) else ranks
+    return ranks if isinstance(rank, (list, tuple)) else ranks[0]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ _METHODS = {method.__name__: method for method in METHODS}
 
 @dataclass(frozen=True)
 class Rule:
-    """
+    """What to do with the layers of a name.
+
     Args:
         pattern: a layer's name as in `model.named_modules()`; `*`, `?` and `[...]` match as in file names, across dots.
         factorization: the method and its rank; None leaves the layer dense.
-        reason: why it stays dense; for reports.
+        reason: why; for reports.
     """
 
     pattern: str
@@ -42,11 +43,12 @@ class Rule:
             value = getattr(self.factorization, field.name)
             if field.default is MISSING or value != field.default:
                 plain[field.name] = str(value) if isinstance(value, RankRule) else _lists(value)
-        return plain
+        return plain | ({"reason": self.reason} if self.reason else {})
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> "Rule":
-        """
+        """The rule of a mapping.
+
         Raises:
             ValueError: an unknown method, key, rank or value; the message names it and what was expected.
         """
@@ -56,6 +58,10 @@ class Rule:
         missing = [key for key in ("pattern", "method") if key not in values]
         if missing:
             raise ValueError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")
+        if not isinstance(values["pattern"], str):
+            raise ValueError(
+                f"pattern {values['pattern']!r} is not a string; expected a layer's name, such as 'conv1' or 'layer*'"
+            )
         pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
         known = {"dense": None, **_METHODS}
         method = next((known[key] for key in known if key.lower() == name.lower()), MISSING)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tnlayers.geometry import Geometry
 from tnlayers.layers import FactorizedLayer
 from tnlayers.linalg import relative_error
-from tnlayers.plan import macs
 from tnlayers.rules import Rule
-from tnlayers.surgery import Example, to_dense
-from tnlayers.tracing import countable_layers, evaluating, layer_inputs
+from tnlayers.surgery import to_dense
+from tnlayers.tracing import Example, calls_of, countable_layers, evaluating, layer_inputs
 
 __all__ = ["LayerSummary", "Summary", "Totals", "summarize"]
 
@@ -158,12 +157,13 @@ def summarize(
     """
     inputs = layer_inputs(model, example_input)
     reasons = {rule.pattern: rule.reason for rule in rules if rule.reason}
+    batch = _batch(model, inputs, example_input)
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     layers = []
     for name, layer in countable_layers(model).items():
         original = reference.get_submodule(name) if reference else None
         note = reasons.get(name, "" if isinstance(layer, FactorizedLayer) else "no rule matches it")
-        layers.append(_layer(name, layer, inputs.get(name, []), original, note, measure=measure))
+        layers.append(_layer(name, layer, inputs.get(name, []), batch, original, note, measure=measure))
     dense_seconds = seconds = None
     if measure:
         dense = to_dense(copy.deepcopy(model))
@@ -178,23 +178,38 @@ def summarize(
         dense_seconds=dense_seconds,
         seconds=seconds,
     )
-    return Summary(tuple(layers), totals, args[0].shape[0], str(args[0].device))
+    return Summary(tuple(layers), totals, batch, str(args[0].device))
+
+
+def _batch(model: nn.Module, inputs: dict[str, list[Tensor]], example_input: Example) -> int:
+    """How many samples the example holds: 1 where the layers get inputs without a batch dimension."""
+    layers = countable_layers(model)
+    for name, calls in inputs.items():
+        positions = 2 if hasattr(layers[name], "kernel_size") else 0
+        if calls[0].dim() == 1 + positions:
+            return 1
+    return (example_input[0] if isinstance(example_input, tuple) else example_input).shape[0]
 
 
 def _layer(
-    name: str, layer: nn.Module, inputs: list[Tensor], original: nn.Module | None, note: str, *, measure: bool
+    name: str,
+    layer: nn.Module,
+    inputs: list[Tensor],
+    batch: int,
+    original: nn.Module | None,
+    note: str,
+    *,
+    measure: bool,
 ) -> LayerSummary:
     factorized = layer if isinstance(layer, FactorizedLayer) else None
     geometry = factorized.geometry if factorized else Geometry(layer)
     params = sum(parameter.numel() for parameter in layer.parameters())
-    dense_macs = layer_macs = 0
-    for x in inputs:
-        size = tuple(x.shape[-len(geometry.axes) :]) if geometry.axes else ()
-        # A linear works on every leading position of a sample.
-        calls = 1 if geometry.axes else x[0].numel() // x.shape[-1] if x.dim() > 1 else 1
-        dense_macs += calls * geometry.macs(size)
-        layer_macs += calls * (_macs(factorized, size) if factorized else geometry.macs(size))
-    error = factorized.decomposition_error if factorized else 0.0
+    calls = calls_of(geometry, inputs)
+    dense_macs = layer_macs = geometry.macs(calls) // batch
+    if factorized:
+        groups, sizes = factorized.plan.groups, factorized.index_sizes
+        layer_macs = geometry.network_macs(factorized.network, sizes, groups, calls) // batch
+    error = factorized.decomposition_error if factorized else None
     if original is not None and factorized:
         error = relative_error(original.weight, factorized.weight)  # type: ignore[arg-type]
     dense_seconds = seconds = None
@@ -212,15 +227,11 @@ def _layer(
         params=params,
         dense_macs=dense_macs,
         macs=layer_macs,
-        error=error if factorized else None,
+        error=error,
         dense_seconds=dense_seconds,
         seconds=seconds,
         note=note,
     )
-
-
-def _macs(layer: FactorizedLayer, size: tuple[int, ...]) -> int:
-    return macs(layer.network, layer.index_sizes, layer.plan.groups, layer.geometry.axes, size)
 
 
 def _medians(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:

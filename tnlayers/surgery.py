@@ -1,24 +1,25 @@
 """From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from tnlayers.budget import settle
 from tnlayers.factorizations import Factorization
-from tnlayers.geometry import Geometry, settle
+from tnlayers.geometry import Call, Geometry
 from tnlayers.layers import FactorizedLayer, Init, layer_type
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule
-from tnlayers.tracing import layer_inputs
+from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
 
 Model = TypeVar("Model", bound=nn.Module)
-Example = Tensor | tuple[Tensor, ...]
 
 
 def resolve(
@@ -46,46 +47,65 @@ def resolve(
     done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     taken = _assign(rules, dense, done)
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
+    calls = {name: calls_of(Geometry(dense[name]), inputs[name]) for name in dense if name in inputs}
     refused = {name: reason for name in dense if (reason := _refusal(model, name))}
     resolved: dict[str, Rule] = {}
     for rule, names in zip(rules, taken, strict=True):
-        method = rule.factorization
-        if method is None:
+        if rule.factorization is None:
             reason = rule.reason or f"the rule {rule.pattern!r} leaves it dense"
             resolved |= {name: Rule(name, None, reason) for name in names}
             continue
         resolved |= {name: Rule(name, None, refused[name]) for name in names if name in refused}
-        names = [name for name in names if name not in refused]
-        if isinstance(method.rank, MacsKept) and any(
-            name not in inputs and Geometry(dense[name]).axes for name in names
-        ):
-            raise ValueError(
-                f"rule {rule.pattern!r}: {method.rank} depends on the size of the pictures; give an example_input that reaches "
-                f"{next(name for name in names if name not in inputs)!r}"
-            )
-        sizes = [tuple(inputs[name][0].shape[2:]) if name in inputs else () for name in names]
-        explicit = (
-            settle(method, [dense[name] for name in names], input_sizes=sizes, flat=init == "random") if names else []
-        )
-        for name, choice in zip(names, explicit, strict=True):
-            if choice is None:
-                resolved[name] = Rule(
-                    name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
-                )
-            else:
-                resolved[name] = Rule(name, _planned(choice, dense[name], inputs.get(name)))
+        layers = {name: dense[name] for name in names if name not in refused}
+        resolved |= _settled(rule.pattern, rule.factorization, layers, calls, flat=init == "random")
     return [resolved[name] for name in dense if name in resolved]
+
+
+def _settled(
+    pattern: str, method: Factorization, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
+) -> dict[str, Rule]:
+    """The resolved rules of the layers that one rule takes."""
+    unseen = [name for name in layers if name not in calls]
+    if isinstance(method.rank, MacsKept) and unseen and (calls or any(Geometry(layers[name]).axes for name in unseen)):
+        raise ValueError(
+            f"rule {pattern!r}: {method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
+        )
+    used = None if unseen else [calls[name] for name in layers]
+    resolved = {}
+    for (name, layer), choice in zip(
+        layers.items(), settle(method, list(layers.values()), calls=used, flat=flat), strict=True
+    ):
+        if choice is None:
+            resolved[name] = Rule(
+                name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
+            )
+            continue
+        if isinstance(method.rank, (int, tuple)):
+            _warn_if_larger(name, choice, Geometry(layer))
+        resolved[name] = Rule(name, _planned(choice, layer, calls.get(name)))
+    return resolved
+
+
+def _warn_if_larger(name: str, choice: Factorization, geometry: Geometry) -> None:
+    assert isinstance(choice.rank, tuple)
+    params = geometry.network(choice).num_params(geometry.sizes(choice, choice.rank))
+    if params >= geometry.num_params:
+        warnings.warn(
+            f"{name}: {type(choice).__name__} of rank {choice.rank} has {params} parameters and the dense weight "
+            f"{geometry.num_params}; lower the rank or leave the layer dense",
+            stacklevel=5,
+        )
 
 
 def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
     """The names of the layers that each rule takes."""
     taken: list[list[str]] = [[] for _ in rules]
-    matched = [any(fnmatchcase(name, rule.pattern) for name in done) for rule in rules]
+    matched = [any(_fits(name, rule.pattern) for name in done) for rule in rules]
     for name, module in dense.items():
         fits = [
             place
             for place, rule in enumerate(rules)
-            if fnmatchcase(name, rule.pattern) and _replaces(rule.factorization, module)
+            if _fits(name, rule.pattern) and _replaces(rule.factorization, module)
         ]
         for place in fits:
             matched[place] = True
@@ -97,6 +117,10 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
     return taken
 
 
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # the first: names may hold what patterns give a meaning
+
+
 def _replaces(method: Factorization | None, module: nn.Module) -> bool:
     return method is None or method.replaces == type(module).__name__
 
@@ -104,7 +128,7 @@ def _replaces(method: Factorization | None, module: nn.Module) -> bool:
 def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
     kind = rule.factorization.replaces if rule.factorization else None
     names = [name for name, module in dense.items() if kind in (None, type(module).__name__)]
-    other = [name for name in dense if fnmatchcase(name, rule.pattern)]
+    other = [name for name in dense if _fits(name, rule.pattern)]
     if other:
         what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
         return f"pattern {rule.pattern!r} matches only {what} layers such as {other[0]!r}, and {method} replaces {kind}"
@@ -117,30 +141,27 @@ def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
 def _refusal(model: nn.Module, name: str) -> str:
     """Why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
     layer = model.get_submodule(name)
-    weight = layer.weight
-    tied = [key for key, other in model.named_parameters(remove_duplicate=False) if other is weight]
-    own = {
-        f"{alias}.weight".lstrip(".")
-        for alias, module in model.named_modules(remove_duplicate=False)
-        if module is layer
-    }
-    if set(tied) - own:
-        return f"its weight is tied to {sorted(set(tied) - own)[0]!r}"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    aliases = [alias for alias, module in model.named_modules(remove_duplicate=False) if module is layer]
+    own = {f"{alias}.{key}".lstrip(".") for alias in aliases for key, _ in layer.named_parameters()}
+    for parameter in layer.parameters():
+        holders = {key for key, other in model.named_parameters(remove_duplicate=False) if other is parameter}
+        if holders - own:
+            return f"it is tied to {sorted(holders - own)[0]!r}"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks):
         return "it has hooks, which a replacement would lose"
+    if next(layer.parameters()).is_complex():
+        return "its weight is complex"
     return ""
 
 
-def _planned(choice: Factorization, dense: nn.Module, inputs: list[Tensor] | None) -> Factorization:
+def _planned(choice: Factorization, dense: nn.Module, calls: Sequence[Call] | None) -> Factorization:
     """The choice with its plan made explicit for the input that the layer really gets."""
-    if choice.plan != "auto" or not inputs:
+    if choice.plan != "auto" or not calls:
         return choice
     assert isinstance(choice.rank, tuple)
-    example = inputs[0]
-    geometry = Geometry(dense)
-    batch = example.shape[0] if geometry.axes else example.shape[:-1].numel()
-    size = example.shape[2:] if geometry.axes else ()
-    return replace(choice, plan=geometry.fastest(choice, choice.rank, example.device.type, size, batch))
+    device = next(dense.parameters()).device.type
+    return replace(choice, plan=Geometry(dense).fastest(choice, choice.rank, device, calls))
 
 
 def tensorize(

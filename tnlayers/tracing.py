@@ -1,14 +1,19 @@
 """What reaches each layer when a model runs."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from tnlayers.geometry import Call, Geometry
 from tnlayers.layers import FactorizedLayer
 
-__all__ = ["countable_layers", "evaluating", "layer_inputs"]
+__all__ = ["Example", "calls_of", "countable_layers", "evaluating", "layer_inputs"]
+
+Example = Tensor | tuple[Tensor, ...]
 
 
 @contextmanager
@@ -21,6 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, mode in training.items():
+            if isinstance(module, FactorizedLayer):
+                module.train(mode)  # it also drops the weights that it merged
             module.training = mode
 
 
@@ -33,15 +40,15 @@ def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def layer_inputs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> dict[str, list[Tensor]]:
-    """The inputs of each call of each countable layer, in one pass in evaluation mode; a layer that is not called is absent."""
+def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Tensor]]:
+    """The inputs of each call of each countable layer, in one pass in evaluation mode; absent if it is not called."""
     seen: dict[str, list[Tensor]] = {}
 
-    def record(name: str) -> nn.modules.module.RemovableHandle:  # type: ignore[name-defined]
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(inputs[0].detach())
+    def record(name: str) -> RemovableHandle:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            seen.setdefault(name, []).append((*args, *kwargs.values())[0].detach())
 
-        return layers[name].register_forward_pre_hook(hook)
+        return layers[name].register_forward_pre_hook(hook, with_kwargs=True)
 
     layers = countable_layers(model)
     handles = [record(name) for name in layers]
@@ -52,3 +59,11 @@ def layer_inputs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -
         for handle in handles:
             handle.remove()
     return seen
+
+
+def calls_of(geometry: Geometry, inputs: Sequence[Tensor]) -> list[Call]:
+    """How a layer was called with these inputs."""
+    positions = len(geometry.axes)
+    sizes = [tuple(x.shape[-positions:]) if positions else () for x in inputs]
+    channels = geometry.in_channels
+    return [Call(x.numel() // (channels * math.prod(size)), size) for x, size in zip(inputs, sizes, strict=True)]

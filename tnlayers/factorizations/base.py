@@ -8,13 +8,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, singular_values, unfold
+from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, singular_values, tails, unfold
 from tnlayers.network import Network, size_of
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
@@ -44,8 +43,10 @@ class Factorization(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", check_rank(self.rank))
-        if isinstance(self.plan, list):
+        if isinstance(self.plan, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in self.plan):
             object.__setattr__(self, "plan", tuple(tuple(group) for group in self.plan))
+        elif self.plan not in ("auto", "factors", "dense"):
+            raise ValueError(f"plan {self.plan!r}: expected 'auto', 'factors', 'dense' or groups of factor names")
 
     @abstractmethod
     def network(self, weight_shape: tuple[int, ...]) -> Network:
@@ -119,14 +120,14 @@ class Factorization(ABC):
         for axis in range(energy.dim()):
             kept = kept.cumsum(axis)
         kept_list: Any = kept.tolist()
-        discarded = {place: _tails(values) for place, values in spectra.items()}
+        discarded = {place: tails(values) for place, values in spectra.items()}
         outer = [place for place in range(len(network.bonds)) if place not in spectra]
 
         def error(ranks: Ranks) -> float:
             entry = kept_list
             for place in outer:
                 entry = entry[ranks[place] - 1]
-            lost = total - entry + sum(tails[ranks[place]] for place, tails in discarded.items())
+            lost = total - entry + sum(lost_by[ranks[place]] for place, lost_by in discarded.items())
             return max(lost, 0.0) / total if total > 0 else 0.0
 
         return error
@@ -180,8 +181,3 @@ def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[
         axes_left = [*(axes_left[axis] for axis in rest), -1 - place]
     ends = [axes_left.index(-1 - place) for place, (_, disjoint) in enumerate(sides) if disjoint]
     return unfold(rotated.square(), ends).sum(dim=1).reshape([rotated.shape[axis] for axis in ends]), spectra
-
-
-def _tails(spectrum: Sequence[float]) -> list[float]:
-    """tails[r]: the sum of what rank r leaves out."""
-    return list(accumulate(reversed(spectrum), initial=0.0))[::-1]

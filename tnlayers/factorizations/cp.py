@@ -11,7 +11,6 @@ an exact CP of rank h w min(o, i), and ALS from there can only improve.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -20,14 +19,15 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tnlayers.factorizations.base import Factorization
-from tnlayers.linalg import decomposing, relative_error, unfold
+from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, tails, unfold
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
 __all__ = ["CP"]
 
 _NETWORK = Network({"input": "i r", "height": "h r", "width": "w r", "output": "o r"}, weight="o i h w")
-_SWEEPS = 50
+_SWEEPS = 25
+_RIDGE = 1e-8  # keeps the normal equations solvable when terms become parallel
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CP(Factorization):
         """What the orthogonal terms that are left out weigh: the error that ALS starts from."""
         with decomposing():
             spectrum = torch.linalg.svdvals(_slices(weight)[0]).square().flatten().sort(descending=True).values.tolist()
-        discarded = list(accumulate(reversed(spectrum), initial=0.0))[::-1]
+        discarded = tails(spectrum)
         return lambda ranks: discarded[ranks[0]] / discarded[0] if discarded[0] > 0 else 0.0
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
@@ -66,13 +66,13 @@ class CP(Factorization):
 
 def _slices(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The (h, w, o, i) slices in the singular bases of height and width, and those bases."""
-    height = torch.linalg.svd(unfold(weight, [2]), full_matrices=False).U
-    width = torch.linalg.svd(unfold(weight, [3]), full_matrices=False).U
-    return torch.einsum("oihw,hp,wq->pqoi", weight, _square(height), _square(width)), _square(height), _square(width)
+    height, width = _basis(weight, 2), _basis(weight, 3)
+    return torch.einsum("oihw,hp,wq->pqoi", weight, height, width), height, width
 
 
-def _square(basis: Tensor) -> Tensor:
-    """An orthonormal basis of the whole mode, also where the unfolding has fewer columns than rows."""
+def _basis(weight: Tensor, axis: int) -> Tensor:
+    """The singular basis of a mode, completed where the unfolding has fewer columns than rows."""
+    basis = left_singular_vectors(unfold(weight, [axis]))
     return basis if basis.shape[1] == basis.shape[0] else torch.linalg.qr(basis, mode="complete").Q
 
 
@@ -86,16 +86,23 @@ def _orthogonal_terms(weight: Tensor, rank: int) -> CPTensor:
 
 
 def _fit(weight: Tensor, start: CPTensor) -> CPTensor:
-    """ALS on the kernel compressed to the channel subspaces that the rank can use (Tucker first: the core is smaller)."""
-    rank = start.rank
-    output = torch.linalg.svd(unfold(weight, [0]), full_matrices=False).U[:, :rank]
-    inputs = torch.linalg.svd(unfold(weight, [1]), full_matrices=False).U[:, :rank]
-    core = torch.einsum("oihw,or,is->rshw", weight, output, inputs)
-    factors = [output.mT @ start.factors[0], inputs.mT @ start.factors[1], *start.factors[2:]]
+    """ALS on the kernel compressed to the channel subspaces that the rank can use (Tucker first: the core is smaller).
+
+    The core is fitted at norm 1, so that the ridge means the same for every weight.
+    """
+    rank, norm = start.rank, torch.linalg.vector_norm(weight)
+    output = left_singular_vectors(unfold(weight, [0]))[:, :rank]
+    inputs = left_singular_vectors(unfold(weight, [1]))[:, :rank]
+    core = torch.einsum("oihw,or,is->rshw", weight / norm, output, inputs)
+    factors = [output.mT @ start.factors[0] / norm, inputs.mT @ start.factors[1], *start.factors[2:]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorLy warns of its own solver's fallbacks; the caller compares the errors
-        fitted = parafac(core, rank, init=CPTensor((start.weights, factors)), n_iter_max=_SWEEPS, tol=1e-6, l2_reg=1e-8)
-    return CPTensor((fitted.weights, [output @ fitted.factors[0], inputs @ fitted.factors[1], *fitted.factors[2:]]))
+        fitted = parafac(
+            core, rank, init=CPTensor((start.weights, factors)), n_iter_max=_SWEEPS, tol=1e-5, l2_reg=_RIDGE
+        )
+    return CPTensor(
+        (fitted.weights, [norm * output @ fitted.factors[0], inputs @ fitted.factors[1], *fitted.factors[2:]])
+    )
 
 
 def _balanced(terms: CPTensor) -> dict[str, Tensor]:

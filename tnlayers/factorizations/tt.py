@@ -6,6 +6,7 @@ algorithm 1.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from tensorly.decomposition import tensor_train
@@ -41,6 +42,8 @@ class TT(Factorization):
         super().__post_init__()
         for name in ("in_shape", "out_shape"):
             if (shape := getattr(self, name)) is not None:
+                if not isinstance(shape, (list, tuple)) or not all(type(mode) is int and mode > 0 for mode in shape):
+                    raise ValueError(f"{name} {shape!r}: expected a tuple of positive ints, such as (4, 8, 4)")
                 object.__setattr__(self, name, tuple(shape))
 
     def _shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -52,7 +55,7 @@ class TT(Factorization):
             for shape, features in zip((self.out_shape, self.in_shape), weight_shape, strict=True)
         )
         for name, shape, features in zip(("out_shape", "in_shape"), (out_shape, in_shape), weight_shape, strict=True):
-            if math.prod(shape) != features or min(shape) < 1:
+            if math.prod(shape) != features:
                 raise ValueError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {features} features")
         if len(out_shape) != len(in_shape) or len(in_shape) < 2:
             raise ValueError(
@@ -61,11 +64,7 @@ class TT(Factorization):
         return out_shape, in_shape
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        modes = range(1, len(self._shapes(weight_shape)[0]) + 1)
-        bonds = ["", *(f"r{n}" for n in modes[:-1]), ""]
-        cores = {f"core{n}": f"{bonds[n - 1]} i{n} o{n} {bonds[n]}".strip() for n in modes}
-        fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
-        return Network(cores, weight=f"({fused[0]}) ({fused[1]})")
+        return _network(len(self._shapes(weight_shape)[0]))
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
         out_shape, in_shape = self._shapes(weight_shape)
@@ -87,6 +86,16 @@ class TT(Factorization):
         return {f"core{n}": core for n, core in enumerate(shaped, 1)}
 
 
+@lru_cache
+def _network(count: int) -> Network:
+    modes = range(1, count + 1)
+    bonds = ["", *(f"r{n}" for n in modes[:-1]), ""]
+    cores = {f"core{n}": f"{bonds[n - 1]} i{n} o{n} {bonds[n]}".strip() for n in modes}
+    fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
+    return Network(cores, weight=f"({fused[0]}) ({fused[1]})")
+
+
+@lru_cache
 def balanced_shape(features: int, count: int) -> tuple[int, ...]:
     """`count` factors of `features`, as even as its primes allow, ascending: 784 in 3 gives (7, 8, 14)."""
     primes, rest = [], features

@@ -1,0 +1,389 @@
+"""The command line: help, one line for every mistake, and the jobs from a dense checkpoint to predictions."""
+
+import csv
+import json
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_modules.cli import main
+from lightning_modules.data import Digits
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report"]
+DIGITS = ["-c", str(CONFIGS / "data/digits.yaml")]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+def tnlayers(*arguments: str | Path) -> int:
+    """Runs the command in this process as its own would; the seeds that Lightning leaves in the environment go again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tnlayers", *map(str, arguments)])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        return main()
+
+
+def output_to(folder: Path) -> list[str]:
+    """Options that keep what a command writes inside of `folder`."""
+    written = ["--trainer.default_root_dir", str(folder), "--trainer.logger.init_args.save_dir", str(folder)]
+    return ["-c", str(CONFIGS / "logger/csv.yaml"), *written, *QUIET]
+
+
+def metric(folder: Path, name: str) -> float:
+    """The last value of a metric that the CSVLogger wrote somewhere in the folder."""
+    (path,) = folder.rglob("metrics.csv")
+    with open(path, newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]][-1]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+# ---- help
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tnlayers("--help") == 0
+    listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        tnlayers(command, "--help")
+    assert exit_.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+# ---- mistakes
+
+# (name, arguments, what the message must hold). `@` stands for the folder that `files` makes.
+SMALL = ["--trainer.logger", "false", "--trainer.default_root_dir", "@", *QUIET]
+VALIDATE = ["validate", *DIGITS, *SMALL]
+COMPRESS = ["compress", *DIGITS, *SMALL, "--out", "@out"]
+FOLDERS = ["test", "-c", str(CONFIGS / "data/folders.yaml"), *SMALL]
+CASES: list[tuple[str, list[str], list[str]]] = [
+    ("command", ["fitt"], ["'fitt'", "did you mean 'fit'"]),
+    ("strange command", ["xyzzy"], ["'xyzzy'", *COMMANDS]),
+    ("option", [*VALIDATE, "--modle.net", "cnn4"], ["--modle.net"]),
+    ("abbreviated option", ["fit", *DIGITS, *SMALL, "--trainer.max_epoch", "3"], ["--trainer.max_epoch "]),
+    ("option's type", ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "three"], ["trainer.max_epochs", "int", "three"]),
+    ("option of report", ["report", "@dense.ckpt", "--dens", "x"], ["--dens"]),
+    ("batch of report", ["report", "@dense.ckpt", "--batch", "0"], ["batch 0", "at least 1"]),
+    ("accelerator", [*VALIDATE, "--trainer.accelerator", "abacus"], ["abacus"]),
+    ("net", [*VALIDATE, "--model.net", "resnet21"], ["'resnet21'", "did you mean", "resnet20", "cnn4"]),
+    ("net's option", [*VALIDATE, "--model.net_options", "{hiden: 3}"], ["hiden", "hidden, widths"]),
+    ("distill_weight", [*VALIDATE, "--model.distill_weight", "2"], ["distill_weight 2", "from 0 to 1"]),
+    ("architecture", [*COMPRESS, "--model.net", "resnet20", "--checkpoint", "@dense.ckpt"],
+     ["@dense.ckpt", "layer1.0.conv1.weight", "net.conv2.weight", "another architecture"]),
+    ("foreign weights", [*COMPRESS, "--checkpoint", "@other.ckpt"], ["@other.ckpt", "conv1.weight", "another arch"]),
+    ("torn early", [*COMPRESS, "--checkpoint", "@torn_early.ckpt"], ["@torn_early.ckpt", "truncated", "again"]),
+    ("torn late", [*COMPRESS, "--checkpoint", "@torn_late.ckpt"], ["@torn_late.ckpt", "truncated", "again"]),
+    ("text", [*COMPRESS, "--checkpoint", "@text.ckpt"], ["@text.ckpt", "not a checkpoint"]),
+    ("empty", [*COMPRESS, "--checkpoint", "@empty.ckpt"], ["@empty.ckpt", "not a checkpoint"]),
+    ("no tensors", [*COMPRESS, "--checkpoint", "@list.ckpt"], ["@list.ckpt", "list", "state dict"]),
+    ("no checkpoint", [*COMPRESS, "--checkpoint", "@none.ckpt"], ["no checkpoint at @none.ckpt", ".safetensors"]),
+    ("no teacher", ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "1", "--model.teacher", "@none.ckpt"],
+     ["no checkpoint at @none.ckpt"]),
+    ("used out", ["compress", *DIGITS, *SMALL, "--checkpoint", "@dense.ckpt", "--out", "@pictures"],
+     ["@pictures", "already holds", "--out"]),
+    ("no data", [*FOLDERS, "--data.root", "@none"], ["@none/train", "--data.root", "train/ and test/"]),
+    ("no classes", [*FOLDERS, "--data.root", "@classless"], ["@classless/train", "one per class"]),
+    ("broken picture", [*FOLDERS, "--data.root", "@pictures"], ["@pictures/test/b/1.png", "replace it or delete it"]),
+    ("no config", ["fit", "-c", "@none.yaml"], ["@none.yaml"]),
+    ("broken YAML", ["fit", "-c", "@broken.yaml"], ["@broken.yaml", "line 1"]),
+    ("foreign ckpt_path", [*VALIDATE, "--ckpt_path", "@other.ckpt"], ["@other.ckpt", "--model.init_from"]),
+    ("bare ckpt_path", [*VALIDATE, "--ckpt_path", "@bare.ckpt"], ["@bare.ckpt", "--model.init_from"]),
+    ("no ckpt_path", [*VALIDATE, "--ckpt_path", "@none.ckpt"], ["no checkpoint at @none.ckpt"]),
+    ("another net's ckpt_path", [*VALIDATE, "--model.net", "resnet20", "--ckpt_path", "@dense.ckpt"],
+     ["@dense.ckpt", "conv2.weight"]),
+    ("foreign report", ["report", "@other.ckpt"], ["@other.ckpt", "tnlayers fit or compress"]),
+    ("foreign dense", ["report", "@dense.ckpt", "--dense", "@other.ckpt"], ["@other.ckpt", "another architecture"]),
+]  # fmt: skip
+# The ways in which a checkpoint can reach a command.
+READERS = {
+    "report": ["report"],
+    "--checkpoint": [*COMPRESS, "--checkpoint"],
+    "--ckpt_path": [*VALIDATE, "--ckpt_path"],
+    "--model.init_from": [*VALIDATE, "--model.init_from"],
+}
+CASES += [
+    (f"{name} by {reader}", [*arguments, f"@{file}"], [f"@{file}", *words])
+    for reader, arguments in READERS.items()
+    for name, file, words in (
+        ("code", "code.ckpt", ["refused", "could run code"]),
+        ("pickled code", "code.pkl", ["refused", "could run code"]),
+        ("version 99", "version99.ckpt", ["version 99", "reads 1", "update tnlayers"]),
+        ("no layers", "no_layers.ckpt", []),
+        ("unknown method", "unknown_method.ckpt", ["'Tuckr'", "expected one of", "Tucker"]),
+        ("unknown layer", "unknown_layer.ckpt", ["'conv9'", "matches no layer"]),
+    )
+]
+# A rule, and what the message about it must hold.
+RULES: list[tuple[str, list[str]]] = [
+    ("{pattern: conv*, method: Tuckr, rank: 2}", ["rules[0]", "'conv*'", "'Tuckr'", "did you mean 'Tucker'"]),
+    ("{pattern: conv*, method: Tucker, rnak: 2}", ["rules[0]", "'rnak'", "did you mean 'rank'"]),
+    ("{pattern: conv*, rank: 2}", ["rules[0]", "has no 'method'"]),
+    ("{pattern: conv*, method: Tucker}", ["rules[0]", "needs a 'rank'", "MacsKept(0.5)"]),
+    ("{pattern: conv*, method: Tucker, rank: 0}", ["rules[0]", "rank 0", "at least 1"]),
+    ("{pattern: conv*, method: Tucker, rank: -1}", ["rules[0]", "rank -1", "at least 1"]),
+    ("{pattern: conv*, method: Tucker, rank: 0.5}",
+     ["rules[0]", "bare float", "ParamsKept(0.5)", "MacsKept(0.5)", "RelativeError(0.5)"]),
+    ("{pattern: conv*, method: Tucker, rank: two}", ["rules[0]", "'two'", "an int", "MacsKept(0.5)"]),
+    ("{pattern: conv*, method: Tucker, rank: MacsKept(2)}", ["rules[0]", "MacsKept(2.0)", "above 0 and at most 1"]),
+    ("{pattern: conv*, method: Tucker, rank: MacsKept(x)}", ["rules[0]", "'x' is not a number"]),
+    ("{pattern: conv*, method: Tucker, rank: MacKept(0.5)}", ["rules[0]", "'MacKept(0.5)'", "MacsKept"]),
+    ("{pattern: conv*, method: Tucker, rank: MacsKept(0.0001)}", ["0.0001", "cannot be reached", "ask for more"]),
+    ("{pattern: conv*, method: Tucker, rank: [2, 2, 2]}", ["(2, 2, 2)", "3 entries", "takes 2"]),
+    ("{pattern: conv*, method: Tucker, rank: 2, plan: fastest}", ["'fastest'", "'auto', 'factors', 'dense'"]),
+    ("{pattern: cnov2, method: Tucker, rank: 2}", ["'cnov2'", "matches no layer", "near misses", "'conv2'"]),
+    ("{pattern: fc*, method: Tucker, rank: 2}", ["'fc*'", "Linear", "'fc1'", "Tucker replaces Conv2d"]),
+    ("{pattern: conv*, method: TT, rank: 2}", ["'conv*'", "Conv2d", "TT replaces Linear"]),
+    ("{pattern: fc1, method: TT, rank: 2, in_shape: [3, 3], out_shape: [8, 16]}", ["(3, 3)", "expected 512"]),
+]  # fmt: skip
+
+
+class Intruder:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cnn4 that the command has trained on the digits for two epochs."""
+    folder = tmp_path_factory.mktemp("dense")
+    assert tnlayers("fit", *DIGITS, *output_to(folder), "--trainer.max_epochs", "2") == 0
+    (path,) = folder.rglob("last.ckpt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of everything that could be given by mistake."""
+    folder = tmp_path_factory.mktemp("files")
+    content = dense.read_bytes()
+    (folder / "dense.ckpt").write_bytes(content)
+    (folder / "torn_early.ckpt").write_bytes(content[:5000])
+    (folder / "torn_late.ckpt").write_bytes(content[: len(content) // 2])
+    (folder / "text.ckpt").write_text("not a checkpoint")
+    (folder / "empty.ckpt").write_bytes(b"")
+    (folder / "code.pkl").write_bytes(pickle.dumps({"state_dict": Intruder(folder / "intruder")}))
+    (folder / "broken.yaml").write_text("model: [\n")
+    ours = torch.load(dense, weights_only=True)
+    conv = {"method": "Tucker", "rank": [2, 2]}
+    checkpoints = {
+        "code": {"state_dict": Intruder(folder / "intruder")},
+        "list": [1],
+        "other": {"weight": torch.zeros(2, 2)},
+        "bare": {"state_dict": ours["state_dict"]},
+        "version99": {**ours, "tensorization": {"version": 99, "layers": []}},
+        "no_layers": {**ours, "tensorization": {"version": 1}},
+        "unknown_method": {
+            **ours,
+            "tensorization": {"version": 1, "layers": [{"pattern": "conv2", **conv, "method": "Tuckr"}]},
+        },
+        "unknown_layer": {**ours, "tensorization": {"version": 1, "layers": [{"pattern": "conv9", **conv}]}},
+    }
+    for name, checkpoint in checkpoints.items():
+        torch.save(checkpoint, folder / f"{name}.ckpt")
+    for part in ("train", "test"):
+        (folder / "classless" / part).mkdir(parents=True)
+        for place in ("a/0", "a/1", "b/0", "b/1"):
+            path = folder / "pictures" / part / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    (folder / "pictures/test/b/1.png").write_text("no picture")
+    return folder
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which a command ends; no warning of ours or of a library's beside it."""
+    capsys.readouterr()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        warnings.simplefilter("ignore", DeprecationWarning)  # a process does not show them
+        assert tnlayers(*arguments) == 2
+    assert [str(warning.message) for warning in said] == []
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("tnlayers: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_mistakes_are_one_line(
+    arguments: list[str], words: list[str], files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal([re.sub("^@", f"{files}/", argument) for argument in arguments], capsys)
+    for word in words:
+        assert word.replace("@", f"{files}/") in message
+    assert not (files / "intruder").exists()
+
+
+@pytest.mark.parametrize(("rule", "words"), RULES, ids=[rule for rule, _ in RULES])
+def test_wrong_rules_are_one_line(
+    rule: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "rules.yaml"
+    config.write_text(f"model:\n  rules:\n  - {rule}\n")
+    arguments = [argument.replace("@", str(tmp_path)) for argument in VALIDATE]
+    message = refusal([*arguments, "-c", str(config)], capsys)
+    for word in words:
+        assert word in message
+
+
+def test_a_real_process_says_it_once(tmp_path: Path) -> None:
+    rules = "[{pattern: cnov2, method: Tucker, rank: 2}]"
+    command = [str(Path(sys.executable).with_name("tnlayers")), *VALIDATE, "--model.rules", rules]
+    done = subprocess.run(
+        [argument.replace("@", str(tmp_path)) for argument in command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if "TPU" not in line and "GPU" not in line and "Seed" not in line]
+    assert len(ours) == 1
+    assert ours[0].startswith("tnlayers: error: pattern 'cnov2' matches no layer")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("lightning_modules.classifier.build_net", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        tnlayers(*(argument.replace("@", str(tmp_path)) for argument in VALIDATE))
+
+
+# ---- from a dense checkpoint to predictions
+
+
+@pytest.fixture(scope="module")
+def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `compress` makes of the dense checkpoint: Tucker convolutions and a tensor train."""
+    folder = tmp_path_factory.mktemp("compressed")
+    rules = ["-c", CONFIGS / "rules/tt.yaml"]
+    assert (
+        tnlayers("compress", *DIGITS, *rules, *output_to(folder), "--checkpoint", dense, "--out", folder / "out") == 0
+    )
+    return folder / "out"
+
+
+def test_compress_writes_everything(compressed: Path) -> None:
+    found = {path.name for path in compressed.iterdir() if path.is_file()}
+    assert found == {"model.ckpt", "config.yaml", "report.md", "report.json", "layers.png", "accuracy.png"}
+    report = json.loads((compressed / "report.json").read_text())
+    assert set(report["accuracy"]) == {"dense", "right after"}
+    assert report["totals"]["params"] < 0.5 * report["totals"]["dense_params"]
+    assert all(0 < layer["error"] < 1 for layer in report["layers"] if layer["rank"])
+
+
+def test_compressed_config_has_integer_ranks(compressed: Path, dense: Path) -> None:
+    model = yaml.safe_load((compressed / "config.yaml").read_text())["model"]
+    assert model["init_from"] == str(compressed / "model.ckpt")
+    assert model["teacher"] == str(dense)
+    ranks = {rule["pattern"]: rule["rank"] for rule in model["rules"] if rule["method"] != "dense"}
+    assert {"conv3", "conv4", "fc1"} <= ranks.keys()
+    assert all(isinstance(rank, int) for each in ranks.values() for rank in each)
+
+
+def test_fit_starts_from_the_compressed_net(compressed: Path, tmp_path: Path) -> None:
+    # At a learning rate of zero the parameters stay what they were.
+    config = ["-c", str(compressed / "config.yaml"), "--model.optimizer.init_args.lr", "0"]
+    assert tnlayers("fit", *config, *output_to(tmp_path), "--trainer.max_epochs", "1") == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    before, after = weights(compressed / "model.ckpt"), weights(last)
+    assert before.keys() == after.keys()
+    kept = [key for key in before if "running" not in key and "num_batches" not in key]
+    assert "net.conv3.factors.core" in kept
+    torch.testing.assert_close({key: after[key] for key in kept}, {key: before[key] for key in kept}, rtol=0, atol=0)
+
+
+def test_retrain_test_and_predict(compressed: Path, tmp_path: Path) -> None:
+    config = ["-c", str(compressed / "config.yaml")]
+    assert tnlayers("fit", *config, *output_to(tmp_path / "fit"), "--trainer.max_epochs", "1") == 0
+    (last,) = (tmp_path / "fit").rglob("last.ckpt")
+    resume = ["--ckpt_path", str(last)]
+    assert tnlayers("test", *config, *output_to(tmp_path / "test"), *resume) == 0
+    assert tnlayers("predict", *config, *output_to(tmp_path / "predict"), *resume) == 0
+    (predictions,) = (tmp_path / "predict").rglob("predictions.csv")
+    with open(predictions, newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = Digits()
+    labels = [data.class_names[label] for label in data.load("test").labels]
+    assert [int(row["picture"]) for row in rows] == list(range(len(labels)))
+    assert {row["class"] for row in rows} <= set(data.class_names)
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)
+    right = sum(row["class"] == label for row, label in zip(rows, labels, strict=True)) / len(labels)
+    assert right == pytest.approx(metric(tmp_path / "test", "test/accuracy"), abs=1e-6)
+    dense_accuracy = json.loads((compressed / "report.json").read_text())["accuracy"]["dense"]
+    assert right > dense_accuracy - 0.05
+
+
+def test_report_prints_the_table(
+    compressed: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    assert tnlayers("report", str(compressed / "model.ckpt"), "--dense", str(dense), "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("conv1", "conv4", "fc2", "whole model", "Tucker", "TT"))
+    there, then = (json.loads((folder / "report.json").read_text()) for folder in (out, compressed))
+    figures = ("name", "method", "rank", "params", "macs")
+    assert [[layer[key] for key in figures] for layer in there["layers"]] == [
+        [layer[key] for key in figures] for layer in then["layers"]
+    ]
+    errors = [[layer["error"] for layer in report["layers"] if layer["rank"]] for report in (there, then)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_compress_with_the_default_logger(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-c", str(CONFIGS / "rules/tucker.yaml"), "--checkpoint", str(dense), "--out", "out"]
+    assert tnlayers("compress", *DIGITS, *arguments, *QUIET) == 0
+    assert (tmp_path / "out/logs/metrics.csv").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_compress_of_the_digits_experiment_keeps_the_weights(dense: Path, tmp_path: Path) -> None:
+    """The experiment trains its factors from scratch; to compress is to keep what was learnt all the same."""
+    experiment = ["-c", str(CONFIGS / "experiment/digits.yaml")]
+    arguments = [*experiment, *output_to(tmp_path), "--checkpoint", str(dense), "--out", str(tmp_path / "out")]
+    assert tnlayers("compress", *arguments) == 0
+    layers = json.loads((tmp_path / "out/report.json").read_text())["layers"]
+    assert all(layer["error"] < 1 for layer in layers if layer["rank"])
+
+
+def test_compress_again_after_a_wrong_rule(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was refused leaves nothing behind that a corrected command would stumble on."""
+    out = tmp_path / "out"
+    arguments = ["compress", *DIGITS, *output_to(tmp_path / "logs"), "--checkpoint", str(dense), "--out", str(out)]
+    refusal([*arguments, "--model.rules", "[{pattern: cnov2, method: Tucker, rank: 4}]"], capsys)
+    assert tnlayers(*arguments, "--model.rules", "[{pattern: conv2, method: Tucker, rank: 4}]") == 0
+    assert (out / "model.ckpt").is_file()
+
+
+@pytest.mark.data
+def test_published_resnet20(resnet20_checkpoint: Path, cifar10_png: Path, tmp_path: Path) -> None:
+    experiment = ["-c", str(CONFIGS / "experiment/cifar10_resnet20_tucker.yaml"), "--data.root", str(cifar10_png)]
+    published = ["--model.rules", "[]", "--model.init_from", str(resnet20_checkpoint)]
+    assert tnlayers("test", *experiment, *published, *output_to(tmp_path)) == 0
+    assert 931 <= round(metric(tmp_path, "test/accuracy") * 1017) <= 933

@@ -1,0 +1,58 @@
+"""Every YAML file under configs/ parses, and every rule in one finds its layers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cli import CONFIGS, tnlayers
+
+from lightning_modules.classifier import ImageClassifier
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+# The nets that a rules file alone is meant for.
+CNN4, RESNET20 = ("cnn4", (1, 8, 8)), ("resnet20", (3, 32, 32))
+RESOLVED = [
+    ("experiment/digits.yaml", *CNN4),
+    ("experiment/cifar10_resnet20_tucker.yaml", *RESNET20),
+    *((f"rules/{name}.yaml", *CNN4) for name in ("dense", "tucker", "cp", "mps", "tt")),
+    *((f"rules/{name}.yaml", *RESNET20) for name in ("dense", "tucker", "mps")),
+]
+
+
+def content(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def is_part(part: Any, whole: Any) -> bool:
+    """Whether every value of a file is in the configuration that was parsed from it."""
+    if isinstance(part, dict):
+        return all(key in whole and is_part(value, whole[key]) for key, value in part.items())
+    return part == whole or str(whole).endswith(f".{part}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(CONFIGS)) for path in FILES])
+def test_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = CONFIGS / "data/digits.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        tnlayers("fit", "-c", digits, "-c", path, "--print_config")
+    assert exit_.value.code == 0
+    assert is_part(content(path), yaml.safe_load(capsys.readouterr().out))
+
+
+def test_every_file_with_rules_is_a_case() -> None:
+    with_rules = {str(path.relative_to(CONFIGS)) for path in FILES if "rules" in content(path).get("model", {})}
+    assert with_rules == {name for name, *_ in RESOLVED}
+
+
+@pytest.mark.parametrize(("name", "net", "input_shape"), RESOLVED, ids=[f"{case[0]}-{case[1]}" for case in RESOLVED])
+def test_rules_resolve(name: str, net: str, input_shape: tuple[int, int, int]) -> None:
+    options = content(CONFIGS / name)["model"]
+    assert options.get("net", net) == net
+    model = ImageClassifier(**{"net": net, "input_shape": input_shape, **options})
+    resolved = model.tensorize()
+    methods = {rule["method"] for rule in options["rules"]} - {"dense"}
+    assert {type(rule.factorization).__name__ for rule in resolved if rule.factorization} == methods
+    num_dense = sum(parameter.numel() for parameter in model._build().parameters())
+    num_ours = sum(parameter.numel() for parameter in model.net.parameters())
+    assert (num_ours < num_dense) == bool(methods)

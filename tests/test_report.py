@@ -1,0 +1,125 @@
+"""The report: files that agree with the summary, plots with a bar for each layer, a folder that must be new."""
+
+import json
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from lightning_modules.nets import build_net
+from lightning_modules.plots import plot_accuracy, plot_layers
+from lightning_modules.report import Report, new_folder
+from tnlayers import Summary, rules_from_plain, summarize, tensorize
+
+RULES = [
+    {"pattern": "conv1", "method": "dense", "reason": "it is small"},
+    {"pattern": "conv*", "method": "Tucker", "rank": 8},
+    {"pattern": "fc1", "method": "TT", "rank": 4},
+]
+LAYERS = ["conv1", "conv2", "conv3", "conv4", "fc1", "fc2"]
+STAGES = {"dense": 0.99, "right after": 0.5, "retrained": 0.98}
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    net = build_net("cnn4", num_classes=10, input_shape=(1, 8, 8))
+    rules = rules_from_plain(RULES)
+    return summarize(tensorize(net, rules), torch.zeros(4, 1, 8, 8), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("stages", "plots"), [(0, ["layers.png"]), (1, ["layers.png"]), (3, ["accuracy.png", "layers.png"])]
+)
+def test_write(stages: int, plots: list[str], summary: Summary, tmp_path: Path) -> None:
+    accuracy = dict(list(STAGES.items())[:stages])
+    Report("cnn4", summary, accuracy, ("a note",)).write(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted([*plots, "report.json", "report.md"])
+    for name in plots:
+        with Image.open(tmp_path / "new" / name) as picture:
+            picture.load()
+            assert min(picture.size) > 200
+
+
+def test_json_adds_up_and_agrees(summary: Summary, tmp_path: Path) -> None:
+    Report("cnn4", summary, STAGES, ("a note",)).write(tmp_path)
+    plain = json.loads((tmp_path / "report.json").read_text())
+    assert (plain["title"], plain["accuracy"], plain["notes"]) == ("cnn4", STAGES, ["a note"])
+    layers, totals = plain["layers"], plain["totals"]
+    assert [layer["name"] for layer in layers] == LAYERS
+    assert [layer["rank"] for layer in layers] == [list(layer.rank) for layer in summary.layers]
+    for key in ("macs", "dense_macs"):
+        assert totals[key] == sum(layer[key] for layer in layers) == getattr(summary.totals, key)
+    norms = 2 * (32 + 64 + 64 + 128)  # BatchNorm's parameters are in the totals alone
+    for key in ("params", "dense_params"):
+        assert totals[key] == sum(layer[key] for layer in layers) + norms
+    assert totals["params_kept"] == totals["params"] / totals["dense_params"]
+    assert torch.__version__.startswith(plain["environment"]["torch"])
+
+
+def test_markdown_agrees(summary: Summary, tmp_path: Path) -> None:
+    Report("cnn4", summary, STAGES, ("a note",)).write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    params, macs = rows[0].index("params"), rows[0].index("MACs")
+    entries = [*summary.layers, summary.totals]
+    assert [row[0] for row in rows[2:]] == [*LAYERS, "whole model"]
+    assert [(row[params], row[macs]) for row in rows[2:]] == [
+        (f"{each.params:,}", f"{each.macs:,}") for each in entries
+    ]
+    assert "dense 99.00%, right after 50.00%, retrained 98.00%" in text
+    assert "it is small" in text
+    pictures = re.findall(r"\]\((.*?)\)", text)
+    assert pictures == ["layers.png", "accuracy.png"]
+    assert all((tmp_path / name).is_file() for name in pictures)
+
+
+def test_table_fits_a_terminal(summary: Summary) -> None:
+    console = Console(width=80, record=True, file=StringIO())
+    Report("cnn4", summary, {}).show(console)
+    table = console.export_text().split("parameters")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    assert [line.split()[0] for line in table if line.strip() and line.split()[0] in LAYERS] == LAYERS
+
+
+def test_plots_have_a_bar_for_everything(summary: Summary) -> None:
+    panels = plot_layers(summary).axes
+    num_factorized = sum(bool(layer.rank) for layer in summary.layers)
+    assert num_factorized == 4
+    # A layer trained from scratch, or dense, has no error to show.
+    num_errors = sum(layer.error is not None for layer in summary.layers)
+    assert [len(axes.patches) for axes in panels] == [2 * len(LAYERS), 2 * len(LAYERS), num_errors]
+    assert [label.get_text().split()[0] for label in panels[0].get_yticklabels()] == LAYERS
+    left, right = plot_accuracy(summary, STAGES).axes
+    assert [bar.get_height() for bar in left.patches] == pytest.approx([99, 50, 98])
+    assert len(right.patches) == 3
+    assert right.patches[0].get_height() == pytest.approx(100 * summary.totals.params_kept)
+
+
+def test_plots_of_an_untimed_summary() -> None:
+    net = build_net("cnn4", num_classes=10, input_shape=(1, 8, 8))
+    summary = summarize(net, torch.zeros(1, 1, 8, 8), measure=False)
+    assert len(plot_accuracy(summary, STAGES).axes[1].patches) == 2
+    assert len(plot_layers(summary).axes[2].patches) == 0
+
+
+def test_new_folder(tmp_path: Path) -> None:
+    made = new_folder(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert new_folder(made) == made
+    (made / "model.ckpt").write_text("")
+    for taken in (made, made / "model.ckpt"):
+        with pytest.raises(FileExistsError, match=re.escape(f"{taken} already holds a run; give another --out")):
+            new_folder(taken)
+
+
+def test_plots_leave_pyplot_alone() -> None:
+    """pyplot keeps global state and picks a display."""
+    code = "import sys, lightning_modules.report; print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "False"]

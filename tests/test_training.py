@@ -1,0 +1,211 @@
+"""Training: every method learns, from scratch and from dense; checkpoints, resuming, the teacher, two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from test_cli import CONFIGS, metric, output_to, tnlayers
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import Digits
+from tnlayers import FactorizedLayer
+
+EXPERIMENT = ["-c", CONFIGS / "experiment/digits.yaml"]
+CONVS = ("conv2", "conv3", "conv4")
+# Method, the layers that it takes, and a rank for tests that only need some factors.
+METHODS = [("Tucker", CONVS, 6), ("CP", CONVS, 24), ("MPS", CONVS, 8), ("TT", ("fc1",), 4)]
+# Where training starts, and epochs enough to pass 0.97 for any seed (0, 1 and 2 were measured).
+STARTS = [("random", 12), ("decompose", 4)]
+
+
+def rules(method: str, layers: tuple[str, ...], rank: int | str) -> list[dict[str, object]]:
+    """A budget of its own for each layer, so that none stays dense."""
+    return [{"pattern": layer, "method": method, "rank": rank} for layer in layers]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cnn4, trained on the digits without any rule."""
+    folder = tmp_path_factory.mktemp("dense")
+    options = ["--model.rules", "[]", "--trainer.max_epochs", "6"]
+    assert tnlayers("fit", *EXPERIMENT, *options, *output_to(folder)) == 0
+    (path,) = folder.rglob("last.ckpt")
+    return path
+
+
+def fitted(
+    folder: Path, model: ImageClassifier, *, epochs: int = 1, ckpt_path: Path | None = None, batches: int = 4
+) -> ImageClassifier:
+    """The model after a few batches of the digits, with last.ckpt in the folder."""
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_train_batches=batches,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, datamodule=Digits(batch_size=64), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return model
+
+
+@pytest.mark.parametrize(("init", "epochs"), STARTS, ids=[init for init, _ in STARTS])
+@pytest.mark.parametrize(("method", "layers", "_"), METHODS, ids=[method for method, *_ in METHODS])
+def test_every_method_learns(
+    method: str, layers: tuple[str, ...], _: int, init: str, epochs: int, dense: Path, tmp_path: Path
+) -> None:
+    model: dict[str, object] = {"init": init, "rules": rules(method, layers, "ParamsKept(0.4)")}
+    if init == "decompose":
+        model["init_from"] = str(dense)
+    config = tmp_path / "model.yaml"
+    config.write_text(yaml.safe_dump({"model": model}))
+    command = [*EXPERIMENT, "-c", config]
+    assert tnlayers("fit", *command, *output_to(tmp_path / "fit"), "--trainer.max_epochs", str(epochs)) == 0
+    (last,) = (tmp_path / "fit").rglob("last.ckpt")
+    assert tnlayers("test", *command, *output_to(tmp_path / "test"), "--ckpt_path", last) == 0
+    structure = torch.load(last, weights_only=True)["tensorization"]["layers"]
+    assert [(rule["pattern"], rule["method"]) for rule in structure] == [(layer, method) for layer in layers]
+    accuracy = metric(tmp_path / "test", "test/accuracy")
+    print(f"{method} {init}: {accuracy:.4f} after {epochs} epochs")
+    assert accuracy >= 0.97
+
+
+@pytest.mark.parametrize("init", ["random", "decompose"])
+@pytest.mark.parametrize(("method", "layers", "rank"), METHODS, ids=[method for method, *_ in METHODS])
+def test_every_parameter_moves(
+    method: str, layers: tuple[str, ...], rank: int, init: str, dense: Path, tmp_path: Path
+) -> None:
+    model = ImageClassifier(rules=rules(method, layers, rank), init=init, init_from=str(dense))
+    model.load(dense)
+    model.tensorize()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    after = dict(fitted(tmp_path, model).named_parameters())
+    assert sum(".factors." in name for name in after) >= 3 * len(layers)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_distillation_is_zero_when_the_student_is_the_teacher(dense: Path) -> None:
+    model = ImageClassifier(teacher=str(dense))
+    model.load(dense)
+    teacher = model._build().eval()
+    teacher.load_state_dict(model.net.state_dict())
+    model._teacher = (teacher,)
+    model.eval()
+    x = torch.randn(8, 1, 8, 8)
+    logits = model(x)
+    torch.testing.assert_close(model._distillation(x, logits), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert model._distillation(x, logits.roll(1, dims=1)) > 0.1
+
+
+def test_distillation_keeps_the_gradients_scale(dense: Path) -> None:
+    """T^2 KL tends to half the squared distance of the centred logits, over the classes, as T grows (Hinton et al., 2.1)."""
+    model = ImageClassifier(teacher=str(dense), temperature=1e3).double()
+    model._teacher = (torch.nn.Flatten(),)
+    target, ours = torch.randn(5, 1, 1, 10).double(), torch.randn(5, 10).double()
+    difference = ours - target.flatten(1)
+    expected = 0.5 * difference.sub(difference.mean(dim=1, keepdim=True)).square().mean(dim=1).mean()
+    torch.testing.assert_close(model._distillation(target, ours), expected, rtol=1e-2, atol=0)
+
+
+def test_teacher_stays_as_it_is_and_out_of_the_checkpoint(dense: Path, tmp_path: Path) -> None:
+    model = fitted(tmp_path, ImageClassifier(rules=rules(*METHODS[0]), init="random", teacher=str(dense)))
+    (teacher,) = model._teacher
+    assert not teacher.training
+    published = torch.load(dense, weights_only=True)["state_dict"]
+    torch.testing.assert_close(
+        {f"net.{key}": value for key, value in teacher.state_dict().items()}, published, rtol=0, atol=0
+    )
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == {f"net.{key}" for key in model.net.state_dict()}
+
+
+@pytest.mark.parametrize("truncated", [False, True], ids=["as trained", "truncated"])
+@pytest.mark.parametrize(("method", "layers", "rank"), METHODS, ids=[method for method, *_ in METHODS])
+def test_checkpoint_round_trip(
+    method: str, layers: tuple[str, ...], rank: int, truncated: bool, tmp_path: Path
+) -> None:
+    model = fitted(tmp_path, ImageClassifier(rules=rules(method, layers, rank), init="random"))
+    if truncated:
+        layer = model.net.get_submodule(layers[0])
+        assert isinstance(layer, FactorizedLayer)
+        layer.truncate(2)
+        model.trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(again(x), model.eval()(x), rtol=0, atol=0)
+    ranks = [getattr(net.get_submodule(layers[0]), "ranks", None) for net in (model.net, again.net)]
+    assert ranks[0] == ranks[1]
+    assert not truncated or max(ranks[0]) == 2
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_resume_equals_the_uninterrupted_run(augment: str, dense: Path, tmp_path: Path) -> None:
+    """The order of the pictures, and how they are shifted, have to go on where they stopped too."""
+    teacher = ["--model.teacher", dense, "--data.augment", augment, "--trainer.max_epochs", "4"]
+    options = [*EXPERIMENT, *teacher, "--model_checkpoint.save_top_k", "-1"]
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    assert tnlayers("fit", *options, *output_to(whole)) == 0
+    (half,) = whole.rglob("epoch=1-*.ckpt")
+    assert tnlayers("fit", *options, *output_to(rest), "--ckpt_path", half) == 0
+    ends = [torch.load(next(folder.rglob("last.ckpt")), weights_only=True) for folder in (whole, rest)]
+    assert [end["epoch"] for end in ends] == [3, 3]
+    torch.testing.assert_close(ends[1]["state_dict"], ends[0]["state_dict"], rtol=0, atol=0)
+
+
+def test_every_checkpoint_of_a_fit_is_plain(dense: Path) -> None:
+    """Tensors and plain values: `weights_only` refuses all else."""
+    checkpoints = sorted(dense.parent.glob("*.ckpt"))
+    assert len(checkpoints) == 2
+    for path in checkpoints:
+        content = torch.load(path, weights_only=True)
+        assert content["hyper_parameters"]["net"] == "cnn4"
+        assert content["tensorization"]["version"] == 1
+
+
+REPLICA = '''
+"""Keeps the weights of each process."""
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback
+
+
+class SaveReplica(Callback):
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.net.state_dict(), self.folder / f"replica{trainer.global_rank}.pt")
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_keep_equal_replicas(tmp_path: Path) -> None:
+    (tmp_path / "replica.py").write_text(REPLICA)
+    callbacks = [{"class_path": "replica.SaveReplica", "init_args": {"folder": str(tmp_path)}}]
+    devices = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1, "callbacks": callbacks}
+    config = tmp_path / "ddp.yaml"
+    config.write_text(yaml.safe_dump({"trainer": devices}))
+    command = [Path(sys.executable).with_name("tnlayers"), "fit", *EXPERIMENT, "-c", config, *output_to(tmp_path)]
+    done = subprocess.run(
+        [str(argument) for argument in command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    replicas = [torch.load(tmp_path / f"replica{rank}.pt", weights_only=True) for rank in range(2)]
+    parameters = [key for key in replicas[0] if "running" not in key]  # each process has its own BatchNorm statistics
+    assert any("factors" in key for key in parameters)
+    for key in parameters:
+        torch.testing.assert_close(replicas[1][key], replicas[0][key], rtol=0, atol=0)
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["tensorization"]["layers"]

@@ -1,0 +1,167 @@
+"""W&B: offline where it cannot be reached, and what a run leaves there, read back from its file."""
+
+import json
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from test_cli import CONFIGS, DIGITS, QUIET, tnlayers
+from wandb.proto import wandb_internal_pb2
+
+from lightning_modules.loggers import WandB
+
+RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which nobody has logged in, and where W&B keeps everything to the test's folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.chdir(tmp_path)
+    yield
+    wandb.finish()
+    wandb.teardown()
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log format in blocks of 32 KiB after a header of 7 bytes."""
+    content, offset, parts = path.read_bytes(), 7, []
+    while offset + 7 <= len(content):
+        left = 32768 - offset % 32768
+        length, kind = struct.unpack("<HB", content[offset + 4 : offset + 7])
+        if left < 7 or kind == 0:
+            offset += left
+            continue
+        parts.append(content[offset + 7 : offset + 7 + length])
+        offset += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The configuration and the history of the only run in a folder, read once it has ended."""
+    wandb.finish()  # as the end of a process does
+    wandb.teardown()  # only then is the file whole
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    config: dict[str, Any] = {}
+    history: dict[str, list[Any]] = {}
+    kinds = set()
+    for record in records(path):
+        kinds.add(record.WhichOneof("record_type"))
+        for item in (*record.run.config.update, *record.config.update):
+            config[item.key or item.nested_key[0]] = json.loads(item.value_json)
+        for item in record.history.item:
+            history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert "exit" in kinds
+    return config, history
+
+
+def logged_to(folder: Path) -> list[str | Path]:
+    return [
+        *("-c", CONFIGS / "logger/wandb.yaml", "--trainer.logger.init_args.save_dir", folder),
+        *("--trainer.default_root_dir", folder, "--trainer.log_every_n_steps", "5", *QUIET),
+    ]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings of our logger, leaving out what wandb writes for its own developers."""
+    return [record.getMessage() for record in caplog.records if record.name == "lightning_modules.loggers"]
+
+
+def test_fit_and_compress_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit, compress = tmp_path / "fit", tmp_path / "compress"
+    assert tnlayers("fit", *DIGITS, *RULES, *logged_to(fit), "--trainer.max_epochs", "2") == 0
+    (message,) = said(caplog)
+    assert "W&B is offline (no API key" in message
+    assert f"wandb sync {fit}/wandb/offline-run-*" in message
+    config, history = read_run(fit)
+    assert config["cli"]["model"]["rules"] == [{"pattern": "conv3", "method": "Tucker", "rank": 8}]
+    assert config["cli"]["trainer"]["max_epochs"] == 2
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        assert len(history[name]) == 2, name
+    assert history["train/loss"][1] < history["train/loss"][0]
+    assert not list(fit.rglob("metrics.csv"))
+
+    dense = tmp_path / "dense.ckpt"
+    (last,) = fit.rglob("last.ckpt")
+    last.rename(dense)
+    out = tmp_path / "out"
+    rules = ["--model.rules", "[{pattern: conv4, method: Tucker, rank: 8}]"]
+    arguments = [*DIGITS, *rules, *logged_to(compress), "--checkpoint", dense, "--out", out]
+    assert tnlayers("compress", *arguments) == 0
+    config, history = read_run(compress)
+    assert config["cli"]["checkpoint"] == str(dense)
+    totals = json.loads((out / "report.json").read_text())["totals"]
+    assert history["compress/params_kept"] == pytest.approx([totals["params_kept"]])
+    assert history["compress/conv4/rank0"] == [8]
+    assert len(history["test/accuracy"]) == 2  # dense, and right after
+    (table,) = compress.glob("wandb/offline-run-*/files/media/table/compress/layers*.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]][-1] == "whole model"
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandb_mode_wins(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
+    logger = WandB(save_dir=str(tmp_path / "run"))
+    logger.log_metrics({"x": 1.0})
+    assert logger.experiment.offline == (mode == "offline")
+    assert logger.experiment.disabled == (mode == "disabled")
+    assert said(caplog) == []
+    if mode == "offline":
+        assert read_run(tmp_path / "run")[1]["x"] == [1.0]
+
+
+@pytest.mark.parametrize("source", ["environment", "netrc"])
+def test_a_key_without_a_network_goes_offline(
+    source: str,
+    closed_port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port}")
+    if source == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    else:
+        Path(os.environ["NETRC"]).write_text(f"machine 127.0.0.1\n  login user\n  password {'0' * 40}\n")
+    logger = WandB(save_dir=str(tmp_path / "run"))
+    logger.log_metrics({"x": 1.0})
+    (message,) = said(caplog)
+    assert "W&B is offline (127.0.0.1 cannot be reached" in message
+    assert read_run(tmp_path / "run")[1]["x"] == [1.0]
+
+
+def test_offline_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    environment = dict(os.environ)
+    logger = WandB(save_dir=str(tmp_path / "run"), offline=True)
+    logger.log_metrics({"x": 1.0})
+    assert read_run(tmp_path / "run")[1]["x"] == [1.0]
+    assert said(caplog) == []
+    assert os.environ.get("WANDB_MODE") == environment.get("WANDB_MODE")

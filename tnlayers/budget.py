@@ -1,0 +1,107 @@
+"""From a rank rule to explicit ranks for the layers that share it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from tnlayers.factorizations import Factorization
+from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.linalg import precise
+from tnlayers.plan import Partition, partitions
+from tnlayers.ranks import Candidate, MacsKept, ParamsKept, RankRule, Ranks, RelativeError, allocate, within_error
+
+__all__ = ["settle"]
+
+
+def settle(
+    factorization: Factorization,
+    layers: Sequence[nn.Module],
+    *,
+    calls: Sequence[Sequence[Call]] | None = None,
+    flat: bool = False,
+) -> list[Factorization | None]:
+    """The factorization with explicit ranks for each layer; None where dense is cheaper or the budget better spent elsewhere.
+
+    A budget is shared out among all the layers. Under `MacsKept` a plan left to "auto" becomes the one with the fewest
+    multiply-accumulates, since that is what was asked for.
+
+    Args:
+        factorization: the method; its rank may be a rule.
+        layers: dense layers that it can replace.
+        calls: how each layer is called; nominal by default.
+        flat: whether all singular values count alike: for layers that are trained from scratch.
+
+    Raises:
+        ValueError: a budget out of reach, or `RelativeError` without trained weights.
+    """
+    rule = factorization.rank
+    if not isinstance(rule, RankRule):
+        return [factorization.with_rank(factorization.ranks(Geometry(dense).weight_shape)) for dense in layers]
+    if flat and isinstance(rule, RelativeError):
+        raise ValueError(f"{rule} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
+    used = calls or [NOMINAL_CALLS] * len(layers)
+    by_macs = isinstance(rule, MacsKept)
+    candidates = [
+        _candidate(factorization, dense, of_layer, by_macs=by_macs, flat=flat)
+        for dense, of_layer in zip(layers, used, strict=True)
+    ]
+    if isinstance(rule, (ParamsKept, MacsKept)):
+        chosen = allocate(candidates, rule.fraction)
+    else:
+        chosen = [within_error(candidate, rule.error) for candidate in candidates]
+    return [
+        None if ranks is None else _explicit(factorization, Geometry(dense), ranks, of_layer)
+        for dense, ranks, of_layer in zip(layers, chosen, used, strict=True)
+    ]
+
+
+def _explicit(factorization: Factorization, geometry: Geometry, ranks: Ranks, calls: Sequence[Call]) -> Factorization:
+    attained = factorization.clamp(geometry.weight_shape, ranks)
+    explicit = factorization.with_rank(attained)
+    if isinstance(factorization.rank, MacsKept) and explicit.plan == "auto":
+        explicit = replace(explicit, plan=geometry.fewest_macs(explicit, attained, calls))
+    return explicit
+
+
+def _candidate(
+    factorization: Factorization, dense: nn.Module, calls: Sequence[Call], *, by_macs: bool, flat: bool
+) -> Candidate:
+    """What the rank rules need to know of one layer; ranks that hold each other down count as what they attain."""
+    geometry = Geometry(dense)
+    network, shape = geometry.network(factorization), geometry.weight_shape
+
+    def sizes(ranks: Ranks) -> dict[str, int]:
+        return geometry.sizes(factorization, factorization.clamp(shape, ranks))
+
+    def macs_of(groups: Partition) -> Callable[[Ranks], int]:
+        return lambda ranks: geometry.network_macs(network, sizes(ranks), groups, calls)
+
+    max_ranks = factorization.max_ranks(shape)
+    error = _flat_error(max_ranks) if flat else _error(factorization, dense, geometry)
+    if by_macs:
+        costs = [macs_of(groups) for groups in partitions(tuple(network.factors))]
+        return Candidate(max_ranks, error, costs, geometry.macs(calls))
+    return Candidate(max_ranks, error, [lambda ranks: network.num_params(sizes(ranks))], geometry.num_params)
+
+
+def _flat_error(max_ranks: Ranks) -> Callable[[Ranks], float]:
+    full = math.prod(max_ranks)
+    return lambda ranks: 1 - math.prod(ranks) / full
+
+
+def _error(factorization: Factorization, dense: nn.Module, geometry: Geometry) -> Callable[[Ranks], float]:
+    """Ranks -> the squared relative error over all groups."""
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    parts = precise(weight).chunk(geometry.groups)
+    energies = [float(part.square().sum()) for part in parts]
+    estimates = [factorization.error_estimate(part) for part in parts]
+
+    def error(ranks: Ranks) -> float:
+        attained = factorization.clamp(geometry.weight_shape, ranks)
+        lost = sum(energy * estimate(attained) for energy, estimate in zip(energies, estimates, strict=True))
+        return lost / sum(energies) if sum(energies) > 0 else 0.0
+
+    return error
