@@ -55,11 +55,12 @@ class RunConfig(SaveConfigCallback):
     """Keeps the full configuration with the run: config.yaml in its folder, and under `cli` in W&B."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"cli": yaml.safe_load(text)}, allow_val_change=True)
-        if trainer.log_dir and any(not isinstance(logger, WandbLogger) for logger in trainer.loggers):
-            folder = Path(trainer.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text)
+            elif (
+                logger.log_dir
+            ):  # the trainer's own would wait for the other processes, and this runs on the first alone
+                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+                (Path(logger.log_dir) / "config.yaml").write_text(text)

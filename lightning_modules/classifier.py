@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.nets import build_net
 from tnlayers import CheckpointError, LoadReport, load_dense, resolve, rules_from_plain, rules_of, tensorize
-from tnlayers.checkpoints import read_checkpoint
+from tnlayers.checkpoints import match_state, read_checkpoint
+from tnlayers.layers import Init
 from tnlayers.rules import Rule
 
 __all__ = ["ImageClassifier", "load_net", "load_weights"]
@@ -95,19 +96,17 @@ class ImageClassifier(LightningModule):
         self._prepared = True
         return load_weights(path, self.net)
 
-    def tensorize(self) -> list[Rule]:
-        """Applies the rules to the net and returns what they resolved to."""
-        self._prepared = True
-        resolved = resolve(self.net, self.rules, self.example_input, init=self.hparams["init"])
-        tensorize(self.net, resolved, init=self.hparams["init"])
-        return resolved
+    def resolve(self, init: Init) -> list[Rule]:
+        """The rules with integer ranks for the net as it is."""
+        return resolve(self.net, self.rules, self.example_input, init=init)
 
     def setup(self, stage: str) -> None:
         """Once, before anything runs: weights and rules, unless a checkpoint is about to bring both."""
         if not self._prepared and self.trainer.ckpt_path is None:
             if self.hparams["init_from"]:
                 self.load(self.hparams["init_from"])
-            self.tensorize()
+            tensorize(self.net, self.resolve(self.hparams["init"]), init=self.hparams["init"])
+            self._prepared = True
         if stage == "fit" and self.hparams["teacher"] and self.hparams["distill_weight"] > 0 and not self._teacher:
             teacher = self._build()
             load_weights(self.hparams["teacher"], teacher)
@@ -185,35 +184,38 @@ class ImageClassifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._prepared = True
-        _apply_structure(checkpoint, self.net)
+        path = (self._trainer.ckpt_path if self._trainer else None) or "the checkpoint"
+        _apply_structure(checkpoint, self.net, path)
+        state = {
+            key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")
+        }
+        match_state(state, self.net, path)
 
 
-def _apply_structure(checkpoint: dict[str, Any], net: nn.Module) -> None:
+def _apply_structure(checkpoint: dict[str, Any], net: nn.Module, path: object) -> None:
     """Factorizes the layers that a checkpoint says are; their weights follow with the state dict."""
     structure = checkpoint.get("tensorization")
     if structure is None:
         return
-    if not isinstance(structure, dict) or structure.get("version") != _STRUCTURE_VERSION:
-        version = structure.get("version") if isinstance(structure, dict) else structure
+    if not isinstance(structure, dict) or not isinstance(structure.get("layers"), list):
+        raise CheckpointError(f"{path} has a structure that is not a list of layers; save it again")
+    if structure.get("version") != _STRUCTURE_VERSION:
         raise CheckpointError(
-            f"the checkpoint's structure has version {version!r}; this tnlayers reads {_STRUCTURE_VERSION}; update tnlayers"
+            f"{path} has a structure of version {structure.get('version')!r}; this tnlayers reads {_STRUCTURE_VERSION}; update tnlayers"
         )
-    tensorize(net, rules_from_plain(structure["layers"]), init="random")
+    try:
+        tensorize(net, rules_from_plain(structure["layers"]), init="random")
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit {type(net).__name__}: {error}") from None
 
 
 def load_weights(path: str | Path, net: nn.Module) -> LoadReport:
     """Loads a dense checkpoint, or one of ours with its structure, into a net built by the same name.
 
     Raises:
-        CheckpointError: what `tnlayers.load_dense` raises; rules that do not fit the net.
+        CheckpointError: what `tnlayers.load_dense` raises; a structure that does not fit the net.
     """
-    content = read_checkpoint(path)
-    try:
-        _apply_structure(content, net)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit {type(net).__name__}: {error}") from None
+    _apply_structure(read_checkpoint(path), net, path)
     return load_dense(path, net)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
+_FOR_USERS = (ValueError, OSError, ArithmeticError)
+
 _HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
 
 Train networks with tensorized layers, or compress trained ones and retrain them.
@@ -60,23 +62,26 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _users_error(error: BaseException | None) -> BaseException | None:
-    """The message of ours to the user among an error and its causes; None where it is a bug, which keeps its traceback.
+    """The message to the user among an error and its causes; None where it is a bug, which keeps its traceback.
 
-    It is ours if one of our packages raised it, of a kind that we raise for users; libraries wrap it in errors of theirs.
+    It is one if our packages, or Lightning, raised it, of a kind that is raised for users; libraries wrap it in theirs.
     """
     from jsonargparse import ArgumentError
 
-    outer = error
+    chain = []
     while error is not None:
-        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if (
-            isinstance(error, (ValueError, OSError))
-            and frames
-            and frames[-1].split(".")[0] in ("tnlayers", "lightning_modules")
-        ):
-            return error
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return outer if isinstance(outer, ArgumentError) else None
+    for packages in (("tnlayers", "lightning_modules"), ("lightning",)):
+        for link in chain:
+            frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(link.__traceback__)]
+            if isinstance(link, _FOR_USERS) and frames and frames[-1].split(".")[0] in packages:
+                return link
+    return next((link for link in chain if isinstance(link, ArgumentError) or _is_misconfiguration(link)), None)
+
+
+def _is_misconfiguration(error: BaseException) -> bool:
+    return type(error).__name__ == "MisconfigurationException"  # Lightning's; importing it would take seconds
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ def run(arguments: list[str]) -> int:
     commands: dict[str, Callable[..., None]] = {"quickstart": quickstart, "report": report}
     name, *rest = arguments
     parser = jsonargparse.ArgumentParser(
-        prog=f"tnlayers {name}", exit_on_error=False, description=commands[name].__doc__
+        prog=f"tnlayers {name}", exit_on_error=False, allow_abbrev=False, description=commands[name].__doc__
     )
-    parser.add_function_arguments(commands[name])
+    parser.add_function_arguments(commands[name], as_positional=True)
     commands[name](**vars(parser.parse_args(rest)))
     return 0
 

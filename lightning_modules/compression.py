@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from lightning_modules.report import Report
-from tnlayers import Rule, summarize
+from tnlayers import Rule, summarize, tensorize
 
 __all__ = ["Compression", "compress", "log_report", "test_accuracy"]
 
@@ -44,9 +44,10 @@ def compress(
         out: an empty folder.
     """
     loaded = model.load(checkpoint)
+    rules = model.resolve("decompose")  # first of all: what is wrong with them shows before anything is written
     accuracy = {"dense": test_accuracy(trainer, model, data)}
     dense = copy.deepcopy(model.net)
-    rules = model.tensorize()
+    tensorize(model.net, rules)
     batches = data.calibration_batches(_CALIBRATION_BATCHES)
     recalibrated = recalibrate_if_better(model.net, dense, batches)
     accuracy["right after"] = test_accuracy(trainer, model, data)

@@ -3,10 +3,12 @@
 import logging
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,6 +24,15 @@ from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
 
 __all__ = ["CompressionTrainer", "TensorCLI", "run"]
+
+_HARMLESS = (
+    ".*LeafSpec.*",  # Lightning's own use of torch
+    ".*does not have many workers.*",  # pictures in memory need none
+    "Total length of `list` across ranks is zero",  # val_fraction: 0
+    ".*is smaller than the logging interval.*",  # metrics are logged by epoch
+    "The dirpath has changed from",  # a test of a checkpoint writes none
+    "Checkpoint directory .* exists and is not empty",
+)
 
 
 class CompressionTrainer(Trainer):
@@ -71,23 +82,18 @@ class TensorCLI(LightningCLI):
             new_folder(config.out)
             self._given = config.clone()
             logger = config.trainer.logger
-            if hasattr(logger, "init_args") and logger.class_path.endswith(
-                "CSVLogger"
-            ):  # all that compress writes is in one folder
-                logger.init_args.update({"save_dir": config.out, "name": "logs", "version": ""})
-        elif (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
-            content = read_checkpoint(path)
-            if "state_dict" not in content:
-                raise ValueError(
-                    f"{path} was not written by tnlayers; load its weights with --model.init_from {path} instead"
-                )
+            if isinstance(logger, Namespace) and logger.class_path.endswith("CSVLogger"):
+                # All that compress writes is in one folder.
+                logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
+        elif config.get("ckpt_path") not in (None, "best", "last", "hpc"):
+            _check_own(config.ckpt_path)
 
     def after_compress(self) -> None:
         trainer = self.trainer
         assert isinstance(trainer, CompressionTrainer)
         if not trainer.is_global_zero:
             return
-        given = yaml.safe_load(self._parser("compress").dump(self._given, skip_none=False))
+        given = yaml.safe_load(self._parser("compress").dump(self._given, skip_unset=False))
         out = Path(self._given.out)
         resolved = resolved_config(given, out, trainer.resolved_rules)
         (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
@@ -102,9 +108,14 @@ class TensorCLI(LightningCLI):
             Console().print(f"checkpoint  {_shown(saved.last_model_path)}", highlight=False, soft_wrap=True)
 
     def after_predict(self) -> None:
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked by every process: it is broadcast
         if self.trainer.is_global_zero:
-            folder = self.trainer.log_dir or self.trainer.default_root_dir
             Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
+
+
+def _check_own(path: str) -> None:
+    if not {"state_dict", "pytorch-lightning_version"} <= read_checkpoint(path).keys():
+        raise ValueError(f"{path} was not written by tnlayers; load its weights with --model.init_from {path} instead")
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
@@ -112,7 +123,11 @@ def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dic
     checkpoint = config.pop("checkpoint")
     for key in ("out", "config"):
         config.pop(key, None)
-    config["model"] |= {"init_from": str(out / "model.ckpt"), "rules": [rule.to_plain() for rule in rules]}
+    config["model"] |= {
+        "init_from": str(out / "model.ckpt"),
+        "init": "decompose",
+        "rules": [rule.to_plain() for rule in rules],
+    }
     config["model"]["teacher"] = config["model"].get("teacher") or checkpoint
     return config
 
@@ -130,10 +145,25 @@ def _shown(path: str) -> str:
 
 def run(arguments: list[str]) -> int:
     """Runs one Lightning command; returns the exit code."""
+    _check_yaml(arguments)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # pictures in memory need none
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # val_fraction: 0
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message=message)
+        return _run(arguments)
+
+
+def _check_yaml(arguments: list[str]) -> None:
+    """jsonargparse says where a YAML file is broken, but not which file."""
+    for option, value in pairwise(arguments):
+        if option in ("-c", "--config") and Path(value).is_file():
+            try:
+                yaml.safe_load(Path(value).read_text())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{value} is not valid YAML: {error}") from None
+
+
+def _run(arguments: list[str]) -> int:
     try:
         TensorCLI(
             ImageClassifier,

@@ -15,40 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_modules.cli import main
 from lightning_modules.data import Digits
+from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report"]
-DIGITS = ["-c", str(CONFIGS / "data/digits.yaml")]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-
-
-def tnlayers(*arguments: str | Path) -> int:
-    """Runs the command in this process as its own would; the seeds that Lightning leaves in the environment go again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tnlayers", *map(str, arguments)])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        return main()
-
-
-def output_to(folder: Path) -> list[str]:
-    """Options that keep what a command writes inside of `folder`."""
-    written = ["--trainer.default_root_dir", str(folder), "--trainer.logger.init_args.save_dir", str(folder)]
-    return ["-c", str(CONFIGS / "logger/csv.yaml"), *written, *QUIET]
-
-
-def metric(folder: Path, name: str) -> float:
-    """The last value of a metric that the CSVLogger wrote somewhere in the folder."""
-    (path,) = folder.rglob("metrics.csv")
-    with open(path, newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]][-1]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
-
 
 # ---- help
 
@@ -103,7 +73,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("no classes", [*FOLDERS, "--data.root", "@classless"], ["@classless/train", "one per class"]),
     ("broken picture", [*FOLDERS, "--data.root", "@pictures"], ["@pictures/test/b/1.png", "replace it or delete it"]),
     ("no config", ["fit", "-c", "@none.yaml"], ["@none.yaml"]),
-    ("broken YAML", ["fit", "-c", "@broken.yaml"], ["@broken.yaml", "line 1"]),
+    ("broken YAML", ["fit", "-c", "@broken.yaml"], ["@broken.yaml", "line 2"]),
     ("foreign ckpt_path", [*VALIDATE, "--ckpt_path", "@other.ckpt"], ["@other.ckpt", "--model.init_from"]),
     ("bare ckpt_path", [*VALIDATE, "--ckpt_path", "@bare.ckpt"], ["@bare.ckpt", "--model.init_from"]),
     ("no ckpt_path", [*VALIDATE, "--ckpt_path", "@none.ckpt"], ["no checkpoint at @none.ckpt"]),

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import CONFIGS, tnlayers
 
 from lightning_modules.classifier import ImageClassifier
+from tests.commands import CONFIGS, tnlayers
+from tnlayers import tensorize
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 # The nets that a rules file alone is meant for.
@@ -50,7 +51,8 @@ def test_rules_resolve(name: str, net: str, input_shape: tuple[int, int, int]) -
     options = content(CONFIGS / name)["model"]
     assert options.get("net", net) == net
     model = ImageClassifier(**{"net": net, "input_shape": input_shape, **options})
-    resolved = model.tensorize()
+    resolved = model.resolve(model.hparams["init"])
+    tensorize(model.net, resolved, init=model.hparams["init"])
     methods = {rule["method"] for rule in options["rules"]} - {"dense"}
     assert {type(rule.factorization).__name__ for rule in resolved if rule.factorization} == methods
     num_dense = sum(parameter.numel() for parameter in model._build().parameters())

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import wandb
-from test_cli import CONFIGS, DIGITS, QUIET, tnlayers
 from wandb.proto import wandb_internal_pb2
 
 from lightning_modules.loggers import WandB
+from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 
 RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
 

@@ -1,5 +1,6 @@
 """Reading the weights of a dense network from a file that somebody else wrote; nothing in it is ever executed."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "LoadReport", "load_dense", "read_checkpoint"]
+__all__ = ["CheckpointError", "LoadReport", "load_dense", "match_state", "read_checkpoint"]
 
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -75,6 +76,21 @@ def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> Lo
         raise CheckpointError(
             f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
         )
+    report = match_state(state, model, path, strict=strict)
+    stripped = {key.removeprefix(report.prefix): value for key, value in state.items()}
+    try:
+        model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
+    return report
+
+
+def match_state(state: Mapping[str, Tensor], model: nn.Module, path: object, *, strict: bool = True) -> LoadReport:
+    """How a state dict fits a model.
+
+    Raises:
+        CheckpointError: nothing matches, or (strict) not all.
+    """
     own = model.state_dict()
     prefix = _prefix(state, own)
     stripped = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -92,10 +108,6 @@ def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> Lo
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {report}; is it a checkpoint of another architecture?"
         )
-    try:
-        model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
     return report
 
 
@@ -112,9 +124,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of odd pickles that it then refuses
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file can make a parser raise
-        if any(sign in str(error) for sign in _CODE):
+        if any(sign in str(error) for sign in _CODE) or ("Unsupported operand" in str(error) and _is_pickle(path)):
             raise CheckpointError(
                 f"{path} was refused: it holds more than tensors and plain values, and loading it could run code; "
                 "save the state_dict alone and try again"
@@ -123,6 +137,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     return dict(content)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file is a bare pickle, of a kind that torch never writes."""
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -57,18 +57,21 @@ def resolve(
             continue
         resolved |= {name: Rule(name, None, refused[name]) for name in names if name in refused}
         layers = {name: dense[name] for name in names if name not in refused}
-        resolved |= _settled(rule.pattern, rule.factorization, layers, calls, flat=init == "random")
+        try:
+            resolved |= _settled(rule.factorization, layers, calls, flat=init == "random")
+        except ValueError as error:
+            raise ValueError(f"rule {rule.pattern!r}: {error}") from None
     return [resolved[name] for name in dense if name in resolved]
 
 
 def _settled(
-    pattern: str, method: Factorization, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
+    method: Factorization, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
 ) -> dict[str, Rule]:
     """The resolved rules of the layers that one rule takes."""
     unseen = [name for name in layers if name not in calls]
     if isinstance(method.rank, MacsKept) and unseen and (calls or any(Geometry(layers[name]).axes for name in unseen)):
         raise ValueError(
-            f"rule {pattern!r}: {method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
+            f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
         )
     used = None if unseen else [calls[name] for name in layers]
     resolved = {}

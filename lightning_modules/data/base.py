@@ -3,12 +3,13 @@
 Shapes: N pictures, C channels, H rows, W columns.
 """
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, random_split
+from torch.utils.data import DataLoader, RandomSampler, Subset, random_split
 
 from lightning_modules.data.augment import crop_flip, normalise
 from lightning_modules.data.pictures import Batch, PictureSet, as_is
@@ -16,6 +17,30 @@ from lightning_modules.data.pictures import Batch, PictureSet, as_is
 __all__ = ["Augment", "ImageData"]
 
 Augment = Literal["none", "crop", "crop_flip"]
+
+
+class EpochSampler(RandomSampler):
+    """A shuffle that depends on the seed and the epoch alone, so that a resumed run sees what the whole one saw.
+
+    A RandomSampler to Lightning, which calls `set_epoch` and under DDP puts a DistributedSampler in its place.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_seed(self.epoch))
+        yield from torch.randperm(self.num_samples, generator=generator).tolist()
+
+
+def _seed(*place: int) -> int:
+    """A seed for a place in the run, from the process's own (`seed_everything`)."""
+    seed = torch.initial_seed()
+    for number in place:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return seed
 
 
 class ImageData(LightningDataModule):
@@ -113,7 +138,10 @@ class ImageData(LightningDataModule):
         pictures, labels = batch
         if self.augment != "none" and self.trainer is not None and self.trainer.training:
             # Before normalising, so that the zeros around a shifted picture are black.
-            pictures = crop_flip(pictures, padding=self.padding, flip=self.augment == "crop_flip")
+            generator = torch.Generator(pictures.device).manual_seed(
+                _seed(self.trainer.global_step, self.trainer.global_rank)
+            )
+            pictures = crop_flip(pictures, padding=self.padding, flip=self.augment == "crop_flip", generator=generator)
         return normalise(pictures, self.mean, self.std), labels
 
     def calibration_batches(self, n: int) -> list[Tensor]:
@@ -147,7 +175,7 @@ class ImageData(LightningDataModule):
         return DataLoader(
             pictures,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=EpochSampler(pictures) if shuffle else None,
             num_workers=self.num_workers,
             collate_fn=as_is,
             pin_memory=torch.cuda.is_available(),

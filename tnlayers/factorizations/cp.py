@@ -26,7 +26,7 @@ from tnlayers.ranks import Ranks
 __all__ = ["CP"]
 
 _NETWORK = Network({"input": "i r", "height": "h r", "width": "w r", "output": "o r"}, weight="o i h w")
-_SWEEPS = 25
+_SWEEPS = 50
 _RIDGE = 1e-8  # keeps the normal equations solvable when terms become parallel
 
 
@@ -98,7 +98,7 @@ def _fit(weight: Tensor, start: CPTensor) -> CPTensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorLy warns of its own solver's fallbacks; the caller compares the errors
         fitted = parafac(
-            core, rank, init=CPTensor((start.weights, factors)), n_iter_max=_SWEEPS, tol=1e-5, l2_reg=_RIDGE
+            core, rank, init=CPTensor((start.weights, factors)), n_iter_max=_SWEEPS, tol=1e-6, l2_reg=_RIDGE
         )
     return CPTensor(
         (fitted.weights, [norm * output @ fitted.factors[0], inputs @ fitted.factors[1], *fitted.factors[2:]])
