@@ -74,6 +74,7 @@ class ImageClassifier(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"], logger=False)
         self.rules = rules_from_plain(rules or [])
         self.net: nn.Module = self._build()
+        self.example_input_array = torch.zeros(1, *input_shape)  # Lightning's summary counts with it
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._prepared = False
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule: checkpoints do not carry it

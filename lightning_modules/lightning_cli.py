@@ -98,8 +98,10 @@ class TensorCLI(LightningCLI):
         resolved = resolved_config(given, out, trainer.resolved_rules)
         (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         Console().print(
-            f"written     {out}/ (report.md, report.json, plots, model.ckpt, config.yaml)\nretrain     tnlayers fit -c {out}/config.yaml",
+            f"written     {out}/: model.ckpt, config.yaml, report.md, report.json, plots\n"
+            f"retrain     tnlayers fit -c {out}/config.yaml",
             highlight=False,
+            soft_wrap=True,
         )
 
     def after_fit(self) -> None:

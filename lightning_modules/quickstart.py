@@ -20,10 +20,10 @@ __all__ = ["run_quickstart"]
 _RULES = [
     {"pattern": "conv1", "method": "dense"},
     {"pattern": "fc2", "method": "dense"},
-    {"pattern": "conv*", "method": "Tucker", "rank": "ParamsKept(0.4)"},
+    {"pattern": "conv*", "method": "Tucker", "rank": "MacsKept(0.35)"},
     {"pattern": "fc1", "method": "TT", "rank": "ParamsKept(0.4)"},
 ]
-_EPOCHS, _RETRAIN_EPOCHS = 12, 6
+_EPOCHS, _RETRAIN_EPOCHS = 12, 10
 
 
 def run_quickstart(out: Path, seed: int, console: Console) -> Compression:

@@ -19,7 +19,7 @@ from tnlayers.tracing import Example, calls_of, countable_layers, evaluating, la
 
 __all__ = ["LayerSummary", "Summary", "Totals", "summarize"]
 
-_RUNS = 9
+_RUNS, _SECONDS = 9, 0.2  # at least so many calls of each, and for so long: short calls need more of them
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def summarize(
         example_input: what the model takes; its batch and device are those of the times.
         reference: the dense model to measure the error against; by default the error is the decomposition's own.
         rules: the resolved rules, for their reasons.
-        measure: whether to time each layer and the model: median of 9 calls in evaluation, taken in turn with the dense ones.
+        measure: whether to time each layer and the model: median of 9 calls or more in evaluation, taken in turn with the dense ones.
     """
     inputs = layer_inputs(model, example_input)
     reasons = {rule.pattern: rule.reason for rule in rules if rule.reason}
@@ -237,12 +237,14 @@ def _layer(
 def _medians(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """The median seconds of each call; the calls take turns, so that a change of the machine's speed meets all alike."""
     times: list[list[float]] = [[] for _ in calls]
-    for run in range(_RUNS + 1):
+    for call in calls:  # warms caches up
+        call()
+    end = _now(device) + _SECONDS
+    while len(times[0]) < _RUNS or _now(device) < end:
         for call, taken in zip(calls, times, strict=True):
             start = _now(device)
             call()
-            if run > 0:  # the first one warms caches up
-                taken.append(_now(device) - start)
+            taken.append(_now(device) - start)
     return [statistics.median(taken) for taken in times]
 
 

@@ -1,0 +1,56 @@
+"""The README's Python runs as it is printed."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tolerances import FLOAT64
+from tnlayers import Factorization, Network, summarize
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+def block(word: str) -> str:
+    (found,) = [text for text in BLOCKS if word in text]
+    return found
+
+
+@pytest.mark.data
+def test_the_main_job(resnet20_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block("load_dense").replace("resnet20-12fca82f.th", str(resnet20_checkpoint)), names)
+    assert "97 entries matched, prefix 'module.' taken off" in capsys.readouterr().out
+    kept = summarize(names["net"], names["example"], measure=False).totals.macs_kept
+    assert 0.49 <= kept <= 0.51  # the first layer and the classifier are outside of the budget
+
+
+def test_a_layer_alone() -> None:
+    names: dict[str, Any] = {"dense_conv": nn.Conv2d(64, 128, 3, padding=1)}
+    exec(block("from_dense"), names)
+    assert names["conv"].rank == (16, 8)
+    assert type(names["dense_conv"]) is nn.Conv2d
+
+
+def test_a_method_is_one_file() -> None:
+    """The closed form is the optimum: its error is what the SVD of the same unfolding discards (Tai et al., theorem 1)."""
+    names: dict[str, Any] = {
+        "Network": Network,
+        "Factorization": Factorization,
+        "dataclass": dataclass,
+        "ClassVar": ClassVar,
+        "torch": torch,
+    }
+    exec(block("LowRank"), names)
+    method: Callable[[int], Factorization] = names["LowRank"]
+    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+    for rank in (1, 5, 24):
+        _, error = method(rank).decompose(weight, (rank,))
+        assert error**2 == pytest.approx(method(rank).error_estimate(weight)((rank,)), abs=1e-12)
+    factors, _ = method(24).decompose(weight, method(24).max_ranks((12, 8, 3, 3)))
+    torch.testing.assert_close(method(24).network((12, 8, 3, 3)).reconstruct(factors), weight, **FLOAT64)
