@@ -32,6 +32,7 @@ class EpochSampler(RandomSampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(_seed(self.epoch))
+        self.epoch += 1  # for loops that do not set it
         yield from torch.randperm(self.num_samples, generator=generator).tolist()
 
 
