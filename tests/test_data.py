@@ -178,7 +178,8 @@ def test_setup_reads_once_and_only_what_the_stage_needs() -> None:
 def test_loaders_shuffle_in_training_only_and_show_each_picture_once() -> None:
     data = Digits()
     data.setup()
-    once, twice = fingerprints(data.train_dataloader()), fingerprints(data.train_dataloader())
+    loader = data.train_dataloader()
+    once, twice = fingerprints(loader), fingerprints(loader)
     assert once != twice
     assert sorted(once) == sorted(twice)
     assert fingerprints(data.test_dataloader()) == fingerprints(data.predict_dataloader())
