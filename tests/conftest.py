@@ -12,6 +12,9 @@ import pytest
 import sklearn  # noqa: F401
 import torch
 
+# What pytest, torch's compiler and Jupyter set for the process when they are first used.
+_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "PYDEVD_")
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -53,8 +56,5 @@ def clean_process() -> Iterator[None]:
         "torch's defaults leaked"
     )
     changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
-    # pytest's own, and the compiler's caches: torch sets these for the process when it is first used
-    changed = {
-        key for key in changed if not key.startswith(("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_"))
-    }
+    changed = {key for key in changed if not key.startswith(_OTHERS)}
     assert not changed, f"environment variables leaked: {sorted(changed)}"
