@@ -17,7 +17,7 @@ RESOLVED = [
     ("experiment/digits.yaml", *CNN4),
     ("experiment/cifar10_resnet20_tucker.yaml", *RESNET20),
     *((f"rules/{name}.yaml", *CNN4) for name in ("dense", "tucker", "cp", "mps", "tt")),
-    *((f"rules/{name}.yaml", *RESNET20) for name in ("dense", "tucker", "mps")),
+    *((f"rules/{name}.yaml", *RESNET20) for name in ("dense", "tucker", "mps", "cp_half_macs")),
 ]
 
 
