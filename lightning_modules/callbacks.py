@@ -12,15 +12,17 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from lightning_modules.data import ImageData
+
 __all__ = ["PredictionWriter", "RunConfig"]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions.csv to the run's folder: the picture's place, the class and its probability."""
+    """Writes predictions.csv to the run's folder: the picture (its file, or its place), the class and its probability."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch_and_epoch")
-        self._rows: list[tuple[int, str, float]] = []
+        self._rows: list[tuple[str, str, float]] = []
 
     def write_on_batch_end(
         self,
@@ -32,11 +34,12 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        names, pictures = data.class_names, data.picture_names()
         best, classes = prediction.max(dim=1)
         places = batch_indices or range(len(self._rows), len(self._rows) + len(prediction))
         self._rows += [
-            (place, names[label], round(probability, 6))
+            (pictures[place], names[label], round(probability, 6))
             for place, label, probability in zip(places, classes.tolist(), best.tolist(), strict=True)
         ]
 

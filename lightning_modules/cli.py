@@ -1,7 +1,7 @@
 """The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
 
+import dis
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
@@ -74,10 +74,19 @@ def _users_error(error: BaseException | None) -> BaseException | None:
         error = error.__cause__ or error.__context__
     for packages in (("tnlayers", "lightning_modules"), ("lightning",)):
         for link in chain:
-            frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(link.__traceback__)]
-            if isinstance(link, _FOR_USERS) and frames and frames[-1].split(".")[0] in packages:
+            if isinstance(link, _FOR_USERS) and _raised_in(link) in packages:
                 return link
     return next((link for link in chain if isinstance(link, ArgumentError) or _is_misconfiguration(link)), None)
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """The package whose `raise` statement an error comes from; None where Python itself raised it, which is a bug."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return None
+    return last.tb_frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def _is_misconfiguration(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ def quickstart(out: str = "runs/quickstart", seed: int = 0) -> None:
     run_quickstart(Path(out), seed, Console())
 
 
-def report(checkpoint: str, dense: str | None = None, out: str | None = None, batch: int = 32) -> None:
+def report(checkpoint: str, dense: str | None = None, out: str | None = None, batch: int = 128) -> None:
     """Prints the per-layer table of a checkpoint that fit or compress wrote.
 
     Args:

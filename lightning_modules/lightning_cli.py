@@ -77,6 +77,7 @@ class TensorCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fails early, and in one line, on what would fail late in a traceback."""
         config = self.config[self.subcommand]
+        self._log_under_root(config)
         if self.subcommand == "compress":
             read_checkpoint(config.checkpoint)
             new_folder(config.out)
@@ -87,6 +88,12 @@ class TensorCLI(LightningCLI):
                 logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
         elif config.get("ckpt_path") not in (None, "best", "last", "hpc"):
             _check_own(config.ckpt_path)
+
+    def _log_under_root(self, config: Namespace) -> None:
+        """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""
+        root, logger = config.trainer.default_root_dir, config.trainer.logger
+        if isinstance(logger, Namespace) and logger.init_args.get("save_dir") == "runs" and root:
+            logger.init_args.update(Namespace(save_dir=str(root)))
 
     def after_compress(self) -> None:
         trainer = self.trainer
@@ -107,7 +114,11 @@ class TensorCLI(LightningCLI):
     def after_fit(self) -> None:
         saved = self.trainer.checkpoint_callback
         if self.trainer.is_global_zero and isinstance(saved, ModelCheckpoint) and saved.last_model_path:
-            Console().print(f"checkpoint  {_shown(saved.last_model_path)}", highlight=False, soft_wrap=True)
+            path = _shown(saved.last_model_path)
+            Console().print(f"checkpoint  {path}", highlight=False, soft_wrap=True)
+            if (config := Path(saved.last_model_path).parents[1] / "config.yaml").is_file():
+                command = f"tnlayers test -c {_shown(str(config))} --ckpt_path {path}"
+                Console().print(f"test        {command}", highlight=False, soft_wrap=True)
 
     def after_predict(self) -> None:
         folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked by every process: it is broadcast

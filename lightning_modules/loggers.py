@@ -46,6 +46,7 @@ class WandB(WandbLogger):
         # The mode goes to wandb.init alone: WandbLogger(offline=True) would set an environment variable for the process.
         settings = kwargs if mode is not None else {"mode": "offline" if offline else "online", **kwargs}
         super().__init__(project=project, name=name, save_dir=save_dir, **settings)
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it whatever it is
 
 
 @rank_zero_only

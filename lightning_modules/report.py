@@ -38,7 +38,7 @@ class Report:
     def show(self, console: Console) -> None:
         """The per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
         table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         table.add_column("method, rank")
         for heading in ("params", "kept", "MACs", "kept", "error", "speed"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -61,7 +61,7 @@ class Report:
             lines.append(
                 f"time        {1e3 * totals.dense_seconds:.2f} ms -> {1e3 * totals.seconds:.2f} ms "
                 f"({totals.dense_seconds / totals.seconds:.2f}x as fast), for a batch of {self.summary.batch} on {self.summary.device}, "
-                f"{torch.get_num_threads()} threads"
+                f"{torch.get_num_threads()} threads, channels last"
             )
         if self.accuracy:
             lines.append("accuracy    " + ", ".join(f"{stage} {value:.2%}" for stage, value in self.accuracy.items()))
@@ -131,7 +131,7 @@ def new_folder(path: str | Path) -> Path:
         FileExistsError: it holds files, or is one.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_file() or any(path.is_file() for path in folder.rglob("*")):
         raise FileExistsError(f"{folder} already holds a run; give another --out, or remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -37,6 +37,18 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "--help" in capsys.readouterr().out
 
 
+# ---- as a user types it
+
+
+def test_fit_with_nothing_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress bar, model summary and all; it ends with the command that comes next, which runs."""
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    assert tnlayers("fit", "-c", CONFIGS / "experiment/digits.yaml", *few, "--trainer.default_root_dir", tmp_path) == 0
+    found = re.search(r"^test +tnlayers (test -c .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert found
+    assert tnlayers(*found[1].split()) == 0
+
+
 # ---- mistakes
 
 # (name, arguments, what the message must hold). `@` stands for the folder that `files` makes.

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.tolerances import FLOAT64
-from tnlayers import Factorization, Network, summarize
+from tests.tolerances import EXACT, FLOAT64
+from tnlayers import Factorization, summarize
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
 
@@ -22,12 +21,15 @@ def block(word: str) -> str:
 
 
 @pytest.mark.data
-def test_the_main_job(resnet20_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job(resnet20_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(block("load_dense").replace("resnet20-12fca82f.th", str(resnet20_checkpoint)), names)
+    exec(block("import MacsKept").replace("resnet20-12fca82f.th", str(resnet20_checkpoint)), names)
     assert "97 entries matched, prefix 'module.' taken off" in capsys.readouterr().out
     kept = summarize(names["net"], names["example"], measure=False).totals.macs_kept
     assert 0.49 <= kept <= 0.51  # the first layer and the classifier are outside of the budget
+    exec(block("rules_from_plain").replace("compressed.pt", str(tmp_path / "compressed.pt")), names)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(names["again"].eval()(x), names["net"].eval()(x), **EXACT)
 
 
 def test_a_layer_alone() -> None:
@@ -39,13 +41,7 @@ def test_a_layer_alone() -> None:
 
 def test_a_method_is_one_file() -> None:
     """The closed form is the optimum: its error is what the SVD of the same unfolding discards (Tai et al., theorem 1)."""
-    names: dict[str, Any] = {
-        "Network": Network,
-        "Factorization": Factorization,
-        "dataclass": dataclass,
-        "ClassVar": ClassVar,
-        "torch": torch,
-    }
+    names: dict[str, Any] = {"__name__": "lowrank"}
     exec(block("LowRank"), names)
     method: Callable[[int], Factorization] = names["LowRank"]
     weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)

@@ -16,6 +16,7 @@ _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _SHOWN = 4
 _DEPTH = 4
+_HINT = "is it a checkpoint of another architecture?"
 # How torch says that a pickle names a class or a function that is not on its list.
 _CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function", "is blocked")
 
@@ -105,9 +106,9 @@ def match_state(state: Mapping[str, Tensor], model: nn.Module, path: object, *, 
         prefix=prefix,
     )
     if not report.matched or (strict and (report.missing or report.unexpected or report.mismatched)):
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {report}; is it a checkpoint of another architecture?"
-        )
+        tensorized = any(".factors." in f".{key}" for key in report.unexpected)
+        hint = "it holds factorized layers: tensorize the model by the same rules first" if tensorized else _HINT
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
     return report
 
 

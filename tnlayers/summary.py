@@ -162,7 +162,7 @@ def summarize(
     layers = []
     for name, layer in countable_layers(model).items():
         original = reference.get_submodule(name) if reference else None
-        note = reasons.get(name, "" if isinstance(layer, FactorizedLayer) else "no rule matches it")
+        note = reasons.get(name, "no rule matches it" if rules and not isinstance(layer, FactorizedLayer) else "")
         layers.append(_layer(name, layer, inputs.get(name, []), batch, original, note, measure=measure))
     dense_seconds = seconds = None
     if measure:

@@ -3,7 +3,7 @@
 Shapes: N pictures, C channels, H rows, W columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -122,6 +122,10 @@ class ImageData(LightningDataModule):
         if stage in (None, "test", "predict") and self._test is None:
             self._test = self.load("test")
 
+    def picture_names(self) -> Sequence[str]:
+        """What predictions call each test picture: its place, or its file where it has one."""
+        return [str(place) for place in range(len(self._test or ()))]
+
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self._train, shuffle=True)
 
@@ -134,8 +138,10 @@ class ImageData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self._test)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Batch | Tensor:
         """uint8 (N, C, H, W) -> float32 (N, C, H, W), normalised, and augmented in training."""
+        if isinstance(batch, Tensor):  # the example that Lightning's model summary runs: floats already
+            return batch
         pictures, labels = batch
         if self.augment != "none" and self.trainer is not None and self.trainer.training:
             # Before normalising, so that the zeros around a shifted picture are black.

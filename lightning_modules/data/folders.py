@@ -70,6 +70,10 @@ class Folders(ImageData):
         files = PictureFiles(*list_pictures(self._path(part), self.class_names), self.image_size)
         return files.in_memory() if len(files) * math.prod(self.input_shape) <= MEMORY_LIMIT else files
 
+    def picture_names(self) -> list[str]:
+        paths, _ = list_pictures(self._path("test"), self.class_names)
+        return [str(Path(path).relative_to(self._path("test"))) for path in paths]
+
     def load_val(self) -> PictureSet | None:
         return self.load("val") if self._path("val").is_dir() else None
 
