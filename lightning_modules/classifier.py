@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_modules.nets import build_net
 from tnlayers import CheckpointError, LoadReport, load_dense, resolve, rules_from_plain, rules_of, tensorize
 from tnlayers.checkpoints import match_state, read_checkpoint
-from tnlayers.layers import Init
+from tnlayers.factorized import Init
 from tnlayers.rules import Rule
 
 __all__ = ["ImageClassifier", "load_net", "load_weights"]

@@ -55,6 +55,8 @@ def test_imports_run_downward_only() -> None:
         "ranks",
         "factorizations",
         "geometry",
+        "budget",
+        "factorized",
         "layers",
         "rules",
         "tracing",

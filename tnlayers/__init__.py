@@ -2,7 +2,8 @@
 
 from tnlayers.checkpoints import CheckpointError, LoadReport, load_dense
 from tnlayers.factorizations import CP, MPS, TT, Factorization, Tucker
-from tnlayers.layers import CPConv2d, FactorizedLayer, MPSConv2d, TTLinear, TuckerConv2d, UnsupportedLayer
+from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
+from tnlayers.layers import CPConv2d, MPSConv2d, TTLinear, TuckerConv2d
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError

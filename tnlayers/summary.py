@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
-from tnlayers.layers import FactorizedLayer
 from tnlayers.linalg import relative_error
 from tnlayers.rules import Rule
 from tnlayers.surgery import to_dense

@@ -11,8 +11,9 @@ from torch import nn
 
 from tnlayers.budget import settle
 from tnlayers.factorizations import Factorization
+from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
-from tnlayers.layers import FactorizedLayer, Init, layer_type
+from tnlayers.layers import layer_type
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule
 from tnlayers.tracing import Example, calls_of, layer_inputs

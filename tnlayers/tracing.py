@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Call, Geometry
-from tnlayers.layers import FactorizedLayer
 
 __all__ = ["Example", "calls_of", "countable_layers", "evaluating", "layer_inputs"]
 

@@ -1,0 +1,326 @@
+"""What all factorized layers share: the parameters, the bias, the geometry and the plan loop.
+
+A layer knows its method only through the `Factorization` contract, so none of this changes when a method is added.
+"""
+
+import math
+import operator
+import warnings
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from tnlayers.budget import settle
+from tnlayers.factorizations import Factorization
+from tnlayers.geometry import NOMINAL_CALLS, Geometry
+from tnlayers.linalg import precise, relative_error
+from tnlayers.plan import Plan, PlanChoice
+from tnlayers.ranks import Rank, Ranks, check_rank
+
+__all__ = ["FactorizedLayer", "Init", "UnsupportedLayer"]
+Init = Literal["decompose", "random"]
+
+
+class UnsupportedLayer(ValueError):
+    """A dense layer that a method cannot replace; the message names the argument."""
+
+
+def _settled(factorization: Factorization, dense: nn.Module, *, flat: bool) -> Factorization:
+    """The factorization with explicit ranks for one layer."""
+    (explicit,) = settle(factorization, [dense], flat=flat)
+    if explicit is None:
+        raise ValueError(
+            f"{factorization.rank}: no such rank of {type(factorization).__name__} is cheaper than the dense {dense}; leave it dense"
+        )
+    return explicit
+
+
+class FactorizedLayer(nn.Module):
+    """What all layers share: factors in place of a weight, and a plan in place of one operation.
+
+    Attributes:
+        factors: the network's factors, by name.
+        bias: as in the dense layer.
+        factorization: the method, with its explicit rank.
+        plan: how the layer is computed.
+        decomposition_error: the relative error at conversion, against the dense weight; None from scratch, after a
+            truncation and after a load.
+    """
+
+    method: ClassVar[type[Factorization]]
+    dense_type: ClassVar[type[nn.Module]]
+
+    bias: nn.Parameter | None
+    decomposition_error: float | None
+
+    def _build(self, template: nn.Module, factorization: Factorization, device: Any, dtype: Any) -> None:
+        """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
+        for name in _ARGUMENTS[type(self).dense_type]:
+            setattr(self, name, getattr(template, name))
+        self.geometry = Geometry(template)
+        self.decomposition_error = None
+        self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
+        self.factors = nn.ParameterDict()
+        self._adopt(_settled(factorization, template, flat=True), device=device, dtype=dtype)
+        bias = None
+        if isinstance(template.bias, Tensor):
+            bias = nn.Parameter(torch.empty(template.bias.shape, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_adopt_ranks)
+
+    def _adopt(self, factorization: Factorization, **dd: Any) -> None:
+        """Takes on explicit ranks: new, empty factors where a shape changes, and the plan for them."""
+        self.factorization = factorization
+        self.network = self.geometry.network(factorization)
+        for name, shape in self.network.shapes(self.index_sizes).items():
+            if name not in self.factors or self.factors[name].shape != shape:
+                frozen = name in self.factors and not self.factors[name].requires_grad
+                self.factors[name] = nn.Parameter(torch.empty(shape, **dd), requires_grad=not frozen)
+        self.set_plan(self.factorization.plan)
+
+    @property
+    def index_sizes(self) -> dict[str, int]:
+        """The size of every index of the network."""
+        return self.geometry.sizes(self.factorization, self.ranks)
+
+    @property
+    def ranks(self) -> Ranks:
+        assert isinstance(self.factorization.rank, tuple)
+        return self.factorization.rank
+
+    @property
+    def rank(self) -> int | Ranks:
+        """The bond dimensions, as the constructor takes them: an int where there is one bond."""
+        return self.ranks if len(self.ranks) > 1 else self.ranks[0]
+
+    def set_plan(self, plan: PlanChoice) -> None:
+        """Chooses how the layer is computed; see `tnlayers.plan`."""
+        self.factorization = replace(self.factorization, plan=plan)
+        if plan == "auto":
+            plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type, NOMINAL_CALLS)
+        self.plan = Plan.compile(self.network, self.index_sizes, plan, self.geometry.axes, self.geometry.pad_mode)
+        self._merged = None
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        """The device and dtype of the factors."""
+        factor = next(iter(self.factors.values()))
+        return {"device": factor.device, "dtype": factor.dtype}
+
+    def reset_parameters(self) -> None:
+        """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
+        bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
+        std = bound / math.sqrt(3)
+        factor_std = self.network.init_std(self.index_sizes, std)
+        for factor in self.factors.values():
+            nn.init.normal_(factor, std=factor_std)
+        # A product of normal draws has heavy tails, so one draw can be far from its expected scale: set it.
+        drawn = math.sqrt(precise(self.weight).square().mean()) if self._like["device"].type != "meta" else std
+        with torch.no_grad():
+            for factor in self.factors.values():
+                factor.mul_((std / drawn) ** (1 / len(self.factors)) if drawn > 0 else 1.0)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, **options: Any) -> Self:
+        """The layer whose weight is closest to a dense layer's.
+
+        Args:
+            dense: the torch layer; it is not changed.
+            options: `rank`, and the other keyword-only arguments of the constructor.
+
+        Raises:
+            UnsupportedLayer: the dense layer is of another type.
+            ValueError: a rank or an option that makes no sense for this layer.
+        """
+        return cls.convert(dense, cls.method(**options))
+
+    @classmethod
+    def convert(cls, dense: nn.Module, factorization: Factorization, *, init: Init = "decompose") -> Self:
+        """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
+
+        Args:
+            dense: the torch layer; it is not changed.
+            factorization: the method and its rank.
+            init: "decompose" for the closest weight, "random" to train from scratch.
+
+        Raises:
+            UnsupportedLayer: the dense layer is of another type.
+        """
+        if type(dense) is not cls.dense_type:
+            raise UnsupportedLayer(f"{cls.__name__} replaces {cls.dense_type.__name__}, not {type(dense).__name__}")
+        weight = dense.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            raise UnsupportedLayer(
+                f"{cls.__name__} takes real floating-point weights; this layer's dtype is {weight.dtype}"
+            )
+        explicit = _settled(factorization, dense, flat=init == "random")
+        chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
+        layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
+        if init == "decompose":
+            layer.decomposition_error = layer._decompose(weight)
+            if layer.bias is not None:
+                _copy(layer.bias, dense.bias)
+        for factor in layer.factors.values():
+            factor.requires_grad_(weight.requires_grad)
+        if layer.bias is not None and isinstance(dense.bias, Tensor):
+            layer.bias.requires_grad_(dense.bias.requires_grad)
+        return layer.train(dense.training)
+
+    def _decompose(self, weight: Tensor) -> float:
+        """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
+        groups = [
+            self.factorization.decompose(part, self.ranks)[0] for part in precise(weight).chunk(self.geometry.groups)
+        ]
+        for name, factor in self.factors.items():
+            parts = [factors[name] for factors in groups]
+            _copy(factor, torch.stack(parts) if len(parts) > 1 else parts[0])
+        error = relative_error(weight, self._precise_weight())
+        if not math.isfinite(error):
+            raise ArithmeticError(f"the factors overflow {self._like['dtype']}; convert in bfloat16 or float32")
+        return error
+
+    def _precise_weight(self) -> Tensor:
+        with torch.no_grad():
+            return self.network.reconstruct({name: precise(value) for name, value in self.factors.items()})
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the factors make, differentiable in them."""
+        return self.network.reconstruct(dict(self.factors.items()))
+
+    def to_dense(self) -> nn.Module:
+        """The torch layer that computes the same."""
+        dense = nn.utils.skip_init(type(self).dense_type, **_arguments(self), **self._like)
+        _copy(dense.weight, self._precise_weight())
+        if self.bias is not None:
+            _copy(dense.bias, self.bias)
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        trains = any(factor.requires_grad for factor in self.factors.values())
+        dense.weight.requires_grad_(trains)
+        return dense.train(self.training)
+
+    def truncate(self, rank: Rank) -> float:
+        """Lowers the rank in place, keeping the closest weight.
+
+        The factors are new Parameters where their shape changes: make the optimizer anew afterwards.
+
+        Args:
+            rank: the new rank; an int lowers every bond that is above it.
+
+        Returns:
+            ||W - W~||_F / ||W||_F against the weight before.
+
+        Raises:
+            ValueError: a rank above the present one, or one that is not valid for the method.
+        """
+        dense, present = self.to_dense(), self.ranks
+        if isinstance(rank, int):
+            check_rank(rank)
+            rank = tuple(min(rank, old) for old in present) if rank <= max(present) else (rank,) * len(present)
+        wanted = _settled(self.factorization.with_rank(rank), dense, flat=False)
+        assert isinstance(wanted.rank, tuple)
+        if any(new > old for new, old in zip(wanted.rank, present, strict=True)):
+            raise ValueError(
+                f"truncate: rank {wanted.rank} is above the present {present}; a truncation only lowers it"
+            )
+        if wanted.rank == present:
+            return 0.0
+        self._adopt(wanted, **self._like)
+        self.decomposition_error = None
+        return self._decompose(dense.weight)  # type: ignore[arg-type]
+
+    def _weights(self) -> list[Tensor]:
+        """The plan's merged weights: anew wherever a gradient may flow, else kept until a factor changes.
+
+        A change shows in torch's own count of in-place writes, or as another tensor or storage. Two kinds of writes are
+        not counted: fused optimizers', so what is kept is dropped by every call that a step could follow; and those
+        through `.data`, which are seen from the next `train()` or `eval()` on.
+        """
+        factors = list(self.factors.values())
+        compiling = torch.compiler.is_compiling()
+        trains = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+        swapped = not all(isinstance(factor, nn.Parameter) for factor in factors)  # by torch.func
+        if self.training or trains or compiling or swapped or any(factor.is_inference() for factor in factors):
+            if not compiling:
+                self._merged = None
+            return self._merge()
+        state = (torch.is_inference_mode_enabled(), [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors])
+        if self._merged is None or self._merged[0] != state or any(map(operator.is_not, self._merged[1], factors)):
+            self._merged = (state, factors, self._merge())
+        return self._merged[2]
+
+    def _merge(self) -> list[Tensor]:
+        """In the factors' own precision: autocast would round the products, and casts the result itself."""
+        device = self._like["device"].type
+        if device == "meta":  # has no autocast
+            return self.plan.weights(dict(self.factors.items()))
+        with torch.autocast(device, enabled=False):
+            return self.plan.weights(dict(self.factors.items()))
+
+    def train(self, mode: bool = True) -> Self:
+        self._merged = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_merged": None}  # not part of what a copy or a pickle is
+
+    def extra_repr(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in _arguments(self).items())
+        return f"{arguments}, rank={self.rank}, plan={self.plan.groups}"
+
+
+_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ),
+    nn.Linear: ("in_features", "out_features"),
+}
+"""What a dense layer keeps of its constructor's arguments; `bias`, device and dtype show in its parameters."""
+
+
+def _arguments(layer: nn.Module) -> dict[str, Any]:
+    """The constructor arguments of a dense layer or of its factorized counterpart, device and dtype apart."""
+    dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
+    given = {name: getattr(layer, name) for name in _ARGUMENTS[dense_type]}
+    return given | {"bias": layer.bias is not None}
+
+
+def _copy(target: Any, source: Any) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a load: takes on the ranks that the state brings, so that a truncated layer loads into any definition.
+
+    A state that is not this layer's is left to torch's own errors.
+    """
+    assert isinstance(layer, FactorizedLayer)
+    start = f"{prefix}factors."
+    shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
+    layer.decomposition_error = None
+    with suppress(ValueError):
+        sizes = layer.network.sizes_from(shapes)
+        ranks = tuple(sizes[bond] for bond in layer.network.bonds)
+        fixed = {index: size for index, size in layer.index_sizes.items() if index in layer.network.weight_indices}
+        if ranks != layer.ranks and all(sizes[index] == size for index, size in fixed.items()):
+            layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
+            warnings.warn(
+                f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state; "
+                "an optimizer made before holds the old factors: make it anew",
+                stacklevel=2,
+            )
