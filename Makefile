@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed  ## make the environment in .venv
 
-quickstart: install  ## train, compress and retrain a CNN on the embedded digits (about a minute)
+quickstart: install  ## train, compress and retrain a CNN on the embedded digits (less than a minute)
 	$(BIN)/tnlayers quickstart
 
 test: install  ## run every test

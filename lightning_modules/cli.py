@@ -12,7 +12,7 @@ _HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists
 
 Train networks with tensorized layers, or compress trained ones and retrain them.
 
-  quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in about a minute
+  quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in less than a minute
   compress     a dense checkpoint in; a tensorized one, its configuration and a report out
   fit          train: from scratch, or a compressed checkpoint
   test         accuracy on the test pictures

@@ -15,7 +15,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.report import Report
 from tnlayers import Rule, summarize, tensorize
 
-__all__ = ["Compression", "compress", "log_report", "test_accuracy"]
+__all__ = ["Compression", "compress", "log_report", "accuracy_on_test"]
 
 _CALIBRATION_BATCHES = 16
 
@@ -45,12 +45,12 @@ def compress(
     """
     loaded = model.load(checkpoint)
     rules = model.resolve("decompose")  # first of all: what is wrong with them shows before anything is written
-    accuracy = {"dense": test_accuracy(trainer, model, data)}
+    accuracy = {"dense": accuracy_on_test(trainer, model, data)}
     dense = copy.deepcopy(model.net)
     tensorize(model.net, rules)
     batches = data.calibration_batches(_CALIBRATION_BATCHES)
     recalibrated = recalibrate_if_better(model.net, dense, batches)
-    accuracy["right after"] = test_accuracy(trainer, model, data)
+    accuracy["right after"] = accuracy_on_test(trainer, model, data)
     notes = [f"from        {checkpoint}: {loaded}"]
     verb = "re-estimated on training pictures" if recalibrated else "kept: new ones did not bring the outputs nearer"
     notes.append(f"BatchNorm   statistics {verb}")
@@ -63,12 +63,9 @@ def compress(
     return Compression(rules, report)
 
 
-def test_accuracy(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:
+def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:
     """The fraction of the test pictures that the model gets right."""
     return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
-
-
-test_accuracy.__test__ = False  # type: ignore[attr-defined]  # the name is not pytest's
 
 
 def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:

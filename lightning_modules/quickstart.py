@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compression import Compression, compress, test_accuracy
+from lightning_modules.compression import Compression, compress, accuracy_on_test
 from lightning_modules.data import Digits
 
 __all__ = ["run_quickstart"]
@@ -48,7 +48,7 @@ def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
         console.print(f"[bold]3[/] retraining the factors with the dense CNN as teacher, {_RETRAIN_EPOCHS} epochs")
         trainer.fit(model, datamodule=data)
         trainer.save_checkpoint(out / "retrained.ckpt", weights_only=True)
-        accuracy = {**found.report.accuracy, "retrained": test_accuracy(trainer, model, data)}
+        accuracy = {**found.report.accuracy, "retrained": accuracy_on_test(trainer, model, data)}
     report = replace(found.report, title="cnn4 on digits: dense, compressed, retrained", accuracy=accuracy)
     report.write(out)
     report.show(console)
