@@ -15,7 +15,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.report import Report
 from tnlayers import Rule, summarize, tensorize
 
-__all__ = ["Compression", "compress", "log_report", "accuracy_on_test"]
+__all__ = ["Compression", "accuracy_on_test", "compress", "log_report"]
 
 _CALIBRATION_BATCHES = 16
 

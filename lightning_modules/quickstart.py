@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compression import Compression, compress, accuracy_on_test
+from lightning_modules.compression import Compression, accuracy_on_test, compress
 from lightning_modules.data import Digits
 
 __all__ = ["run_quickstart"]
