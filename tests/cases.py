@@ -1,13 +1,24 @@
 """The list that the conformance suite runs over: a new layer adds a row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnlayers import CPConv2d, FactorizedLayer, MPSConv2d, TTLinear, TuckerConv2d
+from tnlayers import (
+    ADTNConv2d,
+    ADTNLinear,
+    CPConv2d,
+    Factorization,
+    FactorizedLayer,
+    LowRankConv2d,
+    MPSConv2d,
+    TTConv2d,
+    TTLinear,
+    TuckerConv2d,
+)
 
 FULL = 10**6
 """A rank above every attainable one: the layer is exact."""
@@ -15,16 +26,33 @@ FULL = 10**6
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, a rank that compresses, and the ranks and state-dict keys that are its contract."""
+    """A layer, a rank that compresses, and the ranks and state-dict keys that are its contract.
+
+    Attributes:
+        options: what else the layer is built with.
+        exact: whether there is a rank from which on every weight is represented, so that rank rules make sense.
+    """
 
     layer: type[FactorizedLayer]
     rank: Any
     smaller_rank: Any
     keys: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.layer.__name__, *map(str, self.options.values())])
 
     @property
     def is_conv(self) -> bool:
         return self.layer.dense_type is nn.Conv2d
+
+    def convert(self, dense: nn.Module, rank: Any) -> FactorizedLayer:
+        return self.layer.from_dense(dense, rank=rank, **self.options)
+
+    def method(self, rank: Any) -> Factorization:
+        return self.layer.method(rank, **self.options)
 
     def dense(self, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
         """A dense layer with uneven, partly prime sizes."""
@@ -40,7 +68,12 @@ CASES = (
     Case(TuckerConv2d, (5, 4), (3, 2), ("input", "core", "output")),
     Case(CPConv2d, 9, 4, ("input", "height", "width", "output")),
     Case(MPSConv2d, (4, 6, 5), (3, 3, 3), ("input", "height", "width", "output")),
+    Case(MPSConv2d, (3, 6, 8), (2, 4, 3), ("height", "width", "input", "output"), {"order": "h w i o"}),
+    Case(LowRankConv2d, 6, 3, ("vertical", "horizontal")),
+    Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3")),
+    Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
     Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3")),
+    Case(ADTNLinear, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
 )
 
 GEOMETRIES: tuple[dict[str, Any], ...] = (

@@ -1,9 +1,18 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
 from tnlayers.checkpoints import CheckpointError, LoadReport, load_dense
-from tnlayers.factorizations import CP, MPS, TT, Factorization, Tucker
+from tnlayers.factorizations import ADTN, CP, MPS, TT, Factorization, LowRank, TTConv, Tucker
 from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
-from tnlayers.layers import CPConv2d, MPSConv2d, TTLinear, TuckerConv2d
+from tnlayers.layers import (
+    ADTNConv2d,
+    ADTNLinear,
+    CPConv2d,
+    LowRankConv2d,
+    MPSConv2d,
+    TTConv2d,
+    TTLinear,
+    TuckerConv2d,
+)
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
@@ -12,14 +21,19 @@ from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
 
 __all__ = [
+    "ADTN",
     "CP",
     "MPS",
     "TT",
+    "ADTNConv2d",
+    "ADTNLinear",
     "CPConv2d",
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",
     "LoadReport",
+    "LowRank",
+    "LowRankConv2d",
     "MPSConv2d",
     "MacsKept",
     "Network",
@@ -28,6 +42,8 @@ __all__ = [
     "RelativeError",
     "Rule",
     "Summary",
+    "TTConv",
+    "TTConv2d",
     "TTLinear",
     "Tucker",
     "TuckerConv2d",

@@ -38,7 +38,11 @@ def settle(
     """
     rule = factorization.rank
     if not isinstance(rule, RankRule):
-        return [factorization.with_rank(factorization.ranks(Geometry(dense).weight_shape)) for dense in layers]
+        geometries = [Geometry(dense) for dense in layers]
+        placed = factorization.together([geometry.num_params for geometry in geometries])
+        return [
+            own.with_rank(own.ranks(geometry.weight_shape)) for own, geometry in zip(placed, geometries, strict=True)
+        ]
     if flat and isinstance(rule, RelativeError):
         raise ValueError(f"{rule} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
     used = calls or [NOMINAL_CALLS] * len(layers)

@@ -6,6 +6,7 @@ A layer knows its method only through the `Factorization` contract, so none of t
 import math
 import operator
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self
@@ -42,7 +43,7 @@ class FactorizedLayer(nn.Module):
     """What all layers share: factors in place of a weight, and a plan in place of one operation.
 
     Attributes:
-        factors: the network's factors, by name.
+        factors: the parameters that make the weight, by name: the network's factors, or what generates them.
         bias: as in the dense layer.
         factorization: the method, with its explicit rank.
         plan: how the layer is computed.
@@ -76,10 +77,14 @@ class FactorizedLayer(nn.Module):
         """Takes on explicit ranks: new, empty factors where a shape changes, and the plan for them."""
         self.factorization = factorization
         self.network = self.geometry.network(factorization)
-        for name, shape in self.network.shapes(self.index_sizes).items():
+        self._factor_shapes = self.network.shapes(self.index_sizes)
+        trains = all(factor.requires_grad for factor in self.factors.values())
+        shapes = self.geometry.parameter_shapes(factorization, self.ranks)
+        for name in self.factors.keys() - shapes.keys():
+            del self.factors[name]
+        for name, shape in shapes.items():
             if name not in self.factors or self.factors[name].shape != shape:
-                frozen = name in self.factors and not self.factors[name].requires_grad
-                self.factors[name] = nn.Parameter(torch.empty(shape, **dd), requires_grad=not frozen)
+                self.factors[name] = nn.Parameter(torch.empty(shape, **dd), requires_grad=trains)
         self.set_plan(self.factorization.plan)
 
     @property
@@ -114,15 +119,12 @@ class FactorizedLayer(nn.Module):
     def reset_parameters(self) -> None:
         """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
         bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
-        std = bound / math.sqrt(3)
-        factor_std = self.network.init_std(self.index_sizes, std)
-        for factor in self.factors.values():
-            nn.init.normal_(factor, std=factor_std)
-        # A product of normal draws has heavy tails, so one draw can be far from its expected scale: set it.
-        drawn = math.sqrt(precise(self.weight).square().mean()) if self._like["device"].type != "meta" else std
-        with torch.no_grad():
-            for factor in self.factors.values():
-                factor.mul_((std / drawn) ** (1 / len(self.factors)) if drawn > 0 else 1.0)
+        std, parameters = bound / math.sqrt(3), dict(self.factors.items())
+        if self._like["device"].type != "meta":
+            self.factorization.draw(parameters, self.network, self.index_sizes, std)
+            # A product of random draws has heavy tails, so one draw can be far from its expected scale: set it.
+            drawn = math.sqrt(self._precise_weight().square().mean())
+            self.factorization.scale(parameters, std / drawn if drawn > 0 else 1.0)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
@@ -141,13 +143,21 @@ class FactorizedLayer(nn.Module):
         return cls.convert(dense, cls.method(**options))
 
     @classmethod
-    def convert(cls, dense: nn.Module, factorization: Factorization, *, init: Init = "decompose") -> Self:
+    def convert(
+        cls,
+        dense: nn.Module,
+        factorization: Factorization,
+        *,
+        init: Init = "decompose",
+        fitted: Mapping[str, Tensor] | None = None,
+    ) -> Self:
         """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
 
         Args:
             dense: the torch layer; it is not changed.
             factorization: the method and its rank.
             init: "decompose" for the closest weight, "random" to train from scratch.
+            fitted: the parameters, if they are known, instead of a decomposition.
 
         Raises:
             UnsupportedLayer: the dense layer is of another type.
@@ -164,7 +174,7 @@ class FactorizedLayer(nn.Module):
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
         layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
         if init == "decompose":
-            layer.decomposition_error = layer._decompose(weight)
+            layer.decomposition_error = layer._decompose(weight, fitted)
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -173,14 +183,12 @@ class FactorizedLayer(nn.Module):
             layer.bias.requires_grad_(dense.bias.requires_grad)
         return layer.train(dense.training)
 
-    def _decompose(self, weight: Tensor) -> float:
+    def _decompose(self, weight: Tensor, fitted: Mapping[str, Tensor] | None = None) -> float:
         """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
-        groups = [
-            self.factorization.decompose(part, self.ranks)[0] for part in precise(weight).chunk(self.geometry.groups)
-        ]
+        if fitted is None:
+            fitted, _ = self.factorization.decompose(precise(weight), self.ranks, self.geometry.groups)
         for name, factor in self.factors.items():
-            parts = [factors[name] for factors in groups]
-            _copy(factor, torch.stack(parts) if len(parts) > 1 else parts[0])
+            _copy(factor, fitted[name])
         error = relative_error(weight, self._precise_weight())
         if not math.isfinite(error):
             raise ArithmeticError(f"the factors overflow {self._like['dtype']}; convert in bfloat16 or float32")
@@ -188,12 +196,15 @@ class FactorizedLayer(nn.Module):
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
-            return self.network.reconstruct({name: precise(value) for name, value in self.factors.items()})
+            return self._reconstruct({name: precise(value) for name, value in self.factors.items()})
+
+    def _reconstruct(self, parameters: dict[str, Tensor]) -> Tensor:
+        return self.network.reconstruct(self.factorization.factors(parameters, self._factor_shapes))
 
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors make, differentiable in them."""
-        return self.network.reconstruct(dict(self.factors.items()))
+        return self._reconstruct(dict(self.factors.items()))
 
     def to_dense(self) -> nn.Module:
         """The torch layer that computes the same."""
@@ -220,6 +231,10 @@ class FactorizedLayer(nn.Module):
         Raises:
             ValueError: a rank above the present one, or one that is not valid for the method.
         """
+        if self.factorization.generator:
+            raise ValueError(
+                f"truncate: the parameters of this layer make those of others too ({self.factorization.generator!r})"
+            )
         dense, present = self.to_dense(), self.ranks
         if isinstance(rank, int):
             check_rank(rank)
@@ -258,11 +273,11 @@ class FactorizedLayer(nn.Module):
 
     def _merge(self) -> list[Tensor]:
         """In the factors' own precision: autocast would round the products, and casts the result itself."""
-        device = self._like["device"].type
+        device, parameters = self._like["device"].type, dict(self.factors.items())
         if device == "meta":  # has no autocast
-            return self.plan.weights(dict(self.factors.items()))
+            return self.plan.weights(self.factorization.factors(parameters, self._factor_shapes))
         with torch.autocast(device, enabled=False):
-            return self.plan.weights(dict(self.factors.items()))
+            return self.plan.weights(self.factorization.factors(parameters, self._factor_shapes))
 
     def train(self, mode: bool = True) -> Self:
         self._merged = None
@@ -314,10 +329,8 @@ def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
     layer.decomposition_error = None
     with suppress(ValueError):
-        sizes = layer.network.sizes_from(shapes)
-        ranks = tuple(sizes[bond] for bond in layer.network.bonds)
-        fixed = {index: size for index, size in layer.index_sizes.items() if index in layer.network.weight_indices}
-        if ranks != layer.ranks and all(sizes[index] == size for index, size in fixed.items()):
+        ranks = layer.factorization.ranks_from(layer.network, shapes)
+        if ranks != layer.ranks and layer.geometry.parameter_shapes(layer.factorization, ranks) == shapes:
             layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
             warnings.warn(
                 f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state; "

@@ -88,6 +88,11 @@ class Geometry:
         """The size of every index of the network."""
         return factorization.sizes(self.weight_shape, ranks) | {"g": self.groups}
 
+    def parameter_shapes(self, factorization: Factorization, ranks: Ranks) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter that makes the factorized weight."""
+        factor_shapes = self.network(factorization).shapes(self.sizes(factorization, ranks))
+        return dict(factorization.with_rank(ranks).parameter_shapes(factor_shapes))
+
     def network_macs(self, network: Network, sizes: Mapping[str, int], groups: Partition, calls: Sequence[Call]) -> int:
         """Multiply-accumulates of a plan in all the calls, once its weights are merged."""
         return sum(call.rows * macs(network, sizes, groups, self.axes, self._input_size(call)) for call in calls)

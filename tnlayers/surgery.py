@@ -1,12 +1,14 @@
 """From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
 
 import difflib
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from tnlayers.budget import settle
@@ -14,6 +16,7 @@ from tnlayers.factorizations import Factorization
 from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.layers import layer_type
+from tnlayers.linalg import precise
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule
 from tnlayers.tracing import Example, calls_of, layer_inputs
@@ -92,7 +95,7 @@ def _settled(
 
 def _warn_if_larger(name: str, choice: Factorization, geometry: Geometry) -> None:
     assert isinstance(choice.rank, tuple)
-    params = geometry.network(choice).num_params(geometry.sizes(choice, choice.rank))
+    params = sum(math.prod(shape) for shape in geometry.parameter_shapes(choice, choice.rank).values())
     if params >= geometry.num_params:
         warnings.warn(
             f"{name}: {type(choice).__name__} of rank {choice.rank} has {params} parameters and the dense weight "
@@ -126,12 +129,12 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _replaces(method: Factorization | None, module: nn.Module) -> bool:
-    return method is None or method.replaces == type(module).__name__
+    return method is None or type(module).__name__ in method.replaces
 
 
 def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
-    kind = rule.factorization.replaces if rule.factorization else None
-    names = [name for name, module in dense.items() if kind in (None, type(module).__name__)]
+    kind = " and ".join(rule.factorization.replaces) if rule.factorization else None
+    names = [name for name, module in dense.items() if _replaces(rule.factorization, module)]
     other = [name for name in dense if _fits(name, rule.pattern)]
     if other:
         what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
@@ -183,12 +186,39 @@ def tensorize(
         ValueError: what `resolve` raises.
     """
     replacements: dict[nn.Module, nn.Module] = {}
+    generated: dict[str, dict[nn.Module, Factorization]] = {}
     for rule in resolve(model, rules, example_input, init=init):
         if rule.factorization is None:
             continue
-        dense = model.get_submodule(rule.pattern)
-        replacements[dense] = layer_type(rule.factorization).convert(dense, rule.factorization, init=init)
+        dense, method = model.get_submodule(rule.pattern), rule.factorization
+        if method.generator:
+            generated.setdefault(method.generator, {})[dense] = method
+        else:
+            replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
+    for together in generated.values():
+        replacements |= _convert_together(together, init)
     return _replace(model, replacements)
+
+
+def _convert_together(methods: dict[nn.Module, Factorization], init: Init) -> dict[nn.Module, nn.Module]:
+    """Layers that share the parameters of one generator, fitted to their weights as one."""
+    weights = [precise(dense.weight).flatten() for dense in methods]  # type: ignore[arg-type]
+    size = sum(len(weight) for weight in weights)
+    whole, *others = (method.whole(size) for method in methods.values())
+    if any(other != whole for other in others):
+        raise ValueError(f"layers of one generator need the same rank and options; got {[whole, *others]}")
+    fitted = None
+    if init == "decompose":
+        assert isinstance(whole.rank, tuple)
+        fitted, _ = whole.decompose(torch.cat(weights).unsqueeze(1), whole.rank)
+    layers = {
+        dense: layer_type(method, dense).convert(dense, method, init=init, fitted=fitted)
+        for dense, method in methods.items()
+    }
+    parameters = next(iter(layers.values())).factors
+    for layer in layers.values():
+        layer.factors = parameters
+    return dict(layers)
 
 
 def to_dense(model: Model) -> Model:

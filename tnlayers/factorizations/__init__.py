@@ -1,11 +1,14 @@
 """One file per method: index strings, decomposition, source."""
 
+from tnlayers.factorizations.adtn import ADTN
 from tnlayers.factorizations.base import Factorization
 from tnlayers.factorizations.cp import CP
+from tnlayers.factorizations.lowrank import LowRank
 from tnlayers.factorizations.mps import MPS
 from tnlayers.factorizations.tt import TT
+from tnlayers.factorizations.ttconv import TTConv
 from tnlayers.factorizations.tucker import Tucker
 
-__all__ = ["CP", "METHODS", "MPS", "TT", "Factorization", "Tucker"]
+__all__ = ["ADTN", "CP", "METHODS", "MPS", "TT", "Factorization", "LowRank", "TTConv", "Tucker"]
 
-METHODS: tuple[type[Factorization], ...] = (Tucker, CP, MPS, TT)
+METHODS: tuple[type[Factorization], ...] = (Tucker, CP, MPS, LowRank, TTConv, TT, ADTN)

@@ -2,6 +2,9 @@
 
 A method is a frozen dataclass in a file of its own. `rank` (and what else the method needs) are its fields, `network` its
 strings; this class derives the rest. Weights come in as (o, i, h, w) or (o, i), one group at a time, in float64.
+
+The parameters of a layer are the network's factors. A method that generates them from something smaller says how, by
+overriding what stands under "parameters" below (`ADTN` does).
 """
 
 import warnings
@@ -14,11 +17,13 @@ import torch
 from torch import Tensor
 
 from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, singular_values, tails, unfold
-from tnlayers.network import Network, size_of
+from tnlayers.network import Indices, Network, size_of
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
 __all__ = ["Factorization"]
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 _UNBOUNDED = 1 << 40  # larger than any mode; `Network.clamp` brings it down to the attainable rank
 
@@ -38,8 +43,12 @@ class Factorization(ABC):
     rank: Rank
     plan: PlanChoice = "auto"
 
-    replaces: ClassVar[str]
-    """The torch layer that the method factorizes: "Conv2d" or "Linear"."""
+    replaces: ClassVar[tuple[str, ...]]
+    """The torch layers that the method factorizes: "Conv2d", "Linear"."""
+    source: ClassVar[str]
+    """Where it comes from: authors, year, paper, equation."""
+    per_group: ClassVar[bool] = True
+    """Whether each group of a grouped convolution is fitted by itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", check_rank(self.rank))
@@ -60,21 +69,22 @@ class Factorization(ABC):
         """The sizes of the weight's indices; a method that tensorizes modes has more of them."""
         return dict(zip(self.network(weight_shape).weight_indices, weight_shape, strict=True))
 
+    def bonds(self, weight_shape: tuple[int, ...]) -> Indices:
+        """What the entries of a rank are."""
+        return self.network(weight_shape).bonds
+
     def max_ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
         """The rank of each bond from which on every weight is represented exactly."""
-        network = self.network(weight_shape)
-        sizes = network.clamp(self.mode_sizes(weight_shape) | dict.fromkeys(network.bonds, _UNBOUNDED))
-        return tuple(sizes[bond] for bond in network.bonds)
+        return self.clamp(weight_shape, (_UNBOUNDED,) * len(self.bonds(weight_shape)))
 
     def clamp(self, weight_shape: tuple[int, ...], ranks: Ranks) -> Ranks:
         """The ranks, each at most what is attainable next to the others."""
-        network = self.network(weight_shape)
-        sizes = network.clamp(self.mode_sizes(weight_shape) | dict(zip(network.bonds, ranks, strict=True)))
-        return tuple(sizes[bond] for bond in network.bonds)
+        sizes = self.network(weight_shape).clamp(self.sizes(weight_shape, ranks))
+        return tuple(sizes[bond] for bond in self.bonds(weight_shape))
 
     def sizes(self, weight_shape: tuple[int, ...], ranks: Ranks) -> dict[str, int]:
         """The size of every index of the network."""
-        return self.mode_sizes(weight_shape) | dict(zip(self.network(weight_shape).bonds, ranks, strict=True))
+        return self.mode_sizes(weight_shape) | dict(zip(self.bonds(weight_shape), ranks, strict=True))
 
     def ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
         """The explicit ranks for a weight of this shape; what is above the attainable is clamped, and said.
@@ -82,7 +92,7 @@ class Factorization(ABC):
         Raises:
             ValueError: the rank is a rule (resolve it first), or has another number of entries than there are bonds.
         """
-        bonds = self.network(weight_shape).bonds
+        bonds = self.bonds(weight_shape)
         if isinstance(self.rank, RankRule):
             raise ValueError(f"rank {self.rank} is a rule; resolve it to integers first")
         broadcast = isinstance(self.rank, int)
@@ -132,8 +142,13 @@ class Factorization(ABC):
 
         return error
 
-    def decompose(self, weight: Tensor, ranks: Ranks) -> tuple[dict[str, Tensor], float]:
-        """The factors and their relative error, checked on the reconstruction.
+    def decompose(self, weight: Tensor, ranks: Ranks, groups: int = 1) -> tuple[dict[str, Tensor], float]:
+        """The parameters and their relative error, checked on the reconstruction.
+
+        Args:
+            weight: (o, i, h, w) or (o, i), of all groups.
+            ranks: attainable ones, of each group.
+            groups: of a grouped convolution; the parameters of more than one have the index g in front.
 
         Raises:
             ValueError: the weight is not finite.
@@ -142,13 +157,68 @@ class Factorization(ABC):
         if not torch.isfinite(weight).all():
             raise ValueError("the weight has values that are not finite; it cannot be decomposed")
         with decomposing():
-            factors = {name: factor.contiguous() for name, factor in self._decompose(weight, ranks).items()}
-            error = relative_error(weight, self.network(tuple(weight.shape)).reconstruct(factors))
+            parts = [self._decompose(part, ranks) for part in weight.chunk(groups if self.per_group else 1)]
+            parameters = {
+                name: (torch.stack([part[name] for part in parts]) if len(parts) > 1 else first).contiguous()
+                for name, first in parts[0].items()
+            }
+            shape = (weight.shape[0] // groups, *weight.shape[1:])
+            network = self.network(shape).grouped() if groups > 1 else self.network(shape)
+            made = self.factors(parameters, network.shapes(self.sizes(shape, ranks) | {"g": groups}))
+            error = relative_error(weight, network.reconstruct(made).reshape(weight.shape))
         if not error <= 1 + 1e-6:
             raise ArithmeticError(
                 f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}"
             )
-        return factors, error
+        return parameters, error
+
+    # ---- parameters: the factors themselves, unless a method generates those
+
+    def together(self, weight_sizes: Sequence[int]) -> list[Self]:
+        """The factorization for each of the layers that one rule takes, given how many entries their weights have."""
+        return [self for _ in weight_sizes]
+
+    @property
+    def generator(self) -> str:
+        """The name that joins layers whose parameters are the same ones; empty where each layer has its own."""
+        return ""
+
+    def whole(self, size: int) -> Self:
+        """The factorization of all the weights of a generator, joined to one of so many entries.
+
+        Raises:
+            ValueError: it does not make so many.
+        """
+        return self
+
+    def parameter_shapes(self, factor_shapes: Shapes) -> Shapes:
+        """The shape of every parameter, of all groups."""
+        return factor_shapes
+
+    def factors(self, parameters: Mapping[str, Tensor], factor_shapes: Shapes) -> Mapping[str, Tensor]:
+        """The network's factors, differentiable in the parameters."""
+        return parameters
+
+    def ranks_from(self, network: Network, shapes: Shapes) -> Ranks:
+        """The ranks of parameters of these shapes.
+
+        Raises:
+            ValueError: they are not this method's.
+        """
+        sizes = network.sizes_from(shapes)
+        return tuple(sizes[bond] for bond in network.bonds)
+
+    def draw(self, parameters: Mapping[str, Tensor], network: Network, sizes: Mapping[str, int], std: float) -> None:
+        """Fills the parameters at random so that an entry of the weight is expected to have the standard deviation."""
+        factor_std = network.init_std(sizes, std)
+        for parameter in parameters.values():
+            torch.nn.init.normal_(parameter, std=factor_std)
+
+    def scale(self, parameters: Mapping[str, Tensor], by: float) -> None:
+        """Multiplies the weight that the parameters make."""
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(by ** (1 / len(parameters)))
 
 
 def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], bool]]:

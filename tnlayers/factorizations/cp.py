@@ -34,7 +34,8 @@ _RIDGE = 1e-8  # keeps the normal equations solvable when terms become parallel
 class CP(Factorization):
     """W[o,i,h,w] = sum_r output[o,r] input[i,r] height[h,r] width[w,r]; rank = r."""
 
-    replaces: ClassVar[str] = "Conv2d"
+    replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
+    source: ClassVar[str] = "Lebedev et al. 2015, arXiv 1412.6553"
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
         return _NETWORK

@@ -1,7 +1,7 @@
 """Tensor train of a tensorized matrix: features split into small modes, one core for each pair of them.
 
-Novikov et al., Tensorizing neural networks (2015), arXiv 1509.06569, section 4; the fit is TT-SVD, Oseledets (2011),
-algorithm 1.
+Novikov, Podoprikhin, Osokin and Vetrov, Tensorizing neural networks (2015), arXiv 1509.06569, section 4; the fit is TT-SVD,
+Oseledets (2011), algorithm 1.
 """
 
 import math
@@ -16,27 +16,25 @@ from tnlayers.factorizations.base import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["TT", "balanced_shape"]
+__all__ = ["TT", "Tensorized", "balanced_shape"]
 
 _DEFAULT_CORES = 3
 
 
 @dataclass(frozen=True)
-class TT(Factorization):
-    """W[(o1..od),(i1..id)] = sum core1[i1,o1,r1] core2[r1,i2,o2,r2] ... ; rank = the d - 1 bonds.
+class Tensorized(Factorization):
+    """A train with one core for each pair of modes (i_k, o_k) that the channels or features are split into.
 
     Args:
-        in_shape, out_shape: the modes (i1, ..., id) and (o1, ..., od) whose products are the features; three balanced
-            ones by default.
+        in_shape, out_shape: the modes (i1, ..., id) and (o1, ..., od) whose products are the channels or features; three
+            balanced ones by default.
 
     Raises:
-        ValueError: the two shapes differ in length, have fewer than two modes, or do not multiply to the features.
+        ValueError: the two shapes differ in length, have fewer than two modes, or do not multiply to the channels.
     """
 
     in_shape: tuple[int, ...] | None = None
     out_shape: tuple[int, ...] | None = None
-
-    replaces: ClassVar[str] = "Linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,44 +44,59 @@ class TT(Factorization):
                     raise ValueError(f"{name} {shape!r}: expected a tuple of positive ints, such as (4, 8, 4)")
                 object.__setattr__(self, name, tuple(shape))
 
-    def _shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(out_shape, in_shape) for this weight."""
         given = self.out_shape or self.in_shape
         cores = len(given) if given else _DEFAULT_CORES
         out_shape, in_shape = (
-            shape or balanced_shape(features, cores)
-            for shape, features in zip((self.out_shape, self.in_shape), weight_shape, strict=True)
+            shape or balanced_shape(channels, cores)
+            for shape, channels in zip((self.out_shape, self.in_shape), weight_shape[:2], strict=True)
         )
-        for name, shape, features in zip(("out_shape", "in_shape"), (out_shape, in_shape), weight_shape, strict=True):
-            if math.prod(shape) != features:
-                raise ValueError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {features} features")
+        for name, shape, channels in zip(
+            ("out_shape", "in_shape"), (out_shape, in_shape), weight_shape[:2], strict=True
+        ):
+            if math.prod(shape) != channels:
+                raise ValueError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {channels}")
         if len(out_shape) != len(in_shape) or len(in_shape) < 2:
             raise ValueError(
                 f"in_shape {in_shape} and out_shape {out_shape} need the same number of modes, two or more"
             )
         return out_shape, in_shape
 
-    def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _network(len(self._shapes(weight_shape)[0]))
-
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
-        out_shape, in_shape = self._shapes(weight_shape)
+        out_shape, in_shape = self.shapes(weight_shape)
         sizes = {f"o{n}": size for n, size in enumerate(out_shape, 1)}
-        return sizes | {f"i{n}": size for n, size in enumerate(in_shape, 1)}
+        sizes |= {f"i{n}": size for n, size in enumerate(in_shape, 1)}
+        return sizes | dict(zip("hw", weight_shape[2:], strict=False))
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        out_shape, in_shape = self._shapes(tuple(weight.shape))
-        count = len(in_shape)
-        paired = [axis for n in range(count) for axis in (count + n, n)]
-        pairs = [size for both in zip(in_shape, out_shape, strict=True) for size in both]
-        modes = weight.reshape(*out_shape, *in_shape).permute(paired)
-        cores = tensor_train(
-            modes.reshape([pairs[2 * n] * pairs[2 * n + 1] for n in range(count)]), rank=[1, *ranks, 1]
-        )
-        bonds = (1, *ranks, 1)
-        shaped = [core.reshape(bonds[n], pairs[2 * n], pairs[2 * n + 1], bonds[n + 1]) for n, core in enumerate(cores)]
-        shaped[0], shaped[-1] = shaped[0][0], shaped[-1][..., 0]
-        return {f"core{n}": core for n, core in enumerate(shaped, 1)}
+        """TT-SVD of the weight with the indices of each core fused, in the order of the cores."""
+        network, sizes = self.network(tuple(weight.shape)), self.mode_sizes(tuple(weight.shape))
+        modes = [
+            [index for index in indices if index in network.weight_indices] for indices in network.indices.values()
+        ]
+        order = [network.weight_indices.index(index) for mode in modes for index in mode]
+        tensor = weight.reshape([sizes[index] for index in network.weight_indices]).permute(order)
+        fused = tensor.reshape([math.prod(sizes[index] for index in mode) for mode in modes])
+        cores = tensor_train(fused, rank=[1, *ranks, 1])
+        shapes = network.shapes(self.sizes(tuple(weight.shape), ranks))
+        return {name: core.reshape(shape) for core, (name, shape) in zip(cores, shapes.items(), strict=True)}
+
+
+@dataclass(frozen=True)
+class TT(Tensorized):
+    """W[(o1..od),(i1..id)] = sum core1[i1,o1,r1] core2[r1,i2,o2,r2] ... ; rank = the d - 1 bonds.
+
+    Args:
+        in_shape, out_shape: the modes (i1, ..., id) and (o1, ..., od) whose products are the features; three balanced
+            ones by default.
+    """
+
+    replaces: ClassVar[tuple[str, ...]] = ("Linear",)
+    source: ClassVar[str] = "Novikov et al. 2015, arXiv 1509.06569, section 4"
+
+    def network(self, weight_shape: tuple[int, ...]) -> Network:
+        return _network(len(self.shapes(weight_shape)[0]))
 
 
 @lru_cache

@@ -27,7 +27,8 @@ _TOLERANCE = 1e-6  # of the squared norm, between two sweeps
 class Tucker(Factorization):
     """W[o,i,h,w] = sum_rs output[o,r] core[r,s,h,w] input[s,i]; rank = (rank_out, rank_in) = (r, s)."""
 
-    replaces: ClassVar[str] = "Conv2d"
+    replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
+    source: ClassVar[str] = "Kim et al. 2016, arXiv 1511.06530, section 3"
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
         return _NETWORK
