@@ -9,9 +9,13 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from lightning_modules.nets.caffenet import caffenet
 from lightning_modules.nets.cnn4 import CNN4
+from lightning_modules.nets.garipov import garipov_conv, garipov_conv_fc
 from lightning_modules.nets.resnet50_cifar import resnet50_cifar
 from lightning_modules.nets.resnet_cifar import cifar_resnet
+from lightning_modules.nets.tai import tai_cnn, tai_nin
+from lightning_modules.nets.vgg16_cifar import vgg16_cifar
 
 __all__ = ["NETS", "build_net"]
 
@@ -24,6 +28,12 @@ NETS: dict[str, Builder] = {
     "resnet44": cifar_resnet(44),
     "resnet56": cifar_resnet(56),
     "resnet50_cifar": resnet50_cifar,
+    "vgg16_cifar": vgg16_cifar,
+    "garipov_conv": garipov_conv,
+    "garipov_conv_fc": garipov_conv_fc,
+    "tai_cnn": tai_cnn,
+    "tai_nin": tai_nin,
+    "caffenet": caffenet,
 }
 """Our own networks: each builder takes `num_classes`, `input_shape` and its options by keyword."""
 

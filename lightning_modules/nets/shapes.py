@@ -1,0 +1,16 @@
+"""What the networks ask of a picture's size."""
+
+__all__ = ["require_size"]
+
+
+def require_size(net: str, input_shape: tuple[int, int, int], least: int) -> None:
+    """Refuses pictures of which `net` would leave no pixel.
+
+    Raises:
+        ValueError: if (channels, height, width) has a height or width below `least`.
+    """
+    if min(input_shape[1:]) < least:
+        raise ValueError(
+            f"input_shape is {tuple(input_shape)}, but {net} needs pictures of at least {least}x{least}: smaller ones "
+            "vanish on the way"
+        )
