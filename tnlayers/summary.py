@@ -30,7 +30,7 @@ class LayerSummary:
         method: the factorization's name, or "dense".
         rank: its bond dimensions; () if dense.
         plan: the groups of factors that run as one operation each; () if dense.
-        dense_params, params: parameters, bias included.
+        dense_params, params: parameters, bias included; those that layers share (a joint generator's) count for the first.
         dense_macs, macs: multiply-accumulates for one sample in evaluation, where merged weights are kept; bias not counted.
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
@@ -159,11 +159,15 @@ def summarize(
     reasons = {rule.pattern: rule.reason for rule in rules if rule.reason}
     batch = _batch(model, inputs, example_input)
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    layers = []
+    layers: list[LayerSummary] = []
+    counted: set[nn.Parameter] = set()
     for name, layer in countable_layers(model).items():
         original = reference.get_submodule(name) if reference else None
         note = reasons.get(name, "no rule matches it" if rules and not isinstance(layer, FactorizedLayer) else "")
-        layers.append(_layer(name, layer, inputs.get(name, []), batch, original, note, measure=measure))
+        own = set(layer.parameters()) - (counted if isinstance(layer, FactorizedLayer) else set())
+        counted |= own
+        num_params = sum(parameter.numel() for parameter in own)
+        layers.append(_layer(name, layer, num_params, inputs.get(name, []), batch, original, note, measure=measure))
     dense_seconds = seconds = None
     if measure:
         dense = to_dense(copy.deepcopy(model))
@@ -194,6 +198,7 @@ def _batch(model: nn.Module, inputs: dict[str, list[Tensor]], example_input: Exa
 def _layer(
     name: str,
     layer: nn.Module,
+    num_params: int,
     inputs: list[Tensor],
     batch: int,
     original: nn.Module | None,
@@ -203,7 +208,6 @@ def _layer(
 ) -> LayerSummary:
     factorized = layer if isinstance(layer, FactorizedLayer) else None
     geometry = factorized.geometry if factorized else Geometry(layer)
-    params = sum(parameter.numel() for parameter in layer.parameters())
     calls = calls_of(geometry, inputs)
     dense_macs = layer_macs = geometry.macs(calls) // batch
     if factorized:
@@ -224,7 +228,7 @@ def _layer(
         rank=factorized.ranks if factorized else (),
         plan=factorized.plan.groups if factorized else (),
         dense_params=geometry.num_params + (layer.bias.numel() if isinstance(layer.bias, Tensor) else 0),
-        params=params,
+        params=num_params,
         dense_macs=dense_macs,
         macs=layer_macs,
         error=error,

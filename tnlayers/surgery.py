@@ -87,7 +87,7 @@ def _settled(
                 name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
             )
             continue
-        if isinstance(method.rank, (int, tuple)):
+        if isinstance(method.rank, (int, tuple)) and not method.generator:
             _warn_if_larger(name, choice, Geometry(layer))
         resolved[name] = Rule(name, _planned(choice, layer, calls.get(name)))
     return resolved
