@@ -19,8 +19,9 @@ Train networks with tensorized layers, or compress trained ones and retrain them
   validate     accuracy on the validation pictures
   predict      a class and its probability for every test picture, as predictions.csv
   report       the per-layer table of a checkpoint
+  methods      the table of factorizations: layers, weights, ranks, options, papers
 
-example: tnlayers compress -c configs/experiment/cifar10_resnet20_tucker.yaml --checkpoint resnet20.th --out runs/tucker
+example: tnlayers compress -c configs/experiment/cifar10_resnet20.yaml --checkpoint resnet20.th --out runs/tucker
 """
 
 
@@ -49,13 +50,13 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from lightning_modules.lightning_cli import run
 
         return run
-    if name in ("quickstart", "report"):
+    if name in ("quickstart", "report", "methods"):
         from lightning_modules.commands import run as run_plain
 
         return run_plain
     import difflib
 
-    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report")
+    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report", "methods")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
     raise ValueError(f"unknown command {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""The commands that need no configuration: quickstart and report."""
+"""The commands that need no configuration: quickstart, report and methods."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +7,12 @@ import jsonargparse
 import torch
 from rich.console import Console
 
-__all__ = ["quickstart", "report", "run"]
+__all__ = ["methods", "quickstart", "report", "run"]
 
 
 def run(arguments: list[str]) -> int:
     """Parses and runs one of them; returns the exit code."""
-    commands: dict[str, Callable[..., None]] = {"quickstart": quickstart, "report": report}
+    commands: dict[str, Callable[..., None]] = {"quickstart": quickstart, "report": report, "methods": methods}
     name, *rest = arguments
     parser = jsonargparse.ArgumentParser(
         prog=f"tnlayers {name}", exit_on_error=False, allow_abbrev=False, description=commands[name].__doc__
@@ -32,6 +32,13 @@ def quickstart(out: str = "runs/quickstart", seed: int = 0) -> None:
     from lightning_modules.quickstart import run_quickstart
 
     run_quickstart(Path(out), seed, Console())
+
+
+def methods() -> None:
+    """Prints the table of methods: layers, weights, ranks, options and where they come from."""
+    from tnlayers import methods_table
+
+    print(methods_table())
 
 
 def report(checkpoint: str, dense: str | None = None, out: str | None = None, batch: int = 128) -> None:

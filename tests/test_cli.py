@@ -365,7 +365,7 @@ def test_compress_again_after_a_wrong_rule(dense: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.data
 def test_published_resnet20(resnet20_checkpoint: Path, cifar10_png: Path, tmp_path: Path) -> None:
-    experiment = ["-c", str(CONFIGS / "experiment/cifar10_resnet20_tucker.yaml"), "--data.root", str(cifar10_png)]
+    experiment = ["-c", str(CONFIGS / "experiment/cifar10_resnet20.yaml"), "--data.root", str(cifar10_png)]
     published = ["--model.rules", "[]", "--model.init_from", str(resnet20_checkpoint)]
     assert tnlayers("test", *experiment, *published, *output_to(tmp_path)) == 0
     assert 931 <= round(metric(tmp_path, "test/accuracy") * 1017) <= 933

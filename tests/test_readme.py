@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import Factorization, summarize
+from tnlayers import Factorization, methods_table, summarize
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def block(word: str) -> str:
@@ -39,14 +40,20 @@ def test_a_layer_alone() -> None:
     assert type(names["dense_conv"]) is nn.Conv2d
 
 
+def test_the_table_of_methods_is_the_codes() -> None:
+    printed = re.search(r"<!-- methods.*?-->\n(.*?)\n<!--", README, re.DOTALL)
+    assert printed, "README.md has no table of methods"
+    assert printed[1] == methods_table(), "paste the output of `tnlayers methods` into README.md"
+
+
 def test_a_method_is_one_file() -> None:
-    """The closed form is the optimum: its error is what the SVD of the same unfolding discards (Tai et al., theorem 1)."""
-    names: dict[str, Any] = {"__name__": "lowrank"}
-    exec(block("LowRank"), names)
-    method: Callable[[int], Factorization] = names["LowRank"]
+    """The closed form is the optimum: its error is what the SVD of the same unfolding discards."""
+    names: dict[str, Any] = {"__name__": "channelsvd"}
+    exec(block("ChannelSVD"), names)
+    method: Callable[[int], Factorization] = names["ChannelSVD"]
     weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
-    for rank in (1, 5, 24):
+    for rank in (1, 5, 12):
         _, error = method(rank).decompose(weight, (rank,))
         assert error**2 == pytest.approx(method(rank).error_estimate(weight)((rank,)), abs=1e-12)
-    factors, _ = method(24).decompose(weight, method(24).max_ranks((12, 8, 3, 3)))
-    torch.testing.assert_close(method(24).network((12, 8, 3, 3)).reconstruct(factors), weight, **FLOAT64)
+    factors, _ = method(12).decompose(weight, method(12).max_ranks((12, 8, 3, 3)))
+    torch.testing.assert_close(method(12).network((12, 8, 3, 3)).reconstruct(factors), weight, **FLOAT64)

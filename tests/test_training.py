@@ -15,12 +15,23 @@ from lightning_modules.data import Digits
 from tests.commands import CONFIGS, metric, output_to, tnlayers
 from tnlayers import FactorizedLayer, tensorize
 
+pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 EXPERIMENT = ["-c", CONFIGS / "experiment/digits.yaml"]
 CONVS = ("conv2", "conv3", "conv4")
 # Method, the layers that it takes, and a rank for tests that only need some factors.
-METHODS = [("Tucker", CONVS, 6), ("CP", CONVS, 24), ("MPS", CONVS, 8), ("TT", ("fc1",), 4)]
+METHODS = [
+    ("Tucker", CONVS, 6),
+    ("CP", CONVS, 24),
+    ("MPS", CONVS, 8),
+    ("LowRank", CONVS, 12),
+    ("TTConv", CONVS, 6),
+    ("TT", ("fc1",), 4),
+    ("ADTN", ("conv4", "fc1"), 3),
+]
+BUDGETS = {"ADTN": 3}  # its rank is a depth; the others get a share of the parameters
 # Where training starts, and epochs enough to pass 0.97 with margin.
 STARTS = [("random", 12), ("decompose", 4)]
+EPOCHS = {("ADTN", "decompose"): 12}  # hardly anything of the dense weight is kept
 
 
 def rules(method: str, layers: tuple[str, ...], rank: int | str) -> list[dict[str, object]]:
@@ -61,12 +72,12 @@ def fitted(
 def test_every_method_learns(
     method: str, layers: tuple[str, ...], _: int, init: str, epochs: int, dense: Path, tmp_path: Path
 ) -> None:
-    model: dict[str, object] = {"init": init, "rules": rules(method, layers, "ParamsKept(0.4)")}
+    model: dict[str, object] = {"init": init, "rules": rules(method, layers, BUDGETS.get(method, "ParamsKept(0.4)"))}
     if init == "decompose":
         model["init_from"] = str(dense)
     config = tmp_path / "model.yaml"
     config.write_text(yaml.safe_dump({"model": model}))
-    command = [*EXPERIMENT, "-c", config]
+    command, epochs = [*EXPERIMENT, "-c", config], EPOCHS.get((method, init), epochs)
     assert tnlayers("fit", *command, *output_to(tmp_path / "fit"), "--trainer.max_epochs", str(epochs)) == 0
     (last,) = (tmp_path / "fit").rglob("last.ckpt")
     assert tnlayers("test", *command, *output_to(tmp_path / "test"), "--ckpt_path", last) == 0
@@ -87,7 +98,7 @@ def test_every_parameter_moves(
     tensorize(model.net, model.resolve(init), init=init)  # type: ignore[arg-type]
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     after = dict(fitted(tmp_path, model).named_parameters())
-    assert sum(".factors." in name for name in after) >= 3 * len(layers)
+    assert sum(".factors." in name for name in after) >= 2 * len(layers)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 

@@ -13,6 +13,7 @@ from tnlayers.layers import (
     TTLinear,
     TuckerConv2d,
 )
+from tnlayers.methods import methods_table
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
@@ -49,6 +50,7 @@ __all__ = [
     "TuckerConv2d",
     "UnsupportedLayer",
     "load_dense",
+    "methods_table",
     "resolve",
     "rules_from_plain",
     "rules_of",

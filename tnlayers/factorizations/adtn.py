@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -60,8 +60,8 @@ class ADTN(Factorization):
     activation: str = "leaky_relu"
     joint: str = ""
     fit_steps: int = 300
-    offset: int = 0
-    total: int = 0
+    offset: int = field(default=0, metadata={"resolved": True})
+    total: int = field(default=0, metadata={"resolved": True})
 
     replaces: ClassVar[tuple[str, ...]] = ("Conv2d", "Linear")
     source: ClassVar[str] = "Qing et al. 2023, arXiv 2305.06058"
@@ -84,6 +84,9 @@ class ADTN(Factorization):
 
     def bonds(self, weight_shape: tuple[int, ...]) -> Indices:
         return ("depth",)
+
+    def formula(self, weight_shape: tuple[int, ...]) -> str:
+        return "leading entries of L_M s( ... s(L_1 (v x ... x v)))"
 
     def together(self, weight_sizes: Sequence[int]) -> list[Self]:
         if not self.joint or self.total:

@@ -73,6 +73,11 @@ class Factorization(ABC):
         """What the entries of a rank are."""
         return self.network(weight_shape).bonds
 
+    def formula(self, weight_shape: tuple[int, ...]) -> str:
+        """The weight, as a product that is summed over the bonds."""
+        factors = self.network(weight_shape).factors
+        return " ".join(f"{name}[{indices}]" for name, indices in factors.items())
+
     def max_ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
         """The rank of each bond from which on every weight is represented exactly."""
         return self.clamp(weight_shape, (_UNBOUNDED,) * len(self.bonds(weight_shape)))

@@ -1,8 +1,8 @@
 """Tensor train of a kernel with tensorized channels: one core for the window, one for each pair of channel modes.
 
 Garipov, Podoprikhin, Novikov and Vetrov, Ultimate tensorization: compressing convolutional and FC layers alike (2016),
-arXiv 1611.03214, section 4: K(x, y, c, s) = G0[x, y] G1[c1, s1] ... Gd[cd, sd]. The fit is TT-SVD, Oseledets (2011),
-algorithm 1.
+arXiv 1611.03214: the TT-conv kernel K(x, y, c, s) = G0[x, y] G1[c1, s1] ... Gd[cd, sd], a product of matrices. The fit is
+TT-SVD, Oseledets (2011), algorithm 1.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class TTConv(Tensorized):
     """
 
     replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
-    source: ClassVar[str] = "Garipov et al. 2016, arXiv 1611.03214, section 4"
+    source: ClassVar[str] = "Garipov et al. 2016, arXiv 1611.03214"
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
         return _network(len(self.shapes(weight_shape)[0]))

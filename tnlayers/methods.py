@@ -1,0 +1,44 @@
+"""The methods at a glance, read off the code."""
+
+from dataclasses import fields
+
+from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import LAYERS
+
+__all__ = ["methods_table"]
+
+_WEIGHT_SHAPES = {"Conv2d": (64, 64, 3, 3), "Linear": (64, 64)}
+_COMMON = {field.name for field in fields(Factorization)}
+
+
+def methods_table() -> str:
+    """A line of Markdown for each layer: what it replaces, its weight as a sum over the bonds, rank, options, source."""
+    headings = [
+        "layer",
+        "`method` in rules",
+        "replaces",
+        "its weight, summed over the bonds",
+        "`rank`",
+        "options",
+        "source",
+    ]
+    rows = [headings, ["---"] * len(headings)]
+    for layer in LAYERS:
+        method = layer.method(1)
+        shape = _WEIGHT_SHAPES[layer.dense_type.__name__]
+        bonds = method.bonds(shape)
+        options = [
+            field.name for field in fields(method) if field.name not in _COMMON and "resolved" not in field.metadata
+        ]
+        rows.append(
+            [
+                f"`{layer.__name__}`",
+                f"`{layer.method.__name__}`",
+                f"`nn.{layer.dense_type.__name__}`",
+                f"`{method.formula(shape)}`",
+                f"({', '.join(bonds)})" if len(bonds) > 1 else bonds[0],
+                ", ".join(f"`{name}`" for name in options),
+                method.source,
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
