@@ -212,42 +212,45 @@ def _generate(layers: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) 
     """(2^Q,) from M times (Q - 1, 2, 2, 2, 2) gates; the first index is the most significant bit of the position."""
     made = _first(layers[0])
     for gates in layers[1:]:
-        made = _apply(gates, activation(made))
+        made = activation(made)
+        for block in _blocks(gates):
+            # What is finished goes to the back of the tensor, the open index to its front: next to what comes next.
+            made = (made.reshape(block.shape[1], -1).mT @ block).flatten()
     return made
 
 
-def _columns(gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates on (1,2), (3,4), ... and those on (2,3), (4,5), ..."""
-    half = (len(gates) + 1) // 2
-    return gates[:half], gates[half:]
-
-
 def _first(gates: Tensor) -> Tensor:
-    """L_1 (v x ... x v), grown from the left: what is not there yet costs nothing.
-
-    Before gate k of the second column, the tensor made so far is a matrix over (all finished indices, the open one).
-    """
-    odd, even = _columns(gates)
-    starts = odd[..., 0, 0]
-    made = starts[0]
-    for start, gate in zip(starts[1:], even, strict=False):
-        block = torch.einsum("pqab,bc->apqc", gate, start)
-        made = (made.reshape(-1, 2) @ block.reshape(2, 8)).reshape(-1, 2)
-    if len(even) == len(odd):  # an odd Q: the last index meets the last gate as v
-        made = made.reshape(-1, 2) @ even[-1][..., 0].permute(2, 0, 1).reshape(2, 4)
+    """L_1 (v x ... x v), grown from the left: an index that is still v costs nothing, so neither does this layer."""
+    start, *others = _blocks(gates)
+    made = start[:, 0].mT
+    for block in others:
+        at_v = block.reshape(len(block), 2, -1, block.shape[-1])[:, :, 0]
+        made = torch.einsum("na,eaf->nfe", made.reshape(-1, 2), at_v)
     return made.flatten()
 
 
-def _apply(gates: Tensor, made: Tensor) -> Tensor:
-    """L made, both columns in one sweep, each product a matmul with 4 or 8 columns.
+def _blocks(gates: Tensor) -> list[Tensor]:
+    """A TN layer as a sweep from left to right: small matrices (open index after, (open index before, new ones), finished).
 
-    What is finished goes to the back of the tensor and the open index to its front: the next indices are there already.
+    A gate of the second column and the one of the first that it waits for make a step of 8 x 8; two steps make a block of
+    at most 32 x 32, which passes over the large tensor half as often.
     """
-    odd, even = _columns(gates)
-    made = made.reshape(4, -1).mT @ odd[0].permute(1, 2, 3, 0).reshape(2, 4, 2)
+    half = (len(gates) + 1) // 2
+    odd, even = gates[:half], gates[half:]
+    steps = [odd[0].permute(1, 2, 3, 0).reshape(2, 4, 2)]
     for gate, following in zip(even, odd[1:], strict=False):
-        block = torch.einsum("pqab,bcxy->caxypq", gate, following).reshape(2, 8, 4)
-        made = made.reshape(8, -1).mT @ block
-    if len(even) == len(odd):
-        return (made.reshape(4, -1).mT @ even[-1].reshape(4, 4).mT).flatten()
-    return made.reshape(2, -1).mT.flatten()
+        steps.append(torch.einsum("pqab,bcxy->caxypq", gate, following).reshape(2, 8, 4))
+    if len(even) == len(odd):  # an odd Q: the last gate leaves no index open
+        steps.append(even[-1].reshape(1, 4, 4).mT)
+    else:
+        steps.append(torch.eye(2, dtype=gates.dtype, device=gates.device)[None])
+    return [_join(*steps[n : n + 2]) for n in range(0, len(steps), 2)]
+
+
+def _join(first: Tensor, second: Tensor | None = None) -> Tensor:
+    """One step after another, as one."""
+    if second is None:
+        return first
+    split = second.reshape(len(second), 2, -1, second.shape[-1])
+    joined = torch.einsum("caf,ecug->eaufg", first, split)
+    return joined.reshape(len(second), first.shape[1] * split.shape[2], -1)
