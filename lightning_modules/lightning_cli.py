@@ -3,6 +3,8 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,10 +162,24 @@ def run(arguments: list[str]) -> int:
     """Runs one Lightning command; returns the exit code."""
     _check_yaml(arguments)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
-    with warnings.catch_warnings():
+    with _shown_progress(), warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message=message)
         return _run(arguments)
+
+
+@contextmanager
+def _shown_progress() -> Iterator[None]:
+    """What the layers log while they are fitted, on stderr."""
+    logger, handler = logging.getLogger("tnlayers"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _check_yaml(arguments: list[str]) -> None:
