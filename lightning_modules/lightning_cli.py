@@ -165,7 +165,13 @@ def run(arguments: list[str]) -> int:
     with _shown_progress(), warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message=message)
+        warnings.showwarning = _one_line
         return _run(arguments)
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning without the file and the line of code that it comes from."""
+    print(f"tnlayers: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextmanager

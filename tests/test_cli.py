@@ -17,8 +17,9 @@ from PIL import Image
 
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
+from tnlayers import methods_table
 
-COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report"]
+COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report", "methods"]
 
 # ---- help
 
@@ -38,6 +39,11 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 # ---- as a user types it
+
+
+def test_methods_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tnlayers("methods") == 0
+    assert capsys.readouterr().out == f"{methods_table()}\n"
 
 
 def test_fit_with_nothing_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +139,10 @@ RULES: list[tuple[str, list[str]]] = [
     ("{pattern: cnov2, method: Tucker, rank: 2}", ["'cnov2'", "matches no layer", "near misses", "'conv2'"]),
     ("{pattern: fc*, method: Tucker, rank: 2}", ["'fc*'", "Linear", "'fc1'", "Tucker replaces Conv2d"]),
     ("{pattern: conv*, method: TT, rank: 2}", ["'conv*'", "Conv2d", "TT replaces Linear"]),
+    ("{pattern: conv2, method: TTConv, rank: 2, in_shape: [4, 4]}", ["'conv2'", "in_shape (4, 4)", "32"]),
+    ("{pattern: conv2, method: MPS, rank: 2, order: hwi}", ["order 'hwi'", "such as 'h w i o'"]),
+    ("{pattern: fc1, method: ADTN, rank: ParamsKept(0.5)}", ["ParamsKept(0.5)", "depth", "int"]),
+    ("{pattern: fc1, method: ADTN, rank: 2, activation: gelu}", ["'gelu'", "leaky_relu"]),
     ("{pattern: fc1, method: TT, rank: 2, in_shape: [3, 3], out_shape: [8, 16]}", ["(3, 3)", "expected 512"]),
 ]  # fmt: skip
 

@@ -58,6 +58,7 @@ def test_imports_run_downward_only() -> None:
         "budget",
         "factorized",
         "layers",
+        "methods",
         "rules",
         "tracing",
         "surgery",
