@@ -17,6 +17,7 @@ from tnlayers import (
     ParamsKept,
     RelativeError,
     Rule,
+    TTConv,
     Tucker,
     TuckerConv2d,
     resolve,
@@ -62,6 +63,15 @@ def test_budgets_hold_for_the_layers_of_the_rule(method: type, init: Any) -> Non
         net = tensorize(copy.deepcopy(dense), [Rule("body.*", method(rule))], init=init, example_input=X)
         kept = fractions(net, dense, ["body.0", "body.2"])[place]
         assert 0.97 * 0.4 <= kept <= 0.4, (rule, kept)
+
+
+def test_from_scratch_ranks_that_hold_each_other_down_count_as_what_they_attain() -> None:
+    """Two spatial filters cannot be made up for by wide cores; and a kernel with two equal ends gets two equal ends."""
+    net = nn.Sequential(nn.Conv2d(64, 64, 3))
+    (train,) = resolve(net, [Rule("0", TTConv(ParamsKept(0.3)))], init="random")
+    assert train.factorization.rank[0] > 4  # of 9
+    (chain,) = resolve(net, [Rule("0", MPS(ParamsKept(0.3)))], init="random")
+    assert chain.factorization.rank[0] == chain.factorization.rank[2]
 
 
 def test_resolving_decides_and_touches_nothing() -> None:

@@ -83,16 +83,16 @@ def _candidate(
         return lambda ranks: geometry.network_macs(network, sizes(ranks), groups, calls)
 
     max_ranks = factorization.max_ranks(shape)
-    error = _flat_error(max_ranks) if flat else _error(factorization, dense, geometry)
+    error = _flat_error(factorization, shape) if flat else _error(factorization, dense, geometry)
     if by_macs:
         costs = [macs_of(groups) for groups in partitions(tuple(network.factors))]
         return Candidate(max_ranks, error, costs, geometry.macs(calls))
     return Candidate(max_ranks, error, [lambda ranks: network.num_params(sizes(ranks))], geometry.num_params)
 
 
-def _flat_error(max_ranks: Ranks) -> Callable[[Ranks], float]:
-    full = math.prod(max_ranks)
-    return lambda ranks: 1 - math.prod(ranks) / full
+def _flat_error(factorization: Factorization, shape: tuple[int, ...]) -> Callable[[Ranks], float]:
+    full = math.prod(factorization.max_ranks(shape))
+    return lambda ranks: 1 - math.prod(factorization.clamp(shape, ranks)) / full
 
 
 def _error(factorization: Factorization, dense: nn.Module, geometry: Geometry) -> Callable[[Ranks], float]:
