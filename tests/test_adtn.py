@@ -3,11 +3,15 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from lightning_modules.classifier import load_net
+from tests.commands import DIGITS, output_to, tnlayers
 from tests.tolerances import EXACT, FLOAT64
 from tnlayers import (
     ADTN,
@@ -26,7 +30,9 @@ from tnlayers import (
 )
 from tnlayers.factorizations import adtn
 
-pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ADTN. .* leave a relative error", "ignore:.*lower the rank or leave the layer dense"
+)
 
 
 class Net(nn.Module):
@@ -41,6 +47,7 @@ class Net(nn.Module):
 
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+SLICE = {"name": "a", "offset": 0, "total": 60, "scale": 0.5}
 JOINT = [Rule("conv", None), Rule("*", ADTN(2, joint="all", fit_steps=40))]
 
 
@@ -62,10 +69,10 @@ def test_the_fit_reports_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     assert len(steps) == 10
     assert steps[-1].startswith("ADTN fit: step 50 of 50, relative error 0.")
     weight = layer.weight.detach().double()
-    expected = float((dense.weight - weight).norm() / dense.weight.norm())
+    expected = float(((dense.weight - weight).norm() / dense.weight.norm()).detach())
     assert layer.decomposition_error == pytest.approx(expected, rel=1e-5)
     assert f"{layer.decomposition_error:.2f}" in steps[-1]  # the scale is the best one: the angle is all that counts
-    assert float((dense.weight * weight).sum() / weight.square().sum()) == pytest.approx(1, rel=1e-4)
+    assert float((dense.weight.detach() * weight).sum() / weight.square().sum()) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("steps", [0, 30])
@@ -75,10 +82,13 @@ def test_a_longer_fit_is_closer(steps: int) -> None:
     assert long < short <= 1
 
 
-def test_zero_weights_stay_zero() -> None:
+def test_zero_weights_stay_zero_and_can_be_trained() -> None:
     dense = nn.Linear(6, 5)
     nn.init.zeros_(dense.weight)
-    assert not ADTNLinear.from_dense(dense, rank=2).weight.any()
+    layer = ADTNLinear.from_dense(dense, rank=2)
+    assert not layer.weight.any()
+    layer.weight.sum().backward()
+    assert layer.factors["layer2"].grad.any()
 
 
 def test_a_weight_takes_the_leading_entries() -> None:
@@ -100,26 +110,37 @@ def test_it_is_generated_once_while_evaluating(monkeypatch: pytest.MonkeyPatch) 
         layer.factors["layer1"].mul_(2)
         layer(x)
         assert len(calls) == 2
-    dense, before = layer.to_dense(), len(calls)
-    dense(x)
-    assert type(dense) is nn.Linear
-    assert len(calls) == before
+    assert type(layer.to_dense()) is nn.Linear
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rank": ParamsKept(0.5)}, "ADTN's rank is the depth of its brick wall; give an int"),
+        ({"rank": 10**9}, "rank 1000000000: expected a depth of at most 256"),
+        ({"rank": (2, 2)}, r"has 2 entries; ADTN takes 1"),
         ({"rank": 2, "activation": "gelu"}, "activation 'gelu': expected one of none, relu, leaky_relu"),
+        ({"rank": 2, "activation": []}, r"activation \[\]: expected one of none, relu, leaky_relu"),
         ({"rank": 2, "fit_steps": -1}, "fit_steps -1: expected an int"),
         ({"rank": 2, "joint": 3}, "joint 3: expected a name"),
-        ({"rank": (2, 2)}, r"has 2 entries; ADTN takes 1"),
-        ({"rank": 2, "joint": "a", "offset": 9, "total": 60}, "does not fit in the 60 of 'a'"),
+        ({"rank": 2, "joint": {"name": "a"}}, "expected a name, or the name, offset, total and scale"),
+        ({"rank": 2, "joint": SLICE | {"offset": -1}}, "0 <= offset < total"),
+        ({"rank": 2, "joint": SLICE | {"offset": 2**70}}, "0 <= offset < total"),
+        ({"rank": 2, "joint": SLICE | {"total": True}}, "0 <= offset < total"),
+        ({"rank": 2, "joint": SLICE | {"scale": 0}}, "a scale above 0 and at most 1"),
+        ({"rank": 2, "joint": SLICE | {"offset": 9}}, "a weight of 60 entries does not fit in"),
     ],
 )
-def test_bad_options_are_named(options: dict, message: str) -> None:
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ADTNLinear(12, 5, **options)
+
+
+def made(net: Net) -> torch.Tensor:
+    """What the generator of a joint net makes."""
+    layer = net.body
+    shapes = {"weight": (7 * 45 + 77,)}
+    return layer.factorization.with_joint("").factors(dict(layer.factors.items()), shapes)["weight"].detach()
 
 
 @pytest.mark.parametrize("init", ["random", "decompose"])
@@ -129,25 +150,39 @@ def test_one_generator_for_several_layers(init: str) -> None:
     assert isinstance(body, ADTNConv2d)
     assert isinstance(head, ADTNLinear)
     assert all(body.factors[name] is head.factors[name] for name in ("layer1", "layer2"))
-    whole = body.factorization.whole(7 * 45 + 77).factors(dict(body.factors.items()), {"weight": (512,)})["weight"]
-    torch.testing.assert_close(body.weight.flatten(), whole[: 7 * 45], **EXACT)
-    torch.testing.assert_close(head.weight.flatten(), whole[7 * 45 : 7 * 45 + 77], **EXACT)
-    net(X).sum().backward()
-    assert all(gates.grad.abs().sum() > 0 for gates in body.factors.values())
+    torch.testing.assert_close(body.weight.flatten(), made(net)[: 7 * 45] * 45**-0.5, **FLOAT64)
+    torch.testing.assert_close(head.weight.flatten(), made(net)[7 * 45 :] * 7**-0.5, **FLOAT64)
     assert sum(parameter.numel() for parameter in body.factors.values()) == 2 * 16 * 8
     copied = copy.deepcopy(net)
     assert copied.body.factors["layer1"] is copied.head.factors["layer1"]
     torch.testing.assert_close(to_dense(copy.deepcopy(net))(X), net(X), **FLOAT64)
 
 
+def test_a_joint_gradient_is_the_sum_of_the_layers_own() -> None:
+    net = joint_net()
+    gates = net.body.factors["layer1"]
+    body, head = (torch.autograd.grad(layer.weight.square().sum(), gates)[0] for layer in (net.body, net.head))
+    assert body.abs().sum() > 0
+    assert head.abs().sum() > 0
+    (net.body.weight.square().sum() + net.head.weight.square().sum()).backward()
+    torch.testing.assert_close(gates.grad, body + head, **FLOAT64)
+
+
 def test_a_joint_fit_is_of_all_weights_together() -> None:
     dense = Net().double()
+    with torch.no_grad():
+        dense.head.weight.mul_(3)
     net = tensorize(copy.deepcopy(dense), JOINT)
-    target = torch.cat([dense.body.weight.flatten(), dense.head.weight.flatten()]).detach()
-    made = torch.cat([net.body.weight.flatten(), net.head.weight.flatten()]).detach()
-    assert float((made * target).sum() / made.square().sum()) == pytest.approx(1, rel=1e-6)
-    assert (made - target).norm() < target.norm()
+    target = torch.cat([dense.body.weight.flatten() * 45**0.5, dense.head.weight.flatten() * 7**0.5]).detach()
+    assert float((made(net) * target).sum() / made(net).square().sum()) == pytest.approx(1, rel=1e-6)
+    assert (made(net) - target).norm() < target.norm()
     torch.testing.assert_close(net.head.bias, dense.head.bias, **EXACT)
+
+
+def test_a_joint_net_has_the_dense_scale_in_all() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert made(joint_net()).square().mean().sqrt().item() == pytest.approx(3**-0.5, rel=1e-6)  # as U(-1, 1)
 
 
 def test_a_joint_net_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -159,6 +194,45 @@ def test_a_joint_net_is_saved_and_loaded(tmp_path: Path) -> None:
     assert again.body.factors is again.head.factors
 
 
+def test_a_joint_net_outlives_the_command_line(tmp_path: Path) -> None:
+    rules = [{"pattern": "[cf]*[41]", "method": "ADTN", "rank": 2, "joint": "big"}]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"model": {"rules": rules}}))
+    command = [*DIGITS, "-c", tmp_path / "rules.yaml", "--model.init", "random", "--trainer.max_epochs", "1"]
+    assert tnlayers("fit", *command, *output_to(tmp_path / "fit")) == 0
+    (last,) = (tmp_path / "fit").rglob("last.ckpt")
+    net, _ = load_net(last)
+    assert net.fc1.factors is net.conv4.factors is net.conv1.factors
+    assert tnlayers("test", *command, *output_to(tmp_path / "test"), "--ckpt_path", last) == 0
+
+
+def test_what_is_left_of_a_joint_net_is_saved_and_loaded() -> None:
+    net = joint_net()
+    net.head = to_dense(net.head)
+    again = tensorize(Net().double(), rules_from_plain([rule.to_plain() for rule in rules_of(net)]), init="random")
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(X), net(X), **EXACT)
+
+
+def test_a_copied_generator_is_one_of_its_own() -> None:
+    net = joint_net()
+    pair = nn.ModuleDict({"one": net, "two": copy.deepcopy(net)})
+    with torch.no_grad():
+        pair["two"].body.factors["layer1"].mul_(2)
+    blank = nn.ModuleDict({"one": Net().double(), "two": Net().double()})
+    again = tensorize(blank, rules_from_plain([rule.to_plain() for rule in rules_of(pair)]), init="random")
+    again.load_state_dict(pair.state_dict())
+    torch.testing.assert_close(again["two"](X), pair["two"](X), **EXACT)
+    torch.testing.assert_close(again["one"](X), pair["one"](X), **EXACT)
+
+
+def test_a_joint_layer_converted_alone_has_gates_of_its_own() -> None:
+    net = joint_net()
+    dense = net.head.to_dense()
+    alone = ADTNLinear.convert(dense, net.head.factorization)
+    assert alone.factors["layer1"].shape == (6, 2, 2, 2, 2)  # 77 entries: 7 bits
+    assert alone.decomposition_error < 1
+
+
 def test_a_joint_net_is_counted_once() -> None:
     net = joint_net()
     totals = summarize(net, X, measure=False).totals
@@ -166,34 +240,59 @@ def test_a_joint_net_is_counted_once() -> None:
     assert totals.dense_params == sum(parameter.numel() for parameter in Net().parameters())
 
 
-def test_a_deeper_state_is_adopted_by_all_layers_of_a_generator() -> None:
-    deeper = tensorize(Net().double(), [Rule("conv", None), Rule("*", ADTN(3, joint="all"))], init="random")
-    net = joint_net()
-    with pytest.warns(UserWarning, match="adopted from the loaded state"):
-        net.load_state_dict(deeper.state_dict())
-    torch.testing.assert_close(net(X), deeper(X), **EXACT)
-    assert net.body.factors["layer3"] is net.head.factors["layer3"]
+def frozen(net: Net) -> None:
+    net.body.requires_grad_(False)
 
 
-def test_what_a_joint_generator_refuses() -> None:
+def halved(net: Net) -> None:
+    net.head.float()
+
+
+@pytest.mark.parametrize(
+    ("change", "joint", "message"),
+    [
+        (frozen, {}, "need the same dtype and device, and all or none of them trained"),
+        (halved, {}, "need the same dtype and device"),
+        (None, {"body": {"offset": 70}}, "the slices overlap"),
+        (None, {"body": {"total": 400}}, "the same rank, options and total"),
+        (None, {"body": {"total": 2**60}, "head": {"total": 2**60}}, "the layers take 392 of the generator's"),
+    ],
+)
+def test_what_a_joint_generator_refuses(change: Any, joint: dict[str, Any], message: str) -> None:
+    net = Net().double()
+    if change:
+        change(net)
+    plain = [rule.to_plain() for rule in resolve(Net(), JOINT)]
+    for rule in plain:
+        if rule["pattern"] in joint:
+            rule["joint"] = rule["joint"] | joint[rule["pattern"]]
+    with pytest.raises(ValueError, match=f"joint 'all' of body, head: .*{message}"):
+        tensorize(net, rules_from_plain(plain), init="random")
+    assert not any(isinstance(module, FactorizedLayer) for module in net.modules())
+
+
+def test_a_joint_layer_is_neither_truncated_nor_joined_later() -> None:
     net = joint_net()
-    with pytest.raises(ValueError, match="make those of others too"):
+    with pytest.raises(ValueError, match="make other layers too"):
         net.head.truncate(1)
+    with pytest.raises(ValueError, match="has a generator of this name"):
+        tensorize(net, [Rule("conv", ADTN(1, joint="all"))], init="random")
     separate = [Rule("body", ADTN(1, joint="a")), Rule("head", ADTN(1, joint="a"))]
-    with pytest.raises(ValueError, match=r"joint 'a': its layers have 392 entries together.*under one rule"):
+    with pytest.raises(ValueError, match=r"joint 'a' of body, head: .* the same rank, options and total"):
         tensorize(Net(), separate, init="random")
-    resolved = resolve(Net(), JOINT)
-    with pytest.raises(ValueError, match="under one rule"):
-        tensorize(Net(), [Rule("body", None), *resolved], init="random")
 
 
-def test_training_a_joint_generator_moves_both_layers() -> None:
-    net = joint_net()
-    before = [layer.weight.detach().clone() for layer in (net.body, net.head)]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    net(X).square().sum().backward()
-    optimizer.step()
-    assert all(
-        isinstance(layer, FactorizedLayer) and not torch.equal(layer.weight, old)
-        for layer, old in zip((net.body, net.head), before, strict=True)
-    )
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+def test_it_is_fitted_in_any_mode(mode: Any) -> None:
+    dense = nn.Linear(20, 12)
+    expected = ADTNLinear.from_dense(dense, rank=2, fit_steps=20).decomposition_error
+    with mode():
+        assert ADTNLinear.from_dense(dense, rank=2, fit_steps=20).decomposition_error == expected
+
+
+@pytest.mark.parametrize("features", [(1, 1), (1, 2), (1, 3), (5, 1)])
+def test_the_smallest_weights(features: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tnlayers"):
+        layer = ADTNLinear.from_dense(nn.Linear(*features, dtype=torch.float64), rank=1)
+    assert layer.decomposition_error < 0.1
+    assert all("nan" not in record.getMessage() for record in caplog.records)

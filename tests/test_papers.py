@@ -201,7 +201,7 @@ def test_adtn_effective_parameters_are_those_with_a_gradient(num_bits: int, dept
     assert used == num_effective(num_bits, depth) - (8 if num_bits % 2 else 0)
 
 
-def test_adtn_cuts_of_one_tn_layer_have_at_most_rank_four() -> None:
+def test_adtn_of_one_tn_layer_has_at_most_rank_four_between_left_and_right() -> None:
     made = ADTN(1).factors({"layer1": torch.randn(9, 2, 2, 2, 2, dtype=torch.float64)}, {"weight": (1024,)})["weight"]
     for bits in range(1, 10):
         assert torch.linalg.matrix_rank(made.reshape(2**bits, -1)) <= 4

@@ -59,7 +59,7 @@ def test_method_names_may_be_written_in_lower_case() -> None:
         ({"pattern": "a", "method": "Tucker", "rank": 2, "plan": 5}, "plan 5: expected 'auto'"),
         (
             {"pattern": "a", "method": "TT", "rank": 2, "in_shape": 784},
-            "in_shape 784: expected a tuple of positive ints",
+            "in_shape 784: expected a tuple of at most 10 positive ints",
         ),
         (
             {"pattern": "a", "method": "TT", "rank": 2, "in_shape": [2.0, 392]},

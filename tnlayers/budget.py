@@ -1,12 +1,13 @@
 """From a rank rule to explicit ranks for the layers that share it."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from tnlayers.factorizations import Factorization
+from tnlayers.factorizations import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import precise
 from tnlayers.plan import Partition, partitions
@@ -39,7 +40,7 @@ def settle(
     rule = factorization.rank
     if not isinstance(rule, RankRule):
         geometries = [Geometry(dense) for dense in layers]
-        placed = factorization.together([geometry.num_params for geometry in geometries])
+        placed = _laid_out(factorization, geometries)
         return [
             own.with_rank(own.ranks(geometry.weight_shape)) for own, geometry in zip(placed, geometries, strict=True)
         ]
@@ -58,6 +59,18 @@ def settle(
     return [
         None if ranks is None else _explicit(factorization, Geometry(dense), ranks, of_layer)
         for dense, ranks, of_layer in zip(layers, chosen, used, strict=True)
+    ]
+
+
+def _laid_out(factorization: Factorization, geometries: Sequence[Geometry]) -> list[Factorization]:
+    """Layers with a generator in common take its entries one after the other."""
+    name = factorization.joint
+    if not name or isinstance(name, Slice):
+        return [factorization for _ in geometries]
+    ends = list(itertools.accumulate(geometry.num_params for geometry in geometries))
+    return [
+        factorization.with_joint(Slice(name, end - geometry.num_params, ends[-1], geometry.fan_in**-0.5))
+        for end, geometry in zip(ends, geometries, strict=True)
     ]
 
 

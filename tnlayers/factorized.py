@@ -3,6 +3,7 @@
 A layer knows its method only through the `Factorization` contract, so none of this changes when a method is added.
 """
 
+import inspect
 import math
 import operator
 import warnings
@@ -51,11 +52,27 @@ class FactorizedLayer(nn.Module):
             truncation and after a load.
     """
 
+    __signature__: ClassVar[inspect.Signature]
     method: ClassVar[type[Factorization]]
     dense_type: ClassVar[type[nn.Module]]
 
     bias: nn.Parameter | None
     decomposition_error: float | None
+
+    def __init_subclass__(cls) -> None:
+        """A layer that names its method shows the method's options in its signature."""
+        super().__init_subclass__()
+        if "method" in vars(cls):
+            own = inspect.signature(cls.__init__).parameters.values()
+            given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD][1:]
+            options = [field for field in fields(cls.method) if field.name not in {known.name for known in given}]
+            shown = [
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+                )
+                for field in options
+            ]
+            cls.__signature__ = inspect.Signature([*given, *shown])
 
     def _build(self, template: nn.Module, factorization: Factorization, device: Any, dtype: Any) -> None:
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
@@ -157,7 +174,7 @@ class FactorizedLayer(nn.Module):
             dense: the torch layer; it is not changed.
             factorization: the method and its rank.
             init: "decompose" for the closest weight, "random" to train from scratch.
-            fitted: the parameters, if they are known, instead of a decomposition.
+            fitted: the parameters of a generator that the layer shares with others, instead of a decomposition.
 
         Raises:
             UnsupportedLayer: the dense layer is of another type.
@@ -170,6 +187,8 @@ class FactorizedLayer(nn.Module):
             raise UnsupportedLayer(
                 f"{cls.__name__} takes real floating-point weights; this layer's dtype is {weight.dtype}"
             )
+        if fitted is None:
+            factorization = factorization.with_joint("")  # what is converted alone has parameters of its own
         explicit = _settled(factorization, dense, flat=init == "random")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
         layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
@@ -231,9 +250,9 @@ class FactorizedLayer(nn.Module):
         Raises:
             ValueError: a rank above the present one, or one that is not valid for the method.
         """
-        if self.factorization.generator:
+        if self.factorization.joint:
             raise ValueError(
-                f"truncate: the parameters of this layer make those of others too ({self.factorization.generator!r})"
+                f"truncate: the parameters of this layer make other layers too: {self.factorization.joint}"
             )
         dense, present = self.to_dense(), self.ranks
         if isinstance(rank, int):
@@ -328,6 +347,8 @@ def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     start = f"{prefix}factors."
     shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
     layer.decomposition_error = None
+    if layer.factorization.joint:
+        return
     with suppress(ValueError):
         ranks = layer.factorization.ranks_from(layer.network, shapes)
         if ranks != layer.ranks and layer.geometry.parameter_shapes(layer.factorization, ranks) == shapes:

@@ -91,7 +91,7 @@ class Geometry:
     def parameter_shapes(self, factorization: Factorization, ranks: Ranks) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that makes the factorized weight."""
         factor_shapes = self.network(factorization).shapes(self.sizes(factorization, ranks))
-        return dict(factorization.with_rank(ranks).parameter_shapes(factor_shapes))
+        return dict(factorization.parameter_shapes(factor_shapes, ranks))
 
     def network_macs(self, network: Network, sizes: Mapping[str, int], groups: Partition, calls: Sequence[Call]) -> int:
         """Multiply-accumulates of a plan in all the calls, once its weights are merged."""

@@ -27,9 +27,7 @@ def methods_table() -> str:
         method = layer.method(1)
         shape = _WEIGHT_SHAPES[layer.dense_type.__name__]
         bonds = method.bonds(shape)
-        options = [
-            field.name for field in fields(method) if field.name not in _COMMON and "resolved" not in field.metadata
-        ]
+        options = [field.name for field in fields(method) if field.name not in _COMMON]
         rows.append(
             [
                 f"`{layer.__name__}`",

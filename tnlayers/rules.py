@@ -7,10 +7,10 @@ edited, saved and applied again. The plain form names methods by a fixed list: n
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from tnlayers.factorizations import METHODS, Factorization
+from tnlayers.factorizations import METHODS, Factorization, Slice
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
 
 __all__ = ["Rule", "rules_from_plain"]
@@ -42,7 +42,7 @@ class Rule:
         for field in fields(self.factorization):
             value = getattr(self.factorization, field.name)
             if field.default is MISSING or value != field.default:
-                plain[field.name] = str(value) if isinstance(value, RankRule) else _lists(value)
+                plain[field.name] = _plain(value)
         return plain | ({"reason": self.reason} if self.reason else {})
 
     @staticmethod
@@ -112,8 +112,12 @@ def _rank_from_plain(value: Any) -> Rank:
     return rule(number)
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _plain(value: Any) -> Any:
+    if isinstance(value, RankRule):
+        return str(value)
+    if isinstance(value, Slice):
+        return asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

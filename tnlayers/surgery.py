@@ -3,16 +3,17 @@
 import difflib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnlayers.budget import settle
-from tnlayers.factorizations import Factorization
+from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.layers import layer_type
@@ -23,6 +24,9 @@ from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
 
+_MAX_UNUSED = (
+    64  # how many times more a generator may make than is still taken of it: a file must not ask for all memory
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -87,19 +91,20 @@ def _settled(
                 name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
             )
             continue
-        if isinstance(method.rank, (int, tuple)) and not method.generator:
-            _warn_if_larger(name, choice, Geometry(layer))
         resolved[name] = Rule(name, _planned(choice, layer, calls.get(name)))
+        if isinstance(method.rank, (int, tuple)):
+            _warn_if_larger(name, choice, Geometry(layer))
     return resolved
 
 
 def _warn_if_larger(name: str, choice: Factorization, geometry: Geometry) -> None:
     assert isinstance(choice.rank, tuple)
     params = sum(math.prod(shape) for shape in geometry.parameter_shapes(choice, choice.rank).values())
-    if params >= geometry.num_params:
+    replaced = choice.joint.total if isinstance(choice.joint, Slice) else geometry.num_params
+    if params >= replaced:
         warnings.warn(
             f"{name}: {type(choice).__name__} of rank {choice.rank} has {params} parameters and the dense weight "
-            f"{geometry.num_params}; lower the rank or leave the layer dense",
+            f"{replaced}; lower the rank or leave the layer dense",
             stacklevel=5,
         )
 
@@ -186,39 +191,78 @@ def tensorize(
         ValueError: what `resolve` raises.
     """
     replacements: dict[nn.Module, nn.Module] = {}
-    generated: dict[str, dict[nn.Module, Factorization]] = {}
+    generated: dict[str, dict[str, Factorization]] = {}
     for rule in resolve(model, rules, example_input, init=init):
         if rule.factorization is None:
             continue
         dense, method = model.get_submodule(rule.pattern), rule.factorization
-        if method.generator:
-            generated.setdefault(method.generator, {})[dense] = method
+        if isinstance(method.joint, Slice):
+            generated.setdefault(method.joint.name, {})[rule.pattern] = method
         else:
-            replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
-    for together in generated.values():
-        replacements |= _convert_together(together, init)
+            with _naming(rule.pattern):
+                replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
+    done = [layer.factorization.joint for layer in model.modules() if isinstance(layer, FactorizedLayer)]
+    taken = [joint.name for joint in done if isinstance(joint, Slice)]
+    for name, methods in generated.items():
+        with _naming(f"joint {name!r} of {', '.join(methods)}"):
+            if name in taken:
+                raise ValueError("the model has a generator of this name; choose another")
+            replacements |= _convert_together({model.get_submodule(key): methods[key] for key in methods}, init)
     return _replace(model, replacements)
 
 
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
 def _convert_together(methods: dict[nn.Module, Factorization], init: Init) -> dict[nn.Module, nn.Module]:
-    """Layers that share the parameters of one generator, fitted to their weights as one."""
-    weights = [precise(dense.weight).flatten() for dense in methods]  # type: ignore[arg-type]
-    size = sum(len(weight) for weight in weights)
-    whole, *others = (method.whole(size) for method in methods.values())
-    if any(other != whole for other in others):
-        raise ValueError(f"layers of one generator need the same rank and options; got {[whole, *others]}")
-    fitted = None
+    """Layers that share one generator: all their weights, one after the other, as that of one linear layer.
+
+    Raises:
+        ValueError: layers of different kinds, slices that overlap, or (to decompose) that leave something out.
+    """
+    dense_layers = sorted(methods, key=lambda dense: _slice(methods[dense]).offset)
+    weights = [_weight(dense) for dense in dense_layers]
+    slices = [_slice(methods[dense]) for dense in dense_layers]
+    first, total, alone = weights[0], slices[0].total, methods[dense_layers[0]].with_joint("")
+    if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
+        raise ValueError("layers of one generator need the same dtype and device, and all or none of them trained")
+    if any(own.total != total for own in slices) or any(m.with_joint("") != alone for m in methods.values()):
+        raise ValueError("layers of one generator need the same rank, options and total")
+    ends = [own.offset + weight.numel() for own, weight in zip(slices, weights, strict=True)]
+    if any(after.offset < end for after, end in zip(slices[1:], ends, strict=False)) or ends[-1] > total:
+        raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {slices}")
+    covered = sum(weight.numel() for weight in weights)
+    if covered != total and (init == "decompose" or total > _MAX_UNUSED * covered):
+        raise ValueError(f"the layers take {covered} of the generator's {total} entries; give it all its layers")
+    whole = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
+    whole.requires_grad_(first.requires_grad)
     if init == "decompose":
-        assert isinstance(whole.rank, tuple)
-        fitted, _ = whole.decompose(torch.cat(weights).unsqueeze(1), whole.rank)
-    layers = {
-        dense: layer_type(method, dense).convert(dense, method, init=init, fitted=fitted)
-        for dense, method in methods.items()
-    }
-    parameters = next(iter(layers.values())).factors
-    for layer in layers.values():
+        parts = [precise(weight).flatten() / own.scale for weight, own in zip(weights, slices, strict=True)]
+        with torch.no_grad():
+            whole.weight.copy_(torch.cat(parts).unsqueeze(1))
+    parameters = layer_type(alone, whole).convert(whole, alone, init=init).factors
+    layers: dict[nn.Module, nn.Module] = {}
+    for dense in dense_layers:
+        method = methods[dense]
+        layer = layer_type(method, dense).convert(dense, method, init=init, fitted=dict(parameters.items()))
         layer.factors = parameters
-    return dict(layers)
+        layers[dense] = layer
+    return layers
+
+
+def _weight(dense: nn.Module) -> Tensor:
+    assert isinstance(dense.weight, Tensor)
+    return dense.weight
+
+
+def _slice(method: Factorization) -> Slice:
+    assert isinstance(method.joint, Slice)
+    return method.joint
 
 
 def to_dense(model: Model) -> Model:
@@ -238,7 +282,21 @@ def _replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
-    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
-    return [
-        Rule(name, layer.factorization) for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)
-    ]
+    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry.
+
+    Generators of the same name that are not the same one (in a copied block) get names of their own.
+    """
+    generators: dict[str, list[int]] = {}
+    rules = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FactorizedLayer):
+            continue
+        method = layer.factorization
+        if isinstance(method.joint, Slice):
+            same_name = generators.setdefault(method.joint.name, [])
+            if id(layer.factors) not in same_name:
+                same_name.append(id(layer.factors))
+            if copy := same_name.index(id(layer.factors)):
+                method = method.with_joint(replace(method.joint, name=f"{method.joint.name} {copy + 1}"))
+        rules.append(Rule(name, method))
+    return rules

@@ -16,14 +16,15 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization, Shapes
+from tnlayers.factorizations.base import Factorization, Shapes, Slice
+from tnlayers.linalg import relative_error
 from tnlayers.network import Indices, Network
 from tnlayers.ranks import RankRule, Ranks
 
@@ -35,33 +36,32 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "rel
 _NETWORKS = {2: Network({"weight": "o i"}, "o i"), 4: Network({"weight": "o i h w"}, "o i h w")}
 _LEARNING_RATE = 0.03
 _LARGE_ERROR = 0.5
+_MAX_DEPTH = 256
+_TINY = 1e-300  # under a division
 
 
 @dataclass(frozen=True)
 class ADTN(Factorization):
     """W's entries in order = the leading ones of L_M s( ... L_2 s(L_1 (v x ... x v))); rank = the depth M of the brick wall.
 
-    16 M (Q - 1) parameters make 2^Q entries. Without activation the matrix of any cut of the Q indices, so also the
-    (o, i h w) matrix of a layer of sizes 2^k, has at most rank 4^M. Generating costs M passes over 2^Q numbers at every
-    step of training; in evaluation what was generated is kept.
+    16 M (Q - 1) parameters make 2^Q entries. Without activation the matrix of the first q of the Q indices against the
+    others has at most rank 4^M, and so has the (o, i h w) matrix of a layer of sizes 2^k. Generating costs M passes over
+    2^Q numbers at every step of training; in evaluation what was generated is kept. A state dict holds the gates alone,
+    which say the size of the weight only up to the next power of two.
 
     Args:
         activation: between TN layers: "relu", "leaky_relu" or "none".
         joint: a name of your choice: all the layers that the rule takes are then encoded by one generator, one after the
-            other. In training each of them runs it; from scratch the first one sets the scale.
+            other, each times 1 / sqrt(fan-in). In training each of them runs it. Resolving the rule makes a slice of it.
         fit_steps: gradient steps (Adam) of the fit to a dense weight.
-        offset, total: where the weight begins in what the generator makes, and how much it makes for all its layers; set
-            when a rule with `joint` is resolved.
 
     Raises:
         ValueError: a rank rule (the depth is an int), or an option that makes no sense.
     """
 
     activation: str = "leaky_relu"
-    joint: str = ""
+    joint: str | Slice = ""
     fit_steps: int = 300
-    offset: int = field(default=0, metadata={"resolved": True})
-    total: int = field(default=0, metadata={"resolved": True})
 
     replaces: ClassVar[tuple[str, ...]] = ("Conv2d", "Linear")
     source: ClassVar[str] = "Qing et al. 2023, arXiv 2305.06058"
@@ -71,13 +71,21 @@ class ADTN(Factorization):
         super().__post_init__()
         if isinstance(self.rank, RankRule):
             raise ValueError(f"rank {self.rank}: ADTN's rank is the depth of its brick wall; give an int, such as 2")
-        if self.activation not in _ACTIVATIONS:
+        depth = max(self.rank) if isinstance(self.rank, tuple) else self.rank
+        if isinstance(depth, int) and depth > _MAX_DEPTH:
+            raise ValueError(f"rank {self.rank}: expected a depth of at most {_MAX_DEPTH}")
+        if not isinstance(self.activation, str) or self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}: expected one of {', '.join(_ACTIVATIONS)}")
-        if not isinstance(self.joint, str):
-            raise ValueError(f"joint {self.joint!r}: expected a name, or nothing")
-        for name in ("fit_steps", "offset", "total"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected an int, 0 or more")
+        if isinstance(self.joint, Mapping):
+            if self.joint.keys() != {field.name for field in fields(Slice)}:
+                raise ValueError(
+                    f"joint {self.joint!r}: expected a name, or the name, offset, total and scale of a slice"
+                )
+            object.__setattr__(self, "joint", Slice(**self.joint))
+        elif not isinstance(self.joint, (str, Slice)):
+            raise ValueError(f"joint {self.joint!r}: expected a name")
+        if type(self.fit_steps) is not int or self.fit_steps < 0:
+            raise ValueError(f"fit_steps {self.fit_steps!r}: expected an int, 0 or more")
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
         return _NETWORKS[len(weight_shape)]
@@ -88,50 +96,36 @@ class ADTN(Factorization):
     def formula(self, weight_shape: tuple[int, ...]) -> str:
         return "leading entries of L_M s( ... s(L_1 (v x ... x v)))"
 
-    def together(self, weight_sizes: Sequence[int]) -> list[Self]:
-        if not self.joint or self.total:
-            return [self for _ in weight_sizes]
-        total = sum(weight_sizes)
-        return [replace(self, offset=sum(weight_sizes[:n]), total=total) for n in range(len(weight_sizes))]
+    def with_joint(self, joint: str | Slice) -> Self:
+        return replace(self, joint=joint)
 
-    @property
-    def generator(self) -> str:
-        return self.joint
-
-    def whole(self, size: int) -> Self:
-        if size != self.total:
-            raise ValueError(
-                f"joint {self.joint!r}: its layers have {size} entries together, and the generator makes {self.total}; "
-                "put all its layers under one rule"
-            )
-        return replace(self, joint="", offset=0, total=0)
-
-    @property
-    def _depth(self) -> int:
-        return self.rank if isinstance(self.rank, int) else self.rank[0]  # type: ignore[index]
-
-    def parameter_shapes(self, factor_shapes: Shapes) -> Shapes:
+    def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:
         """One (Q - 1, 2, 2, 2, 2) tensor for each TN layer: its gates, first column first, with indices (out, out, in, in).
 
         Raises:
             ValueError: the weight does not fit in what the generator makes.
         """
-        size = math.prod(factor_shapes["weight"])
-        if self.total and self.offset + size > self.total:
-            raise ValueError(
-                f"a weight of {size} entries at offset {self.offset} does not fit in the {self.total} of {self.joint!r}"
-            )
-        return {f"layer{m}": (_num_bits(self.total or size) - 1, 2, 2, 2, 2) for m in range(1, self._depth + 1)}
+        size = total = math.prod(factor_shapes["weight"])
+        if isinstance(self.joint, Slice):
+            total = self.joint.total
+            if self.joint.offset + size > total:
+                raise ValueError(f"a weight of {size} entries does not fit in {self.joint}")
+        return {f"layer{m}": (_num_bits(total) - 1, 2, 2, 2, 2) for m in range(1, ranks[0] + 1)}
 
     def factors(self, parameters: Mapping[str, Tensor], factor_shapes: Shapes) -> dict[str, Tensor]:
         shape = factor_shapes["weight"]
-        made = _generate(list(parameters.values()), _ACTIVATIONS[self.activation])
-        own = made.narrow(0, self.offset, math.prod(shape))
-        return {"weight": (own if own.numel() == made.numel() else own.clone()).reshape(shape)}  # a view would keep all
+        layers = [parameters[f"layer{m}"] for m in range(1, len(parameters) + 1)]
+        made = _generate(layers, _ACTIVATIONS[self.activation])
+        if isinstance(self.joint, Slice):
+            own = self.joint.scale * made.narrow(0, self.joint.offset, math.prod(shape))
+        else:
+            own = made.narrow(0, 0, math.prod(shape))
+            own = own if own.numel() == made.numel() else own.clone()  # a view would keep all of it
+        return {"weight": own.reshape(shape)}
 
     def ranks_from(self, network: Network, shapes: Shapes) -> Ranks:
-        if list(shapes) != [f"layer{m}" for m in range(1, len(shapes) + 1)]:
-            raise ValueError(f"parameters {list(shapes)} are not the TN layers of an ADTN")
+        if shapes.keys() != {f"layer{m}" for m in range(1, len(shapes) + 1)}:
+            raise ValueError(f"parameters {sorted(shapes)} are not the TN layers of an ADTN")
         return (len(shapes),)
 
     def draw(self, parameters: Mapping[str, Tensor], network: Network, sizes: Mapping[str, int], std: float) -> None:
@@ -149,50 +143,56 @@ class ADTN(Factorization):
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; always the same start."""
-        target = weight.flatten()
-        own = replace(self, rank=ranks, offset=0, total=0)
+        with torch.inference_mode(False), torch.enable_grad():
+            target = weight.flatten().clone()
+            return self.with_joint("")._fit(target, ranks)
+
+    def _fit(self, target: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         shapes = {"weight": tuple(target.shape)}
         generator = torch.Generator().manual_seed(0)
         gates = {
             name: _orthogonal(shape, generator).to(target.device).requires_grad_()
-            for name, shape in own.parameter_shapes(shapes).items()
+            for name, shape in self.parameter_shapes(shapes, ranks).items()
         }
-        if not target.any():
-            return {name: torch.zeros_like(value) for name, value in gates.items()}
-        unit = target / torch.linalg.vector_norm(target)
+        norm = torch.linalg.vector_norm(target)
+        unit = target / norm if norm > 0 else target
         optimizer = torch.optim.Adam(gates.values(), lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.fit_steps, 1))
-        for step in range(self.fit_steps):
-            with torch.enable_grad():
-                made = own.factors(gates, shapes)["weight"]
-                loss = 1 - torch.dot(made, unit).square() / made.square().sum().clamp_min(1e-300)
-                loss.backward()
+        for step in range(self.fit_steps if norm > 0 else 0):
+            made = self.factors(gates, shapes)["weight"]
+            loss = 1 - torch.dot(made, unit).square() / made.square().sum().clamp_min(_TINY)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             if (step + 1) % max(self.fit_steps // 10, 1) == 0:
-                _log.info("ADTN fit: step %d of %d, relative error %.4f", step + 1, self.fit_steps, loss.item() ** 0.5)
+                error = max(loss.item(), 0.0) ** 0.5
+                _log.info("ADTN fit: step %d of %d, relative error %.4f", step + 1, self.fit_steps, error)
         fitted = {name: value.detach() for name, value in gates.items()}
-        made = own.factors(fitted, shapes)["weight"]
-        own.scale(fitted, float(torch.dot(made, target) / made.square().sum().clamp_min(1e-300)))
-        self._warn_if_far(torch.linalg.vector_norm(own.factors(fitted, shapes)["weight"] - target), target)
+        if norm > 0:
+            made = self.factors(fitted, shapes)["weight"]
+            self.scale(fitted, float(torch.dot(made, target) / made.square().sum().clamp_min(_TINY)))
+            self._warn_if_far(self.factors(fitted, shapes)["weight"], target, fitted)
+        else:
+            fitted[f"layer{len(fitted)}"][-1].zero_()  # the other gates stay, so that it can be trained
         return fitted
 
-    def _warn_if_far(self, distance: Tensor, target: Tensor) -> None:
-        error = float(distance / torch.linalg.vector_norm(target))
+    def _warn_if_far(self, made: Tensor, target: Tensor, gates: Mapping[str, Tensor]) -> None:
+        error = relative_error(target, made)
         if error > _LARGE_ERROR:
-            num_params = 16 * self._depth * (_num_bits(target.numel()) - 1)
+            num_params = sum(value.numel() for value in gates.values())
             warnings.warn(
                 f"ADTN: {num_params} parameters for {target.numel()} entries leave a relative error of {error:.3f}: hardly "
                 "anything of the dense weight is kept; train the network before you use it",
-                stacklevel=4,
+                stacklevel=2,
             )
 
 
 def num_effective(num_bits: int, depth: int) -> int:
-    """Entries of the gates that the constant boundary does not switch off, as the paper counts: 424 = 200 + 224 for its VGG-16.
+    """Entries of the gates that the constant boundary does not switch off: each gate of the first column has 4, for v x v.
 
-    Each gate of the first column has only its entries for v x v. (For an odd Q half of the last gate is off, too: not counted.)
+    The paper states 424 parameters for Q = 21 and 24, M = 1, which is this count, 200 + 224. (For an odd Q, 8 entries of
+    the last gate are off as well.)
     """
     return 16 * depth * (num_bits - 1) - 12 * (num_bits // 2)
 
@@ -204,7 +204,7 @@ def _num_bits(size: int) -> int:
 
 def _orthogonal(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """Random gates of a TN layer, each an orthogonal (4, 4) matrix, in float64."""
-    drawn = torch.randn(shape[0], 4, 4, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(shape[0], 4, 4, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(drawn).Q.reshape(shape)
 
 

@@ -21,11 +21,33 @@ from tnlayers.network import Indices, Network, size_of
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
-__all__ = ["Factorization"]
+__all__ = ["Factorization", "Slice"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _UNBOUNDED = 1 << 40  # larger than any mode; `Network.clamp` brings it down to the attainable rank
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a layer takes of a generator that several share: `scale` times its entries from `offset` on, out of `total`.
+
+    The scale is 1 / sqrt(fan-in), so that equal entries mean equal weights for every layer, whatever its width.
+
+    Raises:
+        ValueError: values of another type, or out of range.
+    """
+
+    name: str
+    offset: int
+    total: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        counts = type(self.offset) is int and type(self.total) is int and 0 <= self.offset < self.total
+        scaled = isinstance(self.scale, (int, float)) and 0 < self.scale <= 1
+        if not (isinstance(self.name, str) and self.name and counts and scaled):
+            raise ValueError(f"{self}: expected a name, 0 <= offset < total in ints, and a scale above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -179,24 +201,15 @@ class Factorization(ABC):
 
     # ---- parameters: the factors themselves, unless a method generates those
 
-    def together(self, weight_sizes: Sequence[int]) -> list[Self]:
-        """The factorization for each of the layers that one rule takes, given how many entries their weights have."""
-        return [self for _ in weight_sizes]
-
     @property
-    def generator(self) -> str:
-        """The name that joins layers whose parameters are the same ones; empty where each layer has its own."""
+    def joint(self) -> "str | Slice":
+        """What joins the parameters of several layers: a name, and once that is resolved the layer's slice; empty for none."""
         return ""
 
-    def whole(self, size: int) -> Self:
-        """The factorization of all the weights of a generator, joined to one of so many entries.
-
-        Raises:
-            ValueError: it does not make so many.
-        """
+    def with_joint(self, joint: "str | Slice") -> Self:
         return self
 
-    def parameter_shapes(self, factor_shapes: Shapes) -> Shapes:
+    def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:
         """The shape of every parameter, of all groups."""
         return factor_shapes
 

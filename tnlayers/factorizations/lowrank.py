@@ -39,6 +39,7 @@ class LowRank(Factorization):
         unfolding = weight.permute(1, 2, 0, 3).reshape(in_channels * height, out_channels * width)
         left, values, right = torch.linalg.svd(unfolding, full_matrices=False)
         root = values[: ranks[0]].sqrt()
-        vertical = (left[:, : ranks[0]] * root).mT.reshape(-1, in_channels, height)
+        # Where a value is 0 one of its filters is 0 and not both, which no gradient would ever move.
+        vertical = (left[:, : ranks[0]] * root.where(root > 0, 1.0)).mT.reshape(-1, in_channels, height)
         horizontal = (root[:, None] * right[: ranks[0]]).reshape(-1, out_channels, width).transpose(0, 1)
         return {"vertical": vertical, "horizontal": horizontal}

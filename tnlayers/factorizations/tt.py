@@ -19,6 +19,7 @@ from tnlayers.ranks import Ranks
 __all__ = ["TT", "Tensorized", "balanced_shape"]
 
 _DEFAULT_CORES = 3
+_MAX_CORES = 10  # a train of d cores has 2^(d - 1) plans
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Tensorized(Factorization):
         super().__post_init__()
         for name in ("in_shape", "out_shape"):
             if (shape := getattr(self, name)) is not None:
-                if not isinstance(shape, (list, tuple)) or not all(type(mode) is int and mode > 0 for mode in shape):
-                    raise ValueError(f"{name} {shape!r}: expected a tuple of positive ints, such as (4, 8, 4)")
+                modes = shape if isinstance(shape, (list, tuple)) and len(shape) <= _MAX_CORES else ()
+                if not modes or not all(type(mode) is int and mode > 0 for mode in modes):
+                    raise ValueError(
+                        f"{name} {shape!r}: expected a tuple of at most {_MAX_CORES} positive ints, such as (4, 8, 4)"
+                    )
                 object.__setattr__(self, name, tuple(shape))
 
     def shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
