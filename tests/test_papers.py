@@ -92,7 +92,6 @@ def test_garipov_formula() -> None:
         assert layer.weight[s, c, x, y].item() == pytest.approx(product.item(), rel=1e-12)
 
 
-CAFFENET = {"conv1": 8, "conv2": 40, "conv3": 60, "conv4": 100, "conv5": 200}
 VGG16 = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)
 
 
@@ -101,22 +100,38 @@ VGG16 = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)
     [("caffenet", 227, 2_332_704, 466_312, 5.00), ("torchvision/vgg16", 224, 14_710_464, 5_358_573, 2.75)],
 )
 def test_tai_counts(name: str, size: int, dense: int, low_rank: int, times: float) -> None:
-    """Weights of the convolutions; the paper's ranks of a grouped one are those of all its groups together."""
+    """Weights of the convolutions; the ranks are those of one group, the paper's divided by the groups."""
     net = on_meta(name, size)
     convs = {key: module for key, module in net.named_modules() if isinstance(module, nn.Conv2d)}
-    ranks = CAFFENET if name == "caffenet" else dict(zip(convs, VGG16, strict=True))
     assert sum(conv.weight.numel() for conv in convs.values()) == dense
-    tensorize(
-        net,
-        rules_from_plain(
-            [{"pattern": key, "method": "LowRank", "rank": ranks[key] // conv.groups} for key, conv in convs.items()]
-        ),
-        init="random",
-    )
+    if name == "caffenet":
+        rules = yaml.safe_load((CONFIGS / "rules/caffenet_lowrank.yaml").read_text())["model"]["rules"]
+    else:
+        rules = [{"pattern": key, "method": "LowRank", "rank": rank} for key, rank in zip(convs, VGG16, strict=True)]
+    tensorize(net, rules_from_plain(rules), init="random")
     layers = [module for module in net.modules() if isinstance(module, LowRankConv2d)]
     kept = sum(factor.numel() for layer in layers for factor in layer.factors.values())
     assert kept == low_rank
     assert dense / kept == pytest.approx(times, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("tai_cnn", 10 * 5 * (3 + 96) + 51 * 5 * (96 + 128) + 51 * 5 * (128 + 256)),
+        ("tai_nin", 10 * 5 * 195 + 51 * 5 * 288),
+    ],
+)
+def test_tai_networks(name: str, params: int) -> None:
+    """K d (C + N) for each pair, and one BatchNorm after it."""
+    model = yaml.safe_load((CONFIGS / f"rules/{name}_lowrank.yaml").read_text())["model"]
+    net = on_meta(model["net"])
+    tensorize(net, rules_from_plain(model["rules"]), init="random")
+    layers = {key: module for key, module in net.named_modules() if isinstance(module, LowRankConv2d)}
+    assert sum(factor.numel() for layer in layers.values() for factor in layer.factors.values()) == params
+    for key, layer in layers.items():
+        assert net.get_submodule(key.replace("conv", "bn")).num_features == layer.out_channels
+        assert layer.bias is None
 
 
 def trained_kernel() -> Tensor:
