@@ -76,6 +76,7 @@ class ImageClassifier(LightningModule):
         self.net: nn.Module = self._build()
         self.example_input_array = torch.zeros(1, *input_shape)  # Lightning's summary counts with it
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.awaits_checkpoint = False  # set where one is sure to be restored, which brings weights and structure
         self._prepared = False
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule: checkpoints do not carry it
         accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -103,7 +104,7 @@ class ImageClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Once, before anything runs: weights and rules, unless a checkpoint is about to bring both."""
-        if not self._prepared and self.trainer.ckpt_path is None:
+        if not self._prepared and not self.awaits_checkpoint:
             if self.hparams["init_from"]:
                 self.load(self.hparams["init_from"])
             tensorize(self.net, self.resolve(self.hparams["init"]), init=self.hparams["init"])

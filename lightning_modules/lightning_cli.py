@@ -91,6 +91,17 @@ class TensorCLI(LightningCLI):
         elif config.get("ckpt_path") not in (None, "best", "last", "hpc"):
             _check_own(config.ckpt_path)
 
+    def _expect_checkpoint(self) -> None:
+        """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""
+        self.model.awaits_checkpoint = self.config[self.subcommand].get("ckpt_path") not in (
+            None,
+            "best",
+            "last",
+            "hpc",
+        )
+
+    before_fit = before_validate = before_test = before_predict = _expect_checkpoint
+
     def _log_under_root(self, config: Namespace) -> None:
         """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""
         root, logger = config.trainer.default_root_dir, config.trainer.logger

@@ -123,6 +123,7 @@ def test_it_is_generated_once_while_evaluating(monkeypatch: pytest.MonkeyPatch) 
         ({"rank": 2, "activation": []}, r"activation \[\]: expected one of none, relu, leaky_relu"),
         ({"rank": 2, "fit_steps": -1}, "fit_steps -1: expected an int"),
         ({"rank": 2, "joint": 3}, "joint 3: expected a name"),
+        ({"rank": 2, "joint": "a"}, "joint 'a' joins the layers of one rule; a layer by itself has none"),
         ({"rank": 2, "joint": {"name": "a"}}, "expected a name, or the name, offset, total and scale"),
         ({"rank": 2, "joint": SLICE | {"offset": -1}}, "0 <= offset < total"),
         ({"rank": 2, "joint": SLICE | {"offset": 2**70}}, "0 <= offset < total"),
@@ -194,15 +195,17 @@ def test_a_joint_net_is_saved_and_loaded(tmp_path: Path) -> None:
     assert again.body.factors is again.head.factors
 
 
-def test_a_joint_net_outlives_the_command_line(tmp_path: Path) -> None:
-    rules = [{"pattern": "[cf]*[41]", "method": "ADTN", "rank": 2, "joint": "big"}]
+def test_a_joint_net_outlives_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = [{"pattern": "[cf]*[41]", "method": "ADTN", "rank": 1, "joint": "big"}]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"model": {"rules": rules}}))
-    command = [*DIGITS, "-c", tmp_path / "rules.yaml", "--model.init", "random", "--trainer.max_epochs", "1"]
+    command = [*DIGITS, "-c", tmp_path / "rules.yaml", "--trainer.max_epochs", "1"]
     assert tnlayers("fit", *command, *output_to(tmp_path / "fit")) == 0
+    assert "ADTN fit: step 300 of 300" in capsys.readouterr().err
     (last,) = (tmp_path / "fit").rglob("last.ckpt")
     net, _ = load_net(last)
     assert net.fc1.factors is net.conv4.factors is net.conv1.factors
     assert tnlayers("test", *command, *output_to(tmp_path / "test"), "--ckpt_path", last) == 0
+    assert "ADTN fit" not in capsys.readouterr().err  # the checkpoint brings weights and structure
 
 
 def test_what_is_left_of_a_joint_net_is_saved_and_loaded() -> None:

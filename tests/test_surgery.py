@@ -130,6 +130,11 @@ def test_rules_that_cannot_be_followed_are_named(rules: list[Rule], message: str
         tensorize(Net(), [Rule("*", Tucker(2))], init="rnadom")  # type: ignore[arg-type]
 
 
+def test_a_rule_that_comes_too_late_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"rule 'body.0' takes no layer: earlier rules take all that it matches"):
+        resolve(Net(), [Rule("body*", Tucker(4)), Rule("body.0", CP(4))])
+
+
 def test_relative_error_is_met_in_every_layer() -> None:
     net = Net()
     with torch.no_grad():  # weights with something to drop

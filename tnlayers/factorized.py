@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import settle
-from tnlayers.factorizations import Factorization
+from tnlayers.factorizations import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.plan import Plan, PlanChoice
@@ -78,6 +78,8 @@ class FactorizedLayer(nn.Module):
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
         for name in _ARGUMENTS[type(self).dense_type]:
             setattr(self, name, getattr(template, name))
+        if factorization.joint and not isinstance(factorization.joint, Slice):
+            raise ValueError(f"joint {factorization.joint!r} joins the layers of one rule; a layer by itself has none")
         self.geometry = Geometry(template)
         self.decomposition_error = None
         self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
@@ -187,7 +189,7 @@ class FactorizedLayer(nn.Module):
             raise UnsupportedLayer(
                 f"{cls.__name__} takes real floating-point weights; this layer's dtype is {weight.dtype}"
             )
-        if fitted is None:
+        if fitted is None and isinstance(factorization.joint, Slice):
             factorization = factorization.with_joint("")  # what is converted alone has parameters of its own
         explicit = _settled(factorization, dense, flat=init == "random")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
@@ -306,8 +308,10 @@ class FactorizedLayer(nn.Module):
         return self.__dict__ | {"_merged": None}  # not part of what a copy or a pickle is
 
     def extra_repr(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in _arguments(self).items())
-        return f"{arguments}, rank={self.rank}, plan={self.plan.groups}"
+        method = self.factorization
+        options = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+        shown = _arguments(self) | options | {"rank": self.rank, "plan": self.plan.groups}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -354,7 +358,7 @@ def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
         if ranks != layer.ranks and layer.geometry.parameter_shapes(layer.factorization, ranks) == shapes:
             layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
             warnings.warn(
-                f"{prefix.rstrip('.')}: rank {ranks} adopted from the loaded state; "
+                f"{prefix.rstrip('.') or type(layer).__name__}: rank {ranks} adopted from the loaded state; "
                 "an optimizer made before holds the old factors: make it anew",
                 stacklevel=2,
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnlayers.factorizations import Slice
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import relative_error
@@ -221,6 +222,8 @@ def _layer(
         dense = factorized.to_dense()
         with evaluating(layer), evaluating(dense):
             dense_seconds, seconds = _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], inputs[0].device)
+    if factorized and isinstance(joint := factorized.factorization.joint, Slice):
+        note = f"made by generator {joint.name!r}, whose parameters count once"
     return LayerSummary(
         name=name,
         method=type(factorized.factorization).__name__ if factorized else "dense",

@@ -123,9 +123,14 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
             matched[place] = True
         if fits:
             taken[fits[0]].append(name)
-    for rule, found in zip(rules, matched, strict=True):
+    for rule, found, names in zip(rules, matched, taken, strict=True):
         if not found:
             raise ValueError(_no_match(rule, dense))
+        if not names and not any(_fits(name, rule.pattern) for name in done):
+            warnings.warn(
+                f"rule {rule.pattern!r} takes no layer: earlier rules take all that it matches; put it before them",
+                stacklevel=4,
+            )
     return taken
 
 

@@ -26,7 +26,7 @@ class MPS(Factorization):
     """W[o,i,h,w] = sum_abc input[i,a] height[a,h,b] width[b,w,c] output[c,o]; rank = (a, b, c), along the train.
 
     Args:
-        order: the modes along the train, such as "h w i o"; spaces may be left out.
+        order: the modes along the train, such as "h w i o".
 
     Raises:
         ValueError: an order that does not name each of o, i, h and w once.
@@ -39,7 +39,8 @@ class MPS(Factorization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        modes = "".join(self.order.split()) if isinstance(self.order, str) else ""
+        given = self.order if isinstance(self.order, (list, tuple)) else str(self.order).split()
+        modes = "".join(map(str, given))
         if sorted(modes) != sorted(_NAMES):
             raise ValueError(f"order {self.order!r}: expected the modes i, h, w and o, each once, such as 'h w i o'")
         object.__setattr__(self, "order", " ".join(modes))
