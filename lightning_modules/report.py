@@ -65,11 +65,12 @@ class Report:
             )
         if self.accuracy:
             lines.append("accuracy    " + ", ".join(f"{stage} {value:.2%}" for stage, value in self.accuracy.items()))
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[tuple[str, str], list[str]] = {}
         for layer in self.summary.layers:
             if layer.note:
-                reasons.setdefault(layer.note, []).append(layer.name)
-        lines += [f"left dense  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+                kind = "left dense" if layer.method == "dense" else "shared"
+                reasons.setdefault((kind, layer.note), []).append(layer.name)
+        lines += [f"{kind:11} {', '.join(names)}: {reason}" for (kind, reason), names in reasons.items()]
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:

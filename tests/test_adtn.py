@@ -238,7 +238,9 @@ def test_a_joint_layer_converted_alone_has_gates_of_its_own() -> None:
 
 def test_a_joint_net_is_counted_once() -> None:
     net = joint_net()
-    totals = summarize(net, X, measure=False).totals
+    summary = summarize(net, X, measure=False)
+    totals = summary.totals
+    assert [layer.note for layer in summary.layers[1:]] == ["made by generator 'all', whose parameters count once"] * 2
     assert totals.params == sum(parameter.numel() for parameter in net.parameters())
     assert totals.dense_params == sum(parameter.numel() for parameter in Net().parameters())
 

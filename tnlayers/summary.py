@@ -35,7 +35,7 @@ class LayerSummary:
         dense_macs, macs: multiply-accumulates for one sample in evaluation, where merged weights are kept; bias not counted.
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
-        note: why the layer is dense.
+        note: why the layer is dense, or what it shares with others.
     """
 
     name: str
