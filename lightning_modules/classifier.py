@@ -187,26 +187,44 @@ class ImageClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._prepared = True
         path = (self._trainer.ckpt_path if self._trainer else None) or "the checkpoint"
-        _apply_structure(checkpoint, self.net, path)
+        structure, present = _structure(checkpoint, path), rules_of(self.net)
+        if structure == [] and any(rule.factorization for rule in self.rules) and not _rules_of_run(checkpoint):
+            raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: --model.init_from {path}")
+        if structure is not None and present and present != structure:
+            self.net = self._build()  # `setup` went by rules that are not the file's; the file is the truth
+        _factorize(self.net, structure, path)
         state = {
             key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")
         }
         match_state(state, self.net, path)
 
 
-def _apply_structure(checkpoint: dict[str, Any], net: nn.Module, path: object) -> None:
-    """Factorizes the layers that a checkpoint says are; their weights follow with the state dict."""
+def _rules_of_run(checkpoint: dict[str, Any]) -> object:
+    hparams = checkpoint.get("hyper_parameters")
+    return hparams.get("rules") if isinstance(hparams, dict) else None
+
+
+def _structure(checkpoint: dict[str, Any], path: object) -> list[Rule] | None:
+    """The layers that a checkpoint says are factorized; None where it is not one of ours."""
     structure = checkpoint.get("tensorization")
     if structure is None:
-        return
+        return None
     if not isinstance(structure, dict) or not isinstance(structure.get("layers"), list):
         raise CheckpointError(f"{path} has a structure that is not a list of layers; save it again")
-    if structure.get("version") != _STRUCTURE_VERSION:
+    if type(structure.get("version")) is not int or structure["version"] != _STRUCTURE_VERSION:
         raise CheckpointError(
             f"{path} has a structure of version {structure.get('version')!r}; this tnlayers reads {_STRUCTURE_VERSION}; update tnlayers"
         )
     try:
-        tensorize(net, rules_from_plain(structure["layers"]), init="random")
+        return rules_from_plain(structure["layers"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a structure that is not understood: {error}") from None
+
+
+def _factorize(net: nn.Module, structure: list[Rule] | None, path: object) -> None:
+    """Factorizes layers of a net; their weights follow with the state dict."""
+    try:
+        tensorize(net, structure or [], init="random")
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit {type(net).__name__}: {error}") from None
 
@@ -217,7 +235,7 @@ def load_weights(path: str | Path, net: nn.Module) -> LoadReport:
     Raises:
         CheckpointError: what `tnlayers.load_dense` raises; a structure that does not fit the net.
     """
-    _apply_structure(read_checkpoint(path), net, path)
+    _factorize(net, _structure(read_checkpoint(path), path), path)
     return load_dense(path, net)
 
 

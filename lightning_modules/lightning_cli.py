@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from jsonargparse import Namespace
@@ -93,12 +93,9 @@ class TensorCLI(LightningCLI):
 
     def _expect_checkpoint(self) -> None:
         """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""
-        self.model.awaits_checkpoint = self.config[self.subcommand].get("ckpt_path") not in (
-            None,
-            "best",
-            "last",
-            "hpc",
-        )
+        path = self.config[self.subcommand].get("ckpt_path")
+        late = self.trainer.strategy.restore_checkpoint_after_setup  # the optimizer is then made of what `setup` leaves
+        self.model.awaits_checkpoint = path not in (None, "best", "last", "hpc") and not late
 
     before_fit = before_validate = before_test = before_predict = _expect_checkpoint
 
@@ -180,23 +177,32 @@ def run(arguments: list[str]) -> int:
         return _run(arguments)
 
 
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """A warning without the file and the line of code that it comes from."""
-    print(f"tnlayers: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"tnlayers: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 @contextmanager
 def _shown_progress() -> Iterator[None]:
-    """What the layers log while they are fitted, on stderr."""
+    """What the layers log while they are fitted, on stderr and there alone."""
     logger, handler = logging.getLogger("tnlayers"), logging.StreamHandler()
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _check_yaml(arguments: list[str]) -> None:

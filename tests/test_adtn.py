@@ -117,7 +117,7 @@ def test_it_is_generated_once_while_evaluating(monkeypatch: pytest.MonkeyPatch) 
     ("options", "message"),
     [
         ({"rank": ParamsKept(0.5)}, "ADTN's rank is the depth of its brick wall; give an int"),
-        ({"rank": 10**9}, "rank 1000000000: expected a depth of at most 256"),
+        ({"rank": 10**9}, "rank 1000000000: expected a depth of at most 64"),
         ({"rank": (2, 2)}, r"has 2 entries; ADTN takes 1"),
         ({"rank": 2, "activation": "gelu"}, "activation 'gelu': expected one of none, relu, leaky_relu"),
         ({"rank": 2, "activation": []}, r"activation \[\]: expected one of none, relu, leaky_relu"),
@@ -216,6 +216,22 @@ def test_what_is_left_of_a_joint_net_is_saved_and_loaded() -> None:
     torch.testing.assert_close(again(X), net(X), **EXACT)
 
 
+def test_what_is_left_of_a_generator_may_be_little() -> None:
+    net = tensorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(128, 128)), [Rule("*", ADTN(1, joint="g"))], init="random")
+    net[1] = nn.Linear(128, 128)
+    again = tensorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(128, 128)), rules_of(net), init="random")
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again[0].weight, net[0].weight, **EXACT)
+
+
+def test_names_of_generators_stay_apart() -> None:
+    block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tensorize(block, [Rule("0", ADTN(1, joint="g"))], init="random")
+    tensorize(block, [Rule("1", ADTN(1, joint="g 2"))], init="random")
+    rules = rules_of(nn.Sequential(block, copy.deepcopy(block)))
+    assert len({rule.factorization.joint.name for rule in rules}) == 4
+
+
 def test_a_copied_generator_is_one_of_its_own() -> None:
     net = joint_net()
     pair = nn.ModuleDict({"one": net, "two": copy.deepcopy(net)})
@@ -260,7 +276,11 @@ def halved(net: Net) -> None:
         (halved, {}, "need the same dtype and device"),
         (None, {"body": {"offset": 70}}, "the slices overlap"),
         (None, {"body": {"total": 400}}, "the same rank, options and total"),
-        (None, {"body": {"total": 2**60}, "head": {"total": 2**60}}, "the layers take 392 of the generator's"),
+        (
+            None,
+            {"body": {"total": 2**60}, "head": {"total": 2**60}},
+            "would make more than the 550 parameters of the model",
+        ),
     ],
 )
 def test_what_a_joint_generator_refuses(change: Any, joint: dict[str, Any], message: str) -> None:

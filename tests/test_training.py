@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, metric, output_to, tnlayers
-from tnlayers import FactorizedLayer, tensorize
+from tnlayers import CheckpointError, FactorizedLayer, tensorize
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 EXPERIMENT = ["-c", CONFIGS / "experiment/digits.yaml"]
@@ -100,6 +100,20 @@ def test_every_parameter_moves(
     after = dict(fitted(tmp_path, model).named_parameters())
     assert sum(".factors." in name for name in after) >= 2 * len(layers)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_rules_that_are_not_the_checkpoints(dense: Path, tmp_path: Path) -> None:
+    """The file is the truth, also about options that show in no shape; and a dense file is no factorized net."""
+    given = {"pattern": "fc1", "method": "ADTN", "rank": 2, "activation": "leaky_relu"}
+    model = ImageClassifier(rules=[given], init="random")
+    fitted(tmp_path, model)
+    other = ImageClassifier(rules=[given | {"activation": "none"}], init="random")
+    trainer = Trainer(logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.validate(other, datamodule=Digits(batch_size=64), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"is of a dense net; to factorize it start from it: --model.init_from"):
+        trainer.validate(ImageClassifier(rules=[given], init="random"), datamodule=Digits(), ckpt_path=dense)
 
 
 def test_distillation_is_zero_when_the_student_is_the_teacher(dense: Path) -> None:

@@ -69,7 +69,7 @@ def _laid_out(factorization: Factorization, geometries: Sequence[Geometry]) -> l
         return [factorization for _ in geometries]
     ends = list(itertools.accumulate(geometry.num_params for geometry in geometries))
     return [
-        factorization.with_joint(Slice(name, end - geometry.num_params, ends[-1], geometry.fan_in**-0.5))
+        factorization.with_joint(Slice(name, end - geometry.num_params, ends[-1], max(geometry.fan_in, 1) ** -0.5))
         for end, geometry in zip(ends, geometries, strict=True)
     ]
 

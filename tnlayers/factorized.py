@@ -7,7 +7,6 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self
@@ -31,7 +30,13 @@ class UnsupportedLayer(ValueError):
 
 
 def _settled(factorization: Factorization, dense: nn.Module, *, flat: bool) -> Factorization:
-    """The factorization with explicit ranks for one layer."""
+    """The factorization with explicit ranks for one layer.
+
+    Raises:
+        ValueError: no rank is cheaper than dense, or a `joint` that only a rule for several layers can have.
+    """
+    if factorization.joint and not isinstance(factorization.joint, Slice):
+        raise ValueError(f"joint {factorization.joint!r} joins the layers of one rule; a layer by itself has none")
     (explicit,) = settle(factorization, [dense], flat=flat)
     if explicit is None:
         raise ValueError(
@@ -62,9 +67,12 @@ class FactorizedLayer(nn.Module):
     def __init_subclass__(cls) -> None:
         """A layer that names its method shows the method's options in its signature."""
         super().__init_subclass__()
-        if "method" in vars(cls):
-            own = inspect.signature(cls.__init__).parameters.values()
-            given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD][1:]
+        if hasattr(cls, "method") and {"method", "__init__"} & vars(cls).keys():
+            own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+            if len(given) == len(own):  # takes no options of the method
+                cls.__signature__ = inspect.Signature(own)
+                return
             options = [field for field in fields(cls.method) if field.name not in {known.name for known in given}]
             shown = [
                 inspect.Parameter(
@@ -78,8 +86,6 @@ class FactorizedLayer(nn.Module):
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
         for name in _ARGUMENTS[type(self).dense_type]:
             setattr(self, name, getattr(template, name))
-        if factorization.joint and not isinstance(factorization.joint, Slice):
-            raise ValueError(f"joint {factorization.joint!r} joins the layers of one rule; a layer by itself has none")
         self.geometry = Geometry(template)
         self.decomposition_error = None
         self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
@@ -137,14 +143,19 @@ class FactorizedLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
-        bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
-        std, parameters = bound / math.sqrt(3), dict(self.factors.items())
+        std = 1 / math.sqrt(3 * self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
+        parameters = dict(self.factors.items())
         if self._like["device"].type != "meta":
             self.factorization.draw(parameters, self.network, self.index_sizes, std)
             # A product of random draws has heavy tails, so one draw can be far from its expected scale: set it.
             drawn = math.sqrt(self._precise_weight().square().mean())
             self.factorization.scale(parameters, std / drawn if drawn > 0 else 1.0)
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
+        """As in the dense layer."""
         if self.bias is not None:
+            bound = 1 / math.sqrt(self.geometry.fan_in) if self.geometry.fan_in > 0 else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
@@ -168,7 +179,7 @@ class FactorizedLayer(nn.Module):
         factorization: Factorization,
         *,
         init: Init = "decompose",
-        fitted: Mapping[str, Tensor] | None = None,
+        shared: nn.ParameterDict | None = None,
     ) -> Self:
         """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
 
@@ -176,7 +187,7 @@ class FactorizedLayer(nn.Module):
             dense: the torch layer; it is not changed.
             factorization: the method and its rank.
             init: "decompose" for the closest weight, "random" to train from scratch.
-            fitted: the parameters of a generator that the layer shares with others, instead of a decomposition.
+            shared: the parameters of the generator that makes this layer and others, instead of its own.
 
         Raises:
             UnsupportedLayer: the dense layer is of another type.
@@ -189,13 +200,17 @@ class FactorizedLayer(nn.Module):
             raise UnsupportedLayer(
                 f"{cls.__name__} takes real floating-point weights; this layer's dtype is {weight.dtype}"
             )
-        if fitted is None and isinstance(factorization.joint, Slice):
+        if shared is None and isinstance(factorization.joint, Slice):
             factorization = factorization.with_joint("")  # what is converted alone has parameters of its own
         explicit = _settled(factorization, dense, flat=init == "random")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
-        layer = cls(**_arguments(dense), device=weight.device, dtype=weight.dtype, **chosen)
+        place = weight.device if shared is None else "meta"  # what is shared need not be drawn again
+        layer = cls(**_arguments(dense), device=place, dtype=weight.dtype, **chosen)
+        if shared is not None:
+            layer.to_empty(device=weight.device).factors = shared
+            layer._reset_bias()
         if init == "decompose":
-            layer.decomposition_error = layer._decompose(weight, fitted)
+            layer.decomposition_error = layer._decompose(weight) if shared is None else layer._error(weight)
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -204,12 +219,14 @@ class FactorizedLayer(nn.Module):
             layer.bias.requires_grad_(dense.bias.requires_grad)
         return layer.train(dense.training)
 
-    def _decompose(self, weight: Tensor, fitted: Mapping[str, Tensor] | None = None) -> float:
+    def _decompose(self, weight: Tensor) -> float:
         """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
-        if fitted is None:
-            fitted, _ = self.factorization.decompose(precise(weight), self.ranks, self.geometry.groups)
+        fitted, _ = self.factorization.decompose(precise(weight), self.ranks, self.geometry.groups)
         for name, factor in self.factors.items():
             _copy(factor, fitted[name])
+        return self._error(weight)
+
+    def _error(self, weight: Tensor) -> float:
         error = relative_error(weight, self._precise_weight())
         if not math.isfinite(error):
             raise ArithmeticError(f"the factors overflow {self._like['dtype']}; convert in bfloat16 or float32")

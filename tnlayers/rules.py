@@ -54,7 +54,7 @@ class Rule:
         """
         if not isinstance(plain, Mapping):
             raise ValueError(f"{plain!r} is not a mapping; expected {{pattern: ..., method: ..., rank: ...}}")
-        values = dict(plain)
+        values = {str(key): value for key, value in plain.items()}
         missing = [key for key in ("pattern", "method") if key not in values]
         if missing:
             raise ValueError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")

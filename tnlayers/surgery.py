@@ -24,9 +24,6 @@ from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
 
-_MAX_UNUSED = (
-    64  # how many times more a generator may make than is still taken of it: a file must not ask for all memory
-)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -92,7 +89,7 @@ def _settled(
             )
             continue
         resolved[name] = Rule(name, _planned(choice, layer, calls.get(name)))
-        if isinstance(method.rank, (int, tuple)):
+        if isinstance(method.rank, (int, tuple)) and not (isinstance(choice.joint, Slice) and choice.joint.offset):
             _warn_if_larger(name, choice, Geometry(layer))
     return resolved
 
@@ -126,7 +123,7 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
     for rule, found, names in zip(rules, matched, taken, strict=True):
         if not found:
             raise ValueError(_no_match(rule, dense))
-        if not names and not any(_fits(name, rule.pattern) for name in done):
+        if rule.factorization and not names and not any(_fits(name, rule.pattern) for name in done):
             warnings.warn(
                 f"rule {rule.pattern!r} takes no layer: earlier rules take all that it matches; put it before them",
                 stacklevel=4,
@@ -207,12 +204,18 @@ def tensorize(
             with _naming(rule.pattern):
                 replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
     done = [layer.factorization.joint for layer in model.modules() if isinstance(layer, FactorizedLayer)]
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     taken = [joint.name for joint in done if isinstance(joint, Slice)]
     for name, methods in generated.items():
         with _naming(f"joint {name!r} of {', '.join(methods)}"):
             if name in taken:
                 raise ValueError("the model has a generator of this name; choose another")
-            replacements |= _convert_together({model.get_submodule(key): methods[key] for key in methods}, init)
+            layers = {model.get_submodule(key): method for key, method in methods.items()}
+            if any(
+                _slice(method).total > num_params for method in methods.values()
+            ):  # a file must not ask for all memory
+                raise ValueError(f"the generator would make more than the {num_params} parameters of the model")
+            replacements |= _convert_together(layers, init)
     return _replace(model, replacements)
 
 
@@ -242,7 +245,7 @@ def _convert_together(methods: dict[nn.Module, Factorization], init: Init) -> di
     if any(after.offset < end for after, end in zip(slices[1:], ends, strict=False)) or ends[-1] > total:
         raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {slices}")
     covered = sum(weight.numel() for weight in weights)
-    if covered != total and (init == "decompose" or total > _MAX_UNUSED * covered):
+    if covered != total and init == "decompose":
         raise ValueError(f"the layers take {covered} of the generator's {total} entries; give it all its layers")
     whole = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
     whole.requires_grad_(first.requires_grad)
@@ -251,13 +254,10 @@ def _convert_together(methods: dict[nn.Module, Factorization], init: Init) -> di
         with torch.no_grad():
             whole.weight.copy_(torch.cat(parts).unsqueeze(1))
     parameters = layer_type(alone, whole).convert(whole, alone, init=init).factors
-    layers: dict[nn.Module, nn.Module] = {}
-    for dense in dense_layers:
-        method = methods[dense]
-        layer = layer_type(method, dense).convert(dense, method, init=init, fitted=dict(parameters.items()))
-        layer.factors = parameters
-        layers[dense] = layer
-    return layers
+    return {
+        dense: layer_type(methods[dense], dense).convert(dense, methods[dense], init=init, shared=parameters)
+        for dense in dense_layers
+    }
 
 
 def _weight(dense: nn.Module) -> Tensor:
@@ -291,17 +291,17 @@ def rules_of(model: nn.Module) -> list[Rule]:
 
     Generators of the same name that are not the same one (in a copied block) get names of their own.
     """
-    generators: dict[str, list[int]] = {}
+    names: dict[int, str] = {}
     rules = []
     for name, layer in model.named_modules():
         if not isinstance(layer, FactorizedLayer):
             continue
         method = layer.factorization
         if isinstance(method.joint, Slice):
-            same_name = generators.setdefault(method.joint.name, [])
-            if id(layer.factors) not in same_name:
-                same_name.append(id(layer.factors))
-            if copy := same_name.index(id(layer.factors)):
-                method = method.with_joint(replace(method.joint, name=f"{method.joint.name} {copy + 1}"))
+            generator, given = id(layer.factors), method.joint.name
+            if generator not in names:
+                free = (given, *(f"{given} {copy}" for copy in range(2, len(names) + 2)))
+                names[generator] = next(name for name in free if name not in names.values())
+            method = method.with_joint(replace(method.joint, name=names[generator]))
         rules.append(Rule(name, method))
     return rules

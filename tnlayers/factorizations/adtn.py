@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "rel
 _NETWORKS = {2: Network({"weight": "o i"}, "o i"), 4: Network({"weight": "o i h w"}, "o i h w")}
 _LEARNING_RATE = 0.03
 _LARGE_ERROR = 0.5
-_MAX_DEPTH = 256
+_MAX_DEPTH = 64
 _TINY = 1e-300  # under a division
 
 
@@ -143,9 +143,10 @@ class ADTN(Factorization):
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; always the same start."""
+        if self.joint:
+            raise ValueError(f"{self.joint} is a part of what a generator makes; fit the whole, with_joint('')")
         with torch.inference_mode(False), torch.enable_grad():
-            target = weight.flatten().clone()
-            return self.with_joint("")._fit(target, ranks)
+            return self._fit(weight.flatten().clone(), ranks)
 
     def _fit(self, target: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         shapes = {"weight": tuple(target.shape)}
