@@ -59,6 +59,7 @@ def test_imports_run_downward_only() -> None:
         "factorized",
         "layers",
         "methods",
+        "joint",
         "rules",
         "tracing",
         "surgery",

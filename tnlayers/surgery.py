@@ -9,15 +9,14 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnlayers.budget import settle
 from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
+from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
-from tnlayers.linalg import precise
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule
 from tnlayers.tracing import Example, calls_of, layer_inputs
@@ -193,81 +192,29 @@ def tensorize(
         ValueError: what `resolve` raises.
     """
     replacements: dict[nn.Module, nn.Module] = {}
-    generated: dict[str, dict[str, Factorization]] = {}
+    joined: dict[str, dict[str, Factorization]] = {}
     for rule in resolve(model, rules, example_input, init=init):
         if rule.factorization is None:
             continue
         dense, method = model.get_submodule(rule.pattern), rule.factorization
         if isinstance(method.joint, Slice):
-            generated.setdefault(method.joint.name, {})[rule.pattern] = method
+            joined.setdefault(method.joint.name, {})[rule.pattern] = method
         else:
             with _naming(rule.pattern):
                 replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
-    done = [layer.factorization.joint for layer in model.modules() if isinstance(layer, FactorizedLayer)]
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    taken = [joint.name for joint in done if isinstance(joint, Slice)]
-    for name, methods in generated.items():
+    for name, methods in joined.items():
         with _naming(f"joint {name!r} of {', '.join(methods)}"):
-            if name in taken:
-                raise ValueError("the model has a generator of this name; choose another")
-            layers = {model.get_submodule(key): method for key, method in methods.items()}
-            if any(
-                _slice(method).total > num_params for method in methods.values()
-            ):  # a file must not ask for all memory
-                raise ValueError(f"the generator would make more than the {num_params} parameters of the model")
-            replacements |= _convert_together(layers, init)
+            replacements |= convert_together(model, methods, init)
     return _replace(model, replacements)
 
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
+    """Errors say what they are about."""
     try:
         yield
     except ValueError as error:
         raise type(error)(f"{what}: {error}") from None
-
-
-def _convert_together(methods: dict[nn.Module, Factorization], init: Init) -> dict[nn.Module, nn.Module]:
-    """Layers that share one generator: all their weights, one after the other, as that of one linear layer.
-
-    Raises:
-        ValueError: layers of different kinds, slices that overlap, or (to decompose) that leave something out.
-    """
-    dense_layers = sorted(methods, key=lambda dense: _slice(methods[dense]).offset)
-    weights = [_weight(dense) for dense in dense_layers]
-    slices = [_slice(methods[dense]) for dense in dense_layers]
-    first, total, alone = weights[0], slices[0].total, methods[dense_layers[0]].with_joint("")
-    if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
-        raise ValueError("layers of one generator need the same dtype and device, and all or none of them trained")
-    if any(own.total != total for own in slices) or any(m.with_joint("") != alone for m in methods.values()):
-        raise ValueError("layers of one generator need the same rank, options and total")
-    ends = [own.offset + weight.numel() for own, weight in zip(slices, weights, strict=True)]
-    if any(after.offset < end for after, end in zip(slices[1:], ends, strict=False)) or ends[-1] > total:
-        raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {slices}")
-    covered = sum(weight.numel() for weight in weights)
-    if covered != total and init == "decompose":
-        raise ValueError(f"the layers take {covered} of the generator's {total} entries; give it all its layers")
-    whole = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
-    whole.requires_grad_(first.requires_grad)
-    if init == "decompose":
-        parts = [precise(weight).flatten() / own.scale for weight, own in zip(weights, slices, strict=True)]
-        with torch.no_grad():
-            whole.weight.copy_(torch.cat(parts).unsqueeze(1))
-    parameters = layer_type(alone, whole).convert(whole, alone, init=init).factors
-    return {
-        dense: layer_type(methods[dense], dense).convert(dense, methods[dense], init=init, shared=parameters)
-        for dense in dense_layers
-    }
-
-
-def _weight(dense: nn.Module) -> Tensor:
-    assert isinstance(dense.weight, Tensor)
-    return dense.weight
-
-
-def _slice(method: Factorization) -> Slice:
-    assert isinstance(method.joint, Slice)
-    return method.joint
 
 
 def to_dense(model: Model) -> Model:
@@ -287,21 +234,6 @@ def _replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
-    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry.
-
-    Generators of the same name that are not the same one (in a copied block) get names of their own.
-    """
-    names: dict[int, str] = {}
-    rules = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, FactorizedLayer):
-            continue
-        method = layer.factorization
-        if isinstance(method.joint, Slice):
-            generator, given = id(layer.factors), method.joint.name
-            if generator not in names:
-                free = (given, *(f"{given} {copy}" for copy in range(2, len(names) + 2)))
-                names[generator] = next(name for name in free if name not in names.values())
-            method = method.with_joint(replace(method.joint, name=names[generator]))
-        rules.append(Rule(name, method))
-    return rules
+    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    return [Rule(name, method) for name, method in named_apart(layers).items()]

@@ -1,0 +1,91 @@
+"""Layers whose parameters are those of one generator: all their weights, one after the other, are that of one linear layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tnlayers.factorizations import Factorization, Slice
+from tnlayers.factorized import FactorizedLayer, Init
+from tnlayers.layers import layer_type
+from tnlayers.linalg import precise
+
+__all__ = ["convert_together", "named_apart"]
+
+
+def convert_together(
+    model: nn.Module, methods: Mapping[str, Factorization], init: Init
+) -> dict[nn.Module, FactorizedLayer]:
+    """The layers in place of the dense ones of these names; they share one `factors`.
+
+    Args:
+        model: holds the dense layers; it is not changed.
+        methods: name -> the method, with its slice.
+        init: "decompose" fits all the weights together.
+
+    Raises:
+        ValueError: layers that cannot have one generator, or slices that do not go together.
+    """
+    names = sorted(methods, key=lambda name: _slice(methods[name]).offset)
+    layers, slices = [model.get_submodule(name) for name in names], [_slice(methods[name]) for name in names]
+    weights = [_weight(layer) for layer in layers]
+    alone, *others = (methods[name].with_joint("") for name in names)
+    _check(model, weights, slices, same=all(other == alone for other in others), whole=init == "decompose")
+    first, total = weights[0], slices[0].total
+    linear = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
+    linear.requires_grad_(first.requires_grad)
+    if init == "decompose":
+        parts = [precise(weight).flatten() / own.scale for weight, own in zip(weights, slices, strict=True)]
+        with torch.no_grad():
+            linear.weight.copy_(torch.cat(parts).unsqueeze(1))
+    parameters = layer_type(alone, linear).convert(linear, alone, init=init).factors
+    return {
+        layer: layer_type(alone, layer).convert(layer, methods[name], init=init, shared=parameters)
+        for name, layer in zip(names, layers, strict=True)
+    }
+
+
+def _check(model: nn.Module, weights: Sequence[Tensor], slices: Sequence[Slice], *, same: bool, whole: bool) -> None:
+    name, total = slices[0].name, slices[0].total
+    ends = [own.offset + weight.numel() for own, weight in zip(slices, weights, strict=True)]
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    present = [layer.factorization.joint for layer in model.modules() if isinstance(layer, FactorizedLayer)]
+    if name in [joint.name for joint in present if isinstance(joint, Slice)]:
+        raise ValueError("the model has a generator of this name; choose another")
+    if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
+        raise ValueError("layers of one generator need the same dtype and device, and all or none of them trained")
+    if not same or any(own.total != total for own in slices):
+        raise ValueError("layers of one generator need the same rank, options and total; put them under one rule")
+    if ends[-1] > total or any(own.offset < end for own, end in zip(slices[1:], ends, strict=False)):
+        raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {list(slices)}")
+    if total > num_params:  # a file must not ask for all memory
+        raise ValueError(f"the generator would make {total} entries; the model has {num_params} parameters")
+    if whole and sum(weight.numel() for weight in weights) != total:
+        raise ValueError(f"the layers leave out some of the generator's {total} entries; give it all its layers")
+
+
+def named_apart(layers: Mapping[str, FactorizedLayer]) -> dict[str, Factorization]:
+    """The layers' methods; generators of the same name that are not the same one (in a copied block) get names of their own."""
+    taken: dict[int, str] = {}
+    methods = {}
+    for name, layer in layers.items():
+        method, generator = layer.factorization, id(layer.factors)
+        if isinstance(method.joint, Slice):
+            if generator not in taken:
+                given = method.joint.name
+                free = (given, *(f"{given} {copy}" for copy in range(2, len(taken) + 2)))
+                taken[generator] = next(one for one in free if one not in taken.values())
+            method = method.with_joint(replace(method.joint, name=taken[generator]))
+        methods[name] = method
+    return methods
+
+
+def _weight(dense: nn.Module) -> Tensor:
+    assert isinstance(dense.weight, Tensor)
+    return dense.weight
+
+
+def _slice(method: Factorization) -> Slice:
+    assert isinstance(method.joint, Slice)
+    return method.joint
