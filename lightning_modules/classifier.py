@@ -45,6 +45,7 @@ class ImageClassifier(LightningModule):
             et al. 2015, arXiv 1503.02531).
         distill_weight: the teacher's share of the loss, 0 to 1.
         temperature: softens both outputs before they are compared.
+        compile: whether training runs the net through `torch.compile`.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, stepped once an epoch; by default a cosine to zero over the whole run, after
             a short warm-up.
@@ -62,6 +63,7 @@ class ImageClassifier(LightningModule):
         teacher: str | None = None,
         distill_weight: float = 0.9,
         temperature: float = 4.0,
+        compile: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -109,14 +111,16 @@ class ImageClassifier(LightningModule):
                 self.load(self.hparams["init_from"])
             tensorize(self.net, self.resolve(self.hparams["init"]), init=self.hparams["init"])
             self._prepared = True
-        if stage == "fit" and self.hparams["teacher"] and self.hparams["distill_weight"] > 0 and not self._teacher:
+
+    def on_fit_start(self) -> None:
+        if self.hparams["teacher"] and self.hparams["distill_weight"] > 0 and not self._teacher:
             teacher = self._build()
             load_weights(self.hparams["teacher"], teacher)
             self._teacher = (teacher.eval().requires_grad_(False),)
-
-    def on_fit_start(self) -> None:
         for teacher in self._teacher:
             teacher.to(self.device)
+        if self.hparams["compile"]:
+            self.net.compile()  # in place, so that names in checkpoints stay what they are
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) -> (n, classes) logits.

@@ -63,6 +63,7 @@ def test_imports_run_downward_only() -> None:
         "rules",
         "tracing",
         "surgery",
+        "truncation",
     ]
     for floor, name in enumerate(order):
         path = ROOT / "tnlayers" / name

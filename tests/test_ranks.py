@@ -14,7 +14,11 @@ def candidate(decay: float, size: int, cost: int, norm: float = 1.0) -> Candidat
     energies = [norm * decay**n for n in range(size)]
     total = sum(energies)
     return Candidate(
-        (size,), lambda ranks: sum(energies[ranks[0] :]) / total, [lambda ranks: cost * ranks[0]], cost * size
+        (size,),
+        lambda ranks: sum(energies[ranks[0] :]) / total,
+        [lambda ranks: cost * ranks[0]],
+        dense_cost=cost * size,
+        present_cost=cost * size,
     )
 
 
@@ -49,7 +53,7 @@ def test_a_budget_is_used_to_within_a_percent(fraction: float) -> None:
 
 
 def test_a_layer_whose_factors_cost_more_stays_dense() -> None:
-    useless = Candidate((3,), lambda ranks: 0.1, [lambda ranks: 100 * ranks[0]], 90)
+    useless = Candidate((3,), lambda ranks: 0.1, [lambda ranks: 100 * ranks[0]], 90, 90)
     assert allocate([useless, candidate(0.5, 6, 10)], 1.0)[0] is None
 
 

@@ -20,6 +20,7 @@ from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
+from tnlayers.truncation import fraction_kept, resolve_truncation, truncate
 
 __all__ = [
     "ADTN",
@@ -49,12 +50,15 @@ __all__ = [
     "Tucker",
     "TuckerConv2d",
     "UnsupportedLayer",
+    "fraction_kept",
     "load_dense",
     "methods_table",
     "resolve",
+    "resolve_truncation",
     "rules_from_plain",
     "rules_of",
     "summarize",
     "tensorize",
     "to_dense",
+    "truncate",
 ]

@@ -13,7 +13,7 @@ from tnlayers.linalg import precise
 from tnlayers.plan import Partition, partitions
 from tnlayers.ranks import Candidate, MacsKept, ParamsKept, RankRule, Ranks, RelativeError, allocate, within_error
 
-__all__ = ["settle"]
+__all__ = ["candidate_of", "settle"]
 
 
 def settle(
@@ -49,7 +49,7 @@ def settle(
     used = calls or [NOMINAL_CALLS] * len(layers)
     by_macs = isinstance(rule, MacsKept)
     candidates = [
-        _candidate(factorization, dense, of_layer, by_macs=by_macs, flat=flat)
+        candidate_of(factorization, dense, of_layer, by_macs=by_macs, flat=flat)
         for dense, of_layer in zip(layers, used, strict=True)
     ]
     if isinstance(rule, (ParamsKept, MacsKept)):
@@ -82,10 +82,10 @@ def _explicit(factorization: Factorization, geometry: Geometry, ranks: Ranks, ca
     return explicit
 
 
-def _candidate(
-    factorization: Factorization, dense: nn.Module, calls: Sequence[Call], *, by_macs: bool, flat: bool
+def candidate_of(
+    factorization: Factorization, dense: nn.Module, calls: Sequence[Call], *, by_macs: bool, flat: bool = False
 ) -> Candidate:
-    """What the rank rules need to know of one layer; ranks that hold each other down count as what they attain."""
+    """What the rank rules need to know of one dense layer; ranks that hold each other down count as what they attain."""
     geometry = Geometry(dense)
     network, shape = geometry.network(factorization), geometry.weight_shape
 
@@ -99,8 +99,9 @@ def _candidate(
     error = _flat_error(factorization, shape) if flat else _error(factorization, dense, geometry)
     if by_macs:
         costs = [macs_of(groups) for groups in partitions(tuple(network.factors))]
-        return Candidate(max_ranks, error, costs, geometry.macs(calls))
-    return Candidate(max_ranks, error, [lambda ranks: network.num_params(sizes(ranks))], geometry.num_params)
+        return Candidate(max_ranks, error, costs, *(geometry.macs(calls),) * 2)
+    costs = [lambda ranks: network.num_params(sizes(ranks))]
+    return Candidate(max_ranks, error, costs, *(geometry.num_params,) * 2)
 
 
 def _flat_error(factorization: Factorization, shape: tuple[int, ...]) -> Callable[[Ranks], float]:

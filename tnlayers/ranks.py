@@ -108,18 +108,20 @@ class Candidate:
         max_ranks: the ranks from which on the weight is exact.
         error: ranks -> the squared relative error, or a tight estimate of it.
         costs: for each way of computing the layer: ranks -> parameters or multiply-accumulates.
-        dense_cost: what the dense layer costs.
+        dense_cost: what the dense layer costs; budgets are fractions of it.
+        present_cost: what the layer costs if it is left as it is: it may be factorized already.
     """
 
     max_ranks: Ranks
     error: Callable[[Ranks], float]
     costs: Sequence[Callable[[Ranks], int]]
     dense_cost: int
+    present_cost: int
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A choice for one layer: its ranks (None: dense), what it costs, and its squared relative error."""
+    """A choice for one layer: its ranks (None: left as it is), what it costs, and its squared relative error."""
 
     ranks: Ranks | None
     cost: int
@@ -163,12 +165,12 @@ def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
 
 
 def _frontier(candidate: Candidate) -> list[_Point]:
-    """The dense layer and the factorized choices that cost less, cheapest first; each dearer one has a smaller error."""
-    dense = _Point(None, candidate.dense_cost, 0.0)
-    found = [point for cost in candidate.costs for point in _path(candidate, cost) if point.cost < dense.cost]
+    """The layer as it is and the choices that cost less, cheapest first; each dearer one has a smaller error."""
+    present = _Point(None, candidate.present_cost, 0.0)
+    found = [point for cost in candidate.costs for point in _path(candidate, cost) if point.cost < present.cost]
     points = sorted(found, key=lambda point: (point.cost, point.error))
     frontier: list[_Point] = []
-    for point in [*points, dense]:
+    for point in [*points, present]:
         if not frontier or point.error < frontier[-1].error:
             frontier.append(point)
     return frontier
@@ -190,7 +192,7 @@ def _hull(frontier: list[_Point]) -> list[int]:
 
 
 def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | None]:
-    """The ranks of every layer (None: better dense) that together cost at most `fraction` of the dense layers.
+    """The ranks of every layer (None: better left as it is) that together cost at most `fraction` of the dense layers.
 
     Minimises the sum of the layers' losses (-log of the squared norm kept): from the cheapest choices upward, always the step that
     lowers the error most for what it costs (exact on the convex hull), then the finer steps that still fit.
@@ -225,5 +227,5 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
 
 
 def within_error(candidate: Candidate, error: float) -> Ranks | None:
-    """The cheapest ranks found whose relative error is at most `error`; None if dense is cheaper."""
+    """The cheapest ranks found whose relative error is at most `error`; None if the layer as it is costs less."""
     return next(point.ranks for point in _frontier(candidate) if point.error <= error**2)

@@ -8,12 +8,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tnlayers.factorizations import METHODS, Factorization, Slice
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
 
-__all__ = ["Rule", "rules_from_plain"]
+__all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
 _RANK_RULES = {rule.__name__: rule for rule in (ParamsKept, MacsKept, RelativeError)}
 _RANK_TEXT = re.compile(r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s]+)\s*\)\s*")
@@ -80,8 +81,13 @@ class Rule:
             raise ValueError(
                 f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
             )
-        values["rank"] = _rank_from_plain(values["rank"])
+        values["rank"] = rank_from_text(values["rank"])
         return Rule(pattern, method(**values), reason)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a layer's name fits a rule's pattern."""
+    return name == pattern or fnmatchcase(name, pattern)  # the first: names may hold what patterns give a meaning
 
 
 def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
@@ -96,7 +102,12 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
     return rules
 
 
-def _rank_from_plain(value: Any) -> Rank:
+def rank_from_text(value: Any) -> Rank:
+    """A rank that may be written as text, such as "MacsKept(0.5)".
+
+    Raises:
+        ValueError: a text that is no rank rule.
+    """
     if not isinstance(value, str):
         return value
     match = _RANK_TEXT.fullmatch(value)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
@@ -18,7 +17,7 @@ from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.ranks import MacsKept
-from tnlayers.rules import Rule
+from tnlayers.rules import Rule, fits
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
@@ -108,30 +107,26 @@ def _warn_if_larger(name: str, choice: Factorization, geometry: Geometry) -> Non
 def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
     """The names of the layers that each rule takes."""
     taken: list[list[str]] = [[] for _ in rules]
-    matched = [any(_fits(name, rule.pattern) for name in done) for rule in rules]
+    matched = [any(fits(name, rule.pattern) for name in done) for rule in rules]
     for name, module in dense.items():
-        fits = [
+        takers = [
             place
             for place, rule in enumerate(rules)
-            if _fits(name, rule.pattern) and _replaces(rule.factorization, module)
+            if fits(name, rule.pattern) and _replaces(rule.factorization, module)
         ]
-        for place in fits:
+        for place in takers:
             matched[place] = True
-        if fits:
-            taken[fits[0]].append(name)
+        if takers:
+            taken[takers[0]].append(name)
     for rule, found, names in zip(rules, matched, taken, strict=True):
         if not found:
             raise ValueError(_no_match(rule, dense))
-        if rule.factorization and not names and not any(_fits(name, rule.pattern) for name in done):
+        if rule.factorization and not names and not any(fits(name, rule.pattern) for name in done):
             warnings.warn(
                 f"rule {rule.pattern!r} takes no layer: earlier rules take all that it matches; put it before them",
                 stacklevel=4,
             )
     return taken
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)  # the first: names may hold what patterns give a meaning
 
 
 def _replaces(method: Factorization | None, module: nn.Module) -> bool:
@@ -141,7 +136,7 @@ def _replaces(method: Factorization | None, module: nn.Module) -> bool:
 def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
     kind = " and ".join(rule.factorization.replaces) if rule.factorization else None
     names = [name for name, module in dense.items() if _replaces(rule.factorization, module)]
-    other = [name for name in dense if _fits(name, rule.pattern)]
+    other = [name for name in dense if fits(name, rule.pattern)]
     if other:
         what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
         return f"pattern {rule.pattern!r} matches only {what} layers such as {other[0]!r}, and {method} replaces {kind}"

@@ -176,6 +176,18 @@ class ImageData(LightningDataModule):
         loader = DataLoader(self._train, batch_sampler=batches, num_workers=self.num_workers, collate_fn=as_is)
         return [normalise(pictures, self.mean, self.std) for pictures, _ in loader]
 
+    def validation_batches(self) -> Iterator[Batch]:
+        """All validation pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
+
+        Raises:
+            ValueError: there are none.
+        """
+        self.setup("fit")
+        if not self._val:
+            raise ValueError("there are no validation pictures; hold some out: --data.val_fraction 0.1")
+        for pictures, labels in DataLoader(self._val, self.batch_size, collate_fn=as_is, num_workers=self.num_workers):
+            yield normalise(pictures, self.mean, self.std), labels
+
     def _loader(self, pictures: PictureSet | Subset[Batch] | None, shuffle: bool = False) -> DataLoader[Batch]:
         assert pictures is not None, "setup() comes before the loaders"
         # All by keyword: Lightning builds the loader anew, with its own sampler, and passes `shuffle` by keyword.

@@ -1,0 +1,120 @@
+"""What else holds a network's parameters during training, and has to follow when they are replaced."""
+
+import copy
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_modules.classifier import ImageClassifier
+
+__all__ = ["check_replicas", "check_strategy", "follow_average", "follow_optimizers", "follow_strategy", "reset_scores"]
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def check_strategy(trainer: Trainer, what: str) -> None:
+    """Whether parameters can be replaced during training.
+
+    Raises:
+        ValueError: the strategy shards them, or averages them in a way that holds on to the old ones.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(
+            f"{what} cannot change ranks under {type(trainer.strategy).__name__}, which shards the parameters; train with "
+            "--trainer.strategy ddp, or truncate between runs: tnlayers compress, then fit"
+        )
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
+        raise ValueError(
+            f"{what} cannot change ranks under StochasticWeightAveraging; average by lightning_modules.callbacks.EMA"
+        )
+
+
+def follow_optimizers(
+    optimizers: Sequence[Optimizer],
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+    changed: Collection[str],
+) -> None:
+    """The same optimizers, with the new parameters in the old ones' places.
+
+    The state of what changed (moments, momentum) is dropped: it is about a basis that is no longer there. Everything
+    else keeps its state, and schedulers keep their optimizer.
+
+    Args:
+        optimizers: changed in place.
+        before: all parameters by name.
+        after: the same, with new ones where shapes changed.
+        changed: names of those whose values are new.
+    """
+    names = {parameter: name for name, parameter in before.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [after[names[p]] for p in group["params"] if names[p] in after]
+        for parameter in list(optimizer.state):
+            assert isinstance(parameter, nn.Parameter)
+            if names[parameter] in changed or names[parameter] not in after:
+                del optimizer.state[parameter]
+
+
+def follow_strategy(trainer: Trainer) -> None:
+    """Under DDP wraps the module anew: its reducer holds the old parameters. This also sends rank 0's weights to all."""
+    strategy, module = trainer.strategy, trainer.lightning_module
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = module  # the old wrapper goes first, and takes its hooks along
+        strategy.configure_ddp()
+        check_replicas(trainer, module)
+
+
+def check_replicas(trainer: Trainer, module: nn.Module) -> None:
+    """Every process has the same weights, bit for bit.
+
+    Raises:
+        RuntimeError: they differ; training on would diverge silently.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    same = trainer.strategy.broadcast(digest.hexdigest()) == digest.hexdigest()
+    if not trainer.strategy.reduce_boolean_decision(same, all=True):
+        raise RuntimeError(
+            "the processes have different weights after a truncation; this is a bug in tnlayers, please report it"
+        )
+
+
+def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) -> None:
+    """Moving averages start anew in these layers: old and new factors are in different bases, so no average of both means anything."""
+    for callback in _callbacks(trainer):
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            module = callback._average_model.module
+            assert isinstance(module, ImageClassifier)
+            for name in layers:
+                module.net.set_submodule(name, copy.deepcopy(net.get_submodule(name)))
+
+
+def reset_scores(trainer: Trainer) -> None:
+    """What was best before belongs to a larger net: checkpoints, early stopping and plateau schedulers begin a new record.
+
+    Checkpoints that were the best so far stay on the disk.
+    """
+    for callback in _callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+            callback.best_k_models, callback.kth_value = {}, worst
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.best_model_score = callback.current_score = None
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler._reset()

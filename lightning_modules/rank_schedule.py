@@ -1,0 +1,106 @@
+"""Truncation during training: when ranks fall, and everything that has to follow."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.parameters import (
+    check_strategy,
+    follow_average,
+    follow_optimizers,
+    follow_strategy,
+    reset_scores,
+)
+from lightning_modules.rank_steps import Step, steps_of
+from tnlayers import ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
+
+__all__ = ["RankSchedule"]
+
+
+class RankSchedule(Callback):
+    """Truncates the factorized layers at the start of epochs, and training goes on with the smaller factors.
+
+    Optimizer and schedulers stay; the moments of factors that changed begin anew, and so do their moving averages (`EMA`),
+    the best checkpoint, early stopping and plateaus. Under DDP the ranks are decided once. A resumed run goes on where
+    the schedule was.
+
+    Args:
+        ranks: {epoch: rank}, epochs counted from 0 as Lightning does, so that at 2 two epochs have been trained. A rank is
+            an int, `ParamsKept(0.5)`, `MacsKept(0.5)` (fractions of the dense layers), `RelativeError(0.1)` or
+            `AccuracyDrop(0.01)`: as far as the validation accuracy allows. A range "4-8" of epochs goes down to its
+            budget gradually, by the same factor in every epoch of it.
+        pattern: which layers; `*`, `?` and `[...]` as in file names.
+
+    Raises:
+        ValueError: an entry that is not understood, or two for the same epoch.
+    """
+
+    def __init__(self, ranks: dict[int | str, int | str], pattern: str = "*") -> None:
+        self.pattern = pattern
+        self.steps = steps_of(ranks)
+        self.applied: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"applied": list(self.applied)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.applied = [int(epoch) for epoch in state_dict["applied"]]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer, "RankSchedule")
+        late = [epoch for epoch in self.steps if trainer.max_epochs not in (None, -1) and epoch >= trainer.max_epochs]
+        if late:
+            raise ValueError(
+                f"RankSchedule has epoch {late[0]}, and training ends before it: max_epochs {trainer.max_epochs}"
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        if epoch not in self.steps or epoch in self.applied:
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        rules = self._decided(trainer, pl_module, self.steps[epoch])
+        self.applied.append(epoch)
+        if rules:
+            _apply(trainer, pl_module, rules)
+        else:
+            rank_zero_info(f"epoch {epoch}: nothing to truncate, {self.steps[epoch]} is kept already")
+
+    def _decided(self, trainer: Trainer, module: ImageClassifier, step: Step) -> list[Rule]:
+        """The same rules in every process: rank 0 decides."""
+        rules: list[dict[str, Any]] = []
+        problem = ""
+        if trainer.is_global_zero:
+            try:
+                rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
+            except ValueError as error:
+                problem = f"RankSchedule at epoch {trainer.current_epoch}: {error}"
+        rules, problem = trainer.strategy.broadcast((rules, problem))
+        if problem:
+            raise ValueError(problem)
+        return rules_from_plain(rules)
+
+
+def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:
+    """Truncates the net, and lets everything follow that holds its parameters."""
+    before = dict(module.named_parameters())
+    errors = truncate(module.net, rules)
+    after = dict(module.named_parameters())
+    changed = {name for name in after if name.startswith(tuple(f"net.{layer}.factors." for layer in errors))}
+    follow_optimizers(trainer.optimizers, before, after, changed)
+    follow_strategy(trainer)
+    follow_average(trainer, module.net, errors)
+    reset_scores(trainer)
+    if module.hparams["compile"]:
+        torch._dynamo.reset()  # or it would give up after some distinct ranks, and run uncompiled
+    worst = max(errors, key=errors.__getitem__)
+    kept = fraction_kept(module.net, ParamsKept)
+    rank_zero_info(
+        f"epoch {trainer.current_epoch}: {len(errors)} layers truncated, {kept:.1%} of the dense parameters kept; largest "
+        f"relative error {errors[worst]:.3f} ({worst})"
+    )

@@ -1,0 +1,132 @@
+"""What a rank schedule truncates to: its entries, and the ranks that each resolves to when its epoch comes."""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageData
+from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, resolve_truncation, truncate
+from tnlayers.ranks import Rank, check_rank
+from tnlayers.rules import rank_from_text
+from tnlayers.tracing import evaluating
+
+__all__ = ["AccuracyDrop", "Step", "steps_of"]
+
+_RANGE = re.compile(r"\s*(\d+)\s*-\s*(\d+)\s*")
+_DROP = re.compile(r"\s*AccuracyDrop\s*\(\s*([^()\s]+)\s*\)\s*")
+_PROBES = 8  # halvings of the range of fractions below: the fraction is found to within 3 %
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class AccuracyDrop:
+    """As few parameters as cost at most this much validation accuracy (0.01: one point) right after the truncation."""
+
+    drop: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.drop, float) or not 0 <= self.drop < 1:
+            raise ValueError(
+                f"AccuracyDrop({self.drop!r}): expected a number from 0 to below 1, such as 0.01 for one point"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One truncation: what to, and over how many epochs, this one included, it is still to be reached."""
+
+    rank: Rank | AccuracyDrop
+    epochs: int = 1
+
+    def resolve(self, module: ImageClassifier, data: ImageData, pattern: str) -> list[Rule]:
+        net, example, rank = module.net, module.example_input, self.rank
+        if isinstance(rank, AccuracyDrop):
+            return _within_drop(module, data, rank.drop, pattern)
+        if self.epochs > 1:
+            assert isinstance(rank, (ParamsKept, MacsKept))
+            now = fraction_kept(net, type(rank), example, pattern=pattern)
+            rank = type(rank)(now * min(rank.fraction / now, 1) ** (1 / self.epochs))
+        return resolve_truncation(net, rank, example, pattern=pattern)
+
+
+def steps_of(ranks: Mapping[int | str, int | str]) -> dict[int, Step]:
+    """What happens at the start of which epoch.
+
+    Raises:
+        ValueError: an entry that is not understood, or two for the same epoch.
+    """
+    steps: dict[int, Step] = {}
+    for key, value in ranks.items():
+        try:
+            first, last = _epochs(key)
+            rank = _rank(value)
+            if last > first and not isinstance(rank, (ParamsKept, MacsKept)):
+                raise ValueError("a range of epochs goes down to a budget: ParamsKept or MacsKept")
+        except ValueError as error:
+            raise ValueError(f"RankSchedule, ranks {{{key}: {value}}}: {error}") from None
+        for epoch in range(first, last + 1):
+            if epoch in steps:
+                raise ValueError(f"RankSchedule, ranks {{{key}: {value}}}: epoch {epoch} has a rank already")
+            steps[epoch] = Step(rank, last - epoch + 1)
+    return steps
+
+
+def _epochs(key: int | str) -> tuple[int, int]:
+    if isinstance(key, str) and (match := _RANGE.fullmatch(key)):
+        first, last = int(match[1]), int(match[2])
+    elif str(key).strip().isdigit():
+        first = last = int(key)
+    else:
+        raise ValueError(f"{key!r} is no epoch; expected a number from 0 on, or a range such as 4-8")
+    if last < first:
+        raise ValueError(f"the range {key!r} ends before it begins")
+    return first, last
+
+
+def _rank(value: int | str) -> Rank | AccuracyDrop:
+    match = _DROP.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return check_rank(rank_from_text(value))
+    try:
+        return AccuracyDrop(float(match[1]))
+    except ValueError as error:
+        raise ValueError(f"{value!r}: {error}") from None
+
+
+def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern: str) -> list[Rule]:
+    """The truncation to the fewest parameters, by bisection, that costs at most `drop` of the validation accuracy."""
+    net, example = module.net, module.example_input
+    least = _accuracy(module, net, data) - drop
+    high = math.log(fraction_kept(net, ParamsKept, example, pattern=pattern))
+    low, found = high + math.log(_LEAST), list[Rule]()
+    for _ in range(_PROBES):
+        middle = (low + high) / 2
+        try:
+            rules = resolve_truncation(net, ParamsKept(math.exp(middle)), example, pattern=pattern)
+        except ValueError:  # not even rank 1 is as small
+            low = middle
+            continue
+        smaller = copy.deepcopy(net)
+        truncate(smaller, rules)
+        if _accuracy(module, smaller, data) >= least:
+            high, found = middle, rules
+        else:
+            low = middle
+    return found
+
+
+def _accuracy(module: ImageClassifier, net: nn.Module, data: ImageData) -> float:
+    """The fraction of the validation pictures that a net gets right."""
+    right = total = 0
+    with evaluating(net):
+        for pictures, labels in data.validation_batches():
+            x = pictures.to(module.device).contiguous(memory_format=torch.channels_last)
+            right += int((net(x).argmax(dim=1).cpu() == labels).sum())
+            total += len(labels)
+    return right / total
