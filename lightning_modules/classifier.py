@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -106,6 +107,8 @@ class ImageClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Once, before anything runs: weights and rules, unless a checkpoint is about to bring both."""
+        if stage == "fit" and self.rules and not self._prepared:
+            _check_averages(self.trainer)
         if not self._prepared and not self.awaits_checkpoint:
             if self.hparams["init_from"]:
                 self.load(self.hparams["init_from"])
@@ -201,6 +204,15 @@ class ImageClassifier(LightningModule):
             key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")
         }
         match_state(state, self.net, path)
+
+
+def _check_averages(trainer: Trainer) -> None:
+    """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            raise ValueError(
+                f"{type(callback).__name__} copies the net before its layers are factorized; use lightning_modules.callbacks.EMA"
+            )
 
 
 def _rules_of_run(checkpoint: dict[str, Any]) -> object:

@@ -30,6 +30,9 @@ class AccuracyDrop:
 
     drop: float
 
+    def __str__(self) -> str:
+        return f"AccuracyDrop({self.drop!r})"
+
     def __post_init__(self) -> None:
         if not isinstance(self.drop, float) or not 0 <= self.drop < 1:
             raise ValueError(
@@ -43,6 +46,9 @@ class Step:
 
     rank: Rank | AccuracyDrop
     epochs: int = 1
+
+    def __str__(self) -> str:
+        return str(self.rank)
 
     def resolve(self, module: ImageClassifier, data: ImageData, pattern: str) -> list[Rule]:
         net, example, rank = module.net, module.example_input, self.rank
@@ -124,7 +130,7 @@ def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern:
 def _accuracy(module: ImageClassifier, net: nn.Module, data: ImageData) -> float:
     """The fraction of the validation pictures that a net gets right."""
     right = total = 0
-    with evaluating(net):
+    with evaluating(net), torch.compiler.set_stance("force_eager"):
         for pictures, labels in data.validation_batches():
             x = pictures.to(module.device).contiguous(memory_format=torch.channels_last)
             right += int((net(x).argmax(dim=1).cpu() == labels).sum())

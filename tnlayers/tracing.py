@@ -53,7 +53,7 @@ def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Ten
     layers = countable_layers(model)
     handles = [record(name) for name in layers]
     try:
-        with evaluating(model):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # one pass is not worth a compilation
             model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     finally:
         for handle in handles:

@@ -1,0 +1,332 @@
+"""Ranks that fall during training: everything follows, and a run that is cut anywhere goes on as if it had not been."""
+
+import copy
+import itertools
+from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from torch._dynamo.utils import counters
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import Digits
+from lightning_modules.ema import EMA
+from lightning_modules.parameters import check_strategy, reset_scores
+from lightning_modules.rank_schedule import RankSchedule
+from lightning_modules.rank_steps import steps_of
+from tests.test_training import METHODS, rules
+from tnlayers import FactorizedLayer, ParamsKept, fraction_kept
+
+pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
+RULES = [
+    {"pattern": "conv3", "method": "Tucker", "rank": 24},
+    {"pattern": "conv4", "method": "LowRank", "rank": 24},
+    {"pattern": "fc1", "method": "TT", "rank": 8},
+]
+OPTIMIZERS = {
+    "Adam": lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+}
+
+
+class Watch(Callback):
+    """What an optimizer holds, and which parameters its steps change, epoch by epoch."""
+
+    def __init__(self) -> None:
+        self.still: dict[int, list[str]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        now = dict(pl_module.named_parameters())
+        self.still[trainer.current_epoch] = [name for name in now if torch.equal(now[name], self.before[name])]
+        held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert [id(p) for p in held] == [id(p) for p in now.values()]
+        assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
+
+
+def classifier(optimizer: str = "Adam", **options: Any) -> ImageClassifier:
+    torch.manual_seed(0)
+    return ImageClassifier(**({"rules": RULES, "init": "random", "optimizer": OPTIMIZERS[optimizer]} | options))
+
+
+def trainer_of(folder: Path, *callbacks: Callback, epochs: int = 4, **options: Any) -> Trainer:
+    few = {"limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": epochs}
+    quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(
+        default_root_dir=folder, callbacks=list(callbacks), enable_checkpointing=saves, **(few | quiet | options)
+    )
+
+
+def fitted(
+    folder: Path,
+    *callbacks: Callback,
+    model: ImageClassifier | None = None,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> ImageClassifier:
+    model = model or classifier()
+    trainer_of(folder, *callbacks, **options).fit(
+        model, datamodule=Digits(batch_size=64, augment="none"), ckpt_path=ckpt_path, weights_only=True
+    )
+    return model
+
+
+def ranks(model: ImageClassifier) -> dict[str, Any]:
+    return {name: layer.rank for name, layer in model.net.named_modules() if isinstance(layer, FactorizedLayer)}
+
+
+# ---- everything follows
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("method", "layers", "rank"), METHODS, ids=[method for method, *_ in METHODS])
+def test_every_parameter_moves_after_a_truncation(
+    method: str, layers: tuple[str, ...], rank: int, optimizer: str, tmp_path: Path
+) -> None:
+    watch, model = Watch(), classifier(optimizer, rules=rules(method, layers, rank))
+    fitted(tmp_path, RankSchedule({1: rank // 2 or 1}), watch, model=model, epochs=2)
+    assert watch.still == {0: [], 1: []}
+    assert all(max(layer.ranks) <= rank // 2 for layer in model.net.modules() if isinstance(layer, FactorizedLayer))
+
+
+def test_other_parameters_keep_their_moments(tmp_path: Path) -> None:
+    class Steps(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            state = trainer.optimizers[0].state
+            self.steps = {name: int(state[p]["step"]) for name, p in pl_module.named_parameters()}
+
+    steps = Steps()
+    fitted(tmp_path, RankSchedule({1: ParamsKept(0.1)}, pattern="conv3"), steps, epochs=2)  # type: ignore[dict-item]
+    fresh = {name for name, count in steps.steps.items() if count == 3}
+    assert fresh == {f"net.conv3.factors.{name}" for name in ("input", "core", "output")}
+    assert all(count == 6 for name, count in steps.steps.items() if name not in fresh)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16-mixed"},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "clipped": {"gradient_clip_val": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "EMA"])
+def test_truncation_among_the_trainers_options(options: dict[str, Any], ema: bool, tmp_path: Path) -> None:
+    watch = Watch()
+    callbacks = [RankSchedule({1: "ParamsKept(0.2)"}), *([EMA(decay=0.5)] if ema else []), watch]
+    model = fitted(tmp_path, *callbacks, epochs=2, **options)
+    assert watch.still == {0: [], 1: []}
+    assert fraction_kept(model.net, ParamsKept) <= 0.2
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_compiled_nets_recompile_once_for_each_truncation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    # The machine code that inductor makes of a graph takes long, and is not what this is about.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    watch, model = Watch(), classifier(compile=True)
+    fitted(tmp_path, RankSchedule({2: 4}), Count(), watch, model=model, limit_val_batches=0)
+    torch._dynamo.reset()
+    assert graphs == [1, 1, 2, 2]
+    assert watch.still == {epoch: [] for epoch in range(4)}
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_the_average_begins_anew_in_truncated_layers(tmp_path: Path) -> None:
+    """Directly after a truncation averaged and live factors are the same there, and still differ elsewhere."""
+    differences: dict[str, float] = {}
+
+    class Compare(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                average = dict(ema._average_model.module.named_parameters())  # type: ignore[union-attr]
+                live = dict(pl_module.named_parameters())
+                assert {n: p.shape for n, p in average.items()} == {n: p.shape for n, p in live.items()}
+                differences.update({name: float((live[name] - average[name]).detach().norm()) for name in live})
+
+    ema = EMA(decay=0.9)
+    model = fitted(tmp_path, RankSchedule({1: 4}, pattern="conv3"), ema, Compare(), epochs=2)
+    assert {name.split(".")[1] for name, value in differences.items() if value == 0} == {"conv3"}
+    # What training ends with is the average.
+    average = ema._average_model.module.state_dict()  # type: ignore[union-attr]
+    torch.testing.assert_close(model.state_dict(), average, rtol=0, atol=0)
+
+
+def test_what_was_best_before_is_forgotten() -> None:
+    best = ModelCheckpoint(monitor="val/accuracy", mode="max")
+    best.best_model_path, best.best_model_score = "old.ckpt", torch.tensor(0.9)
+    best.best_k_models, best.kth_best_model_path = {"old.ckpt": torch.tensor(0.9)}, "old.ckpt"
+    last = ModelCheckpoint()
+    last.best_model_path = "latest.ckpt"
+    stop = EarlyStopping(monitor="val/loss")
+    stop.wait_count, stop.best_score = 2, torch.tensor(0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plateau = ReduceLROnPlateau(optimizer)
+    plateau.step(0.1)
+    plateau.step(0.2)
+    trainer: Any = SimpleNamespace(
+        callbacks=[best, last, stop], lr_scheduler_configs=[SimpleNamespace(scheduler=plateau)]
+    )
+    reset_scores(trainer)
+    assert best.best_model_path == ""
+    assert best.best_k_models == {}
+    assert best.check_monitor_top_k(trainer, torch.tensor(0.5))
+    assert last.best_model_path == "latest.ckpt"  # it is not the best of anything, and is replaced by the next
+    assert (stop.wait_count, stop.best_score) == (0, float("inf"))
+    assert (plateau.num_bad_epochs, plateau.best) == (0, float("inf"))
+
+
+# ---- a run that is cut
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "EMA"])
+def test_a_resumed_run_equals_the_uninterrupted_one(optimizer: str, ema: bool, tmp_path: Path) -> None:
+    """From before a truncation, from right before it, from right after it, and from amid a gradual one."""
+
+    def callbacks(folder: Path) -> list[Callback]:
+        saved = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, save_last=True)
+        schedule = RankSchedule({2: "ParamsKept(0.3)", "4-5": "ParamsKept(0.1)"})
+        return [schedule, saved, *([EMA(decay=0.8)] if ema else [])]
+
+    whole = fitted(tmp_path, *callbacks(tmp_path / "whole"), model=classifier(optimizer), epochs=7)
+    for epoch in (0, 1, 2, 4):
+        folder = tmp_path / f"from{epoch}"
+        rest = fitted(
+            tmp_path,
+            *callbacks(folder),
+            model=classifier(optimizer, init="decompose"),
+            epochs=7,
+            ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt",
+        )
+        assert ranks(rest) == ranks(whole)
+        torch.testing.assert_close(rest.state_dict(), whole.state_dict(), rtol=0, atol=0)
+        ends = [torch.load(path / "last.ckpt", weights_only=True) for path in (tmp_path / "whole", folder)]
+        assert ends[0]["global_step"] == ends[1]["global_step"]
+        torch.testing.assert_close(ends[1]["state_dict"], ends[0]["state_dict"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            ends[1]["optimizer_states"][0]["state"], ends[0]["optimizer_states"][0]["state"], rtol=0, atol=0
+        )
+
+
+# ---- how far
+
+
+def test_a_range_goes_down_by_equal_factors(tmp_path: Path) -> None:
+    kept = []
+
+    class Kept(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            kept.append(fraction_kept(pl_module.net, ParamsKept))
+
+    fitted(tmp_path, RankSchedule({"1-3": "ParamsKept(0.1)"}), Kept(), epochs=4)
+    steps = [later / earlier for earlier, later in itertools.pairwise(kept)]
+    assert kept[3] == pytest.approx(0.1, rel=0.1)
+    assert kept[3] <= 0.1
+    assert steps == pytest.approx([(kept[3] / kept[0]) ** (1 / 3)] * 3, rel=0.1)
+
+
+@pytest.mark.parametrize("drop", [0.02, 0.2])
+def test_accuracy_drop_goes_as_far_as_allowed(drop: float, tmp_path: Path) -> None:
+    """Against a count of its own; and a good deal further would be too far."""
+    model = fitted(tmp_path, epochs=3)
+    data = Digits(batch_size=64, augment="none")
+
+    def accuracy(net: torch.nn.Module) -> float:
+        data.setup("fit")
+        pictures, labels = map(torch.cat, zip(*data.val_dataloader(), strict=True))
+        x = (pictures.float() / 255 - data.mean[0]) / data.std[0]
+        with torch.no_grad():
+            return float((net.eval()(x).argmax(dim=1) == labels).float().mean())
+
+    before = copy.deepcopy(model)
+    (step,) = steps_of({0: f"AccuracyDrop({drop})"}).values()
+    from tnlayers import truncate
+
+    truncate(model.net, step.resolve(model, data, "*"))
+    found = fraction_kept(model.net, ParamsKept)
+    assert accuracy(before.net) - accuracy(model.net) <= drop
+    further = copy.deepcopy(before)
+    (step,) = steps_of({0: f"ParamsKept({0.6 * found})"}).values()
+    truncate(further.net, step.resolve(further, data, "*"))
+    assert accuracy(before.net) - accuracy(further.net) > drop
+
+
+# ---- mistakes
+
+WRONG: list[tuple[dict[Any, Any], str]] = [
+    ({"two": 4}, r"ranks \{two: 4\}: 'two' is no epoch; expected a number from 0 on, or a range such as 4-8"),
+    ({-1: 4}, "-1 is no epoch"),
+    ({"5-2": "ParamsKept(0.5)"}, "'5-2' ends before it begins"),
+    ({"2-4": 8}, "a range of epochs goes down to a budget"),
+    ({"2-4": "RelativeError(0.1)"}, "a range of epochs goes down to a budget"),
+    ({"2-4": "ParamsKept(0.5)", 3: 4}, "epoch 3 has a rank already"),
+    ({2: 0.5}, "bare float"),
+    ({2: "ParamsKept(2)"}, "above 0 and at most 1"),
+    ({2: "AccuracyDrop(2)"}, r"AccuracyDrop\(2.0\): expected a number from 0 to below 1"),
+    ({2: "AccuracyDrop(x)"}, "could not convert|not a number"),
+    ({2: "Params(0.5)"}, "not understood"),
+]
+
+
+@pytest.mark.parametrize(("schedule", "message"), WRONG, ids=[str(schedule) for schedule, _ in WRONG])
+def test_wrong_schedules(schedule: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankSchedule(schedule)
+
+
+def test_an_epoch_that_never_comes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="RankSchedule has epoch 9, and training ends before it: max_epochs 2"):
+        fitted(tmp_path, RankSchedule({9: 4}), epochs=2)
+
+
+def test_a_budget_out_of_reach_names_the_epoch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"RankSchedule at epoch 1: .* cannot be reached"):
+        fitted(tmp_path, RankSchedule({1: "ParamsKept(0.0001)"}), epochs=2)
+
+
+def test_accuracy_drop_needs_validation_pictures() -> None:
+    (step,) = steps_of({0: "AccuracyDrop(0.1)"}).values()
+    model = classifier()
+    model.setup("validate")
+    with pytest.raises(ValueError, match=r"no validation pictures; hold some out: --data.val_fraction"):
+        step.resolve(model, Digits(val_fraction=0), "*")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (
+            SimpleNamespace(strategy=FSDPStrategy(), callbacks=[]),
+            "under FSDPStrategy, which shards .*--trainer.strategy ddp",
+        ),
+        (None, "under StochasticWeightAveraging; average by"),
+    ],
+)
+def test_what_ranks_cannot_change_under(trainer: Any, message: str, tmp_path: Path) -> None:
+    trainer = trainer or trainer_of(tmp_path, StochasticWeightAveraging(swa_lrs=0.1))
+    with pytest.raises(ValueError, match=message):
+        check_strategy(trainer, "RankSchedule")
+
+
+def test_lightnings_own_average_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging copies the net before .*lightning_modules.callbacks.EMA"):
+        fitted(tmp_path, EMAWeightAveraging(), epochs=1)
