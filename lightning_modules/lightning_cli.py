@@ -21,6 +21,7 @@ from lightning_modules.callbacks import PredictionWriter, RunConfig
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
+from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
 from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
@@ -72,6 +73,7 @@ class TensorCLI(LightningCLI):
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "model_checkpoint")
         parser.set_defaults({"model_checkpoint.save_last": True})
+        parser.add_lightning_class_args(RankSchedule, "rank_schedule")
 
     def _parse_ckpt_path(self) -> None:
         """Not from the checkpoint: what the command line says holds."""

@@ -38,10 +38,14 @@ class RankSchedule(Callback):
         ValueError: an entry that is not understood, or two for the same epoch.
     """
 
-    def __init__(self, ranks: dict[int | str, int | str], pattern: str = "*") -> None:
+    def __init__(self, ranks: dict[int | str, int | str] | None = None, pattern: str = "*") -> None:
         self.pattern = pattern
-        self.steps = steps_of(ranks)
+        self.steps = steps_of(ranks or {})
         self.applied: list[int] = []
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(pattern=self.pattern)  # there may be one for each kind of layer
 
     def state_dict(self) -> dict[str, Any]:
         return {"applied": list(self.applied)}
@@ -50,7 +54,7 @@ class RankSchedule(Callback):
         self.applied = [int(epoch) for epoch in state_dict["applied"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage != "fit" or not self.steps:
             return
         check_strategy(trainer, "RankSchedule")
         late = [epoch for epoch in self.steps if trainer.max_epochs not in (None, -1) and epoch >= trainer.max_epochs]
