@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import Factorization, methods_table, summarize
+from tnlayers import Factorization, ParamsKept, fraction_kept, methods_table, summarize
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,6 +31,8 @@ def test_the_main_job(resnet20_checkpoint: Path, tmp_path: Path, capsys: pytest.
     exec(block("rules_from_plain").replace("compressed.pt", str(tmp_path / "compressed.pt")), names)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(names["again"].eval()(x), names["net"].eval()(x), **EXACT)
+    exec(block("resolve_truncation"), names)
+    assert fraction_kept(names["net"], ParamsKept) <= 0.3
 
 
 def test_a_layer_alone() -> None:
