@@ -56,6 +56,10 @@ class RankSchedule(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.steps:
             return
+        if not isinstance(pl_module, ImageClassifier):
+            raise ValueError(
+                f"RankSchedule truncates the net of an ImageClassifier, and this is a {type(pl_module).__name__}"
+            )
         check_strategy(trainer, "RankSchedule")
         late = [epoch for epoch in self.steps if trainer.max_epochs not in (None, -1) and epoch >= trainer.max_epochs]
         if late:

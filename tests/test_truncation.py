@@ -146,4 +146,8 @@ def test_layers_without_a_budget_are_named() -> None:
     tensorize(model, [Rule("0", ADTN(rank=2)), Rule("1", CP(rank=4))], init="random")
     with pytest.raises(ValueError, match=r"0: rank .* depth .*leave the layer out by a pattern"):
         resolve_truncation(model, ParamsKept(0.1))
+    joined = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    tensorize(joined, [Rule("*", ADTN(rank=2, joint="both"))], init="random")
+    with pytest.raises(ValueError, match="0: its parameters make other layers too; leave the layer out by a pattern"):
+        resolve_truncation(joined, 1)
     assert [rule.pattern for rule in resolve_truncation(model, ParamsKept(0.3), pattern="1")] == ["1"]

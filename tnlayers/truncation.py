@@ -62,12 +62,12 @@ def resolve_truncation(
         ValueError: no factorized layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
     """
     selected = _select(model, example_input, pattern)
+    for each in selected:
+        _check(each, rank)
     by_macs = isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
         chosen: list[Ranks | None] = [_lowered(each, rank) for each in selected]
     else:
-        for each in selected:
-            _check_rule(each, rank)
         candidates = [each.candidate(by_macs=by_macs) for each in selected]
         if isinstance(rank, RelativeError):
             chosen = [within_error(candidate, rank.error) for candidate in candidates]
@@ -129,8 +129,10 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str) -> li
     ]
 
 
-def _check_rule(each: _Selected, rank: RankRule) -> None:
+def _check(each: _Selected, rank: Rank) -> None:
     try:
+        if each.method.joint:
+            raise ValueError("its parameters make other layers too")
         each.method.with_rank(rank)
     except ValueError as error:
         raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
