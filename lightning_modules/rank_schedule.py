@@ -45,7 +45,8 @@ class RankSchedule(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(pattern=self.pattern)  # there may be one for each kind of layer
+        # There may be one for each kind of layer, beside the one of the command line that does nothing unless asked.
+        return self._generate_state_key(pattern=self.pattern if self.steps else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"applied": list(self.applied)}
