@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -22,7 +23,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch_and_epoch")
-        self._rows: list[tuple[str, str, float]] = []
+        self._rows: list[tuple[int, int, float]] = []
 
     def write_on_batch_end(
         self,
@@ -34,24 +35,34 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        names, pictures = data.class_names, data.picture_names()
+        assert batch_indices is not None
         best, classes = prediction.max(dim=1)
-        places = batch_indices or range(len(self._rows), len(self._rows) + len(prediction))
-        self._rows += [
-            (pictures[place], names[label], round(probability, 6))
-            for place, label, probability in zip(places, classes.tolist(), best.tolist(), strict=True)
-        ]
+        self._rows += zip(batch_indices, classes.tolist(), best.tolist(), strict=True)
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked by every process: it is broadcast
+        rows, self._rows = _of_all_processes(self._rows, trainer), []
+        if not trainer.is_global_zero:
+            return
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        names, pictures = data.class_names, data.picture_names()
         folder.mkdir(parents=True, exist_ok=True)
-        suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        with open(folder / f"predictions{suffix}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("picture", "class", "probability"), *self._rows])
-        self._rows = []
+        with open(folder / "predictions.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("picture", "class", "probability"))
+            for place, label, probability in sorted(rows):
+                if place < len(pictures):  # the others are padding
+                    writer.writerow((pictures[place], names[label], round(probability, 6)))
+
+
+def _of_all_processes(rows: list[Any], trainer: Trainer) -> list[Any]:
+    if trainer.world_size == 1:
+        return rows
+    parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 class RunConfig(SaveConfigCallback):

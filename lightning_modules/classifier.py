@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules.data.pictures import NO_LABEL
 from lightning_modules.nets import build_net
+from lightning_modules.seeds import batch_seed, drawing
 from tnlayers import CheckpointError, LoadReport, load_dense, resolve, rules_from_plain, rules_of, tensorize
 from tnlayers.checkpoints import match_state, read_checkpoint
 from tnlayers.factorized import Init
@@ -82,7 +86,8 @@ class ImageClassifier(LightningModule):
         self.awaits_checkpoint = False  # set where one is sure to be restored, which brings weights and structure
         self._prepared = False
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule: checkpoints do not carry it
-        accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=NO_LABEL)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = accuracy, accuracy.clone(), accuracy.clone()
 
     def _build(self) -> nn.Module:
@@ -134,7 +139,8 @@ class ImageClassifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        logits = self(x)
+        with drawing(batch_seed(self.trainer, 1), self.device):  # dropout: 0 is for the data's shifts
+            logits = self(x)
         loss = F.cross_entropy(logits, y)
         self.train_accuracy(logits, y)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
@@ -142,7 +148,7 @@ class ImageClassifier(LightningModule):
             weight = self.hparams["distill_weight"]
             loss = (1 - weight) * loss + weight * self._distillation(x, logits)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -162,11 +168,16 @@ class ImageClassifier(LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        """Counts each picture once: the metrics add up over the processes, and padding has no label."""
         x, y = batch
         logits = self(x)
         accuracy: MulticlassAccuracy = getattr(self, f"{stage}_accuracy")
+        loss: MeanMetric = getattr(self, f"{stage}_loss")
         accuracy(logits, y)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, y), on_epoch=True, batch_size=len(y))
+        labelled = (y != NO_LABEL).sum()
+        total = F.cross_entropy(logits, y, reduction="sum", ignore_index=NO_LABEL)
+        loss.update(total / labelled.clamp(min=1), labelled)  # the mean alone would be nan where nothing is labelled
+        self.log(f"{stage}/loss", loss, on_epoch=True)
         self.log(f"{stage}/accuracy", accuracy, on_epoch=True, prog_bar=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -188,11 +199,14 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seed"] = torch.initial_seed()
         layers = [rule.to_plain() for rule in rules_of(self.net)]
         checkpoint["tensorization"] = {"version": _STRUCTURE_VERSION, "layers": layers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._prepared = True
+        if self._trainer and self._trainer.state.fn == TrainerFn.FITTING and isinstance(checkpoint.get("seed"), int):
+            torch.manual_seed(checkpoint["seed"])  # the run goes on as it began, whatever the seed of its second half
         path = (self._trainer.ckpt_path if self._trainer else None) or "the checkpoint"
         structure, present = _structure(checkpoint, path), rules_of(self.net)
         if structure == [] and any(rule.factorization for rule in self.rules) and not _rules_of_run(checkpoint):

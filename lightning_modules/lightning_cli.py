@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -99,7 +100,15 @@ class TensorCLI(LightningCLI):
         late = self.trainer.strategy.restore_checkpoint_after_setup  # the optimizer is then made of what `setup` leaves
         self.model.awaits_checkpoint = path not in (None, "best", "last", "hpc") and not late
 
-    before_fit = before_validate = before_test = before_predict = _expect_checkpoint
+    before_validate = before_test = before_predict = _expect_checkpoint
+
+    def before_fit(self) -> None:
+        if self.config["fit"].trainer.sync_batchnorm and isinstance(self.trainer.accelerator, CPUAccelerator):
+            raise ValueError(
+                "sync_batchnorm works on GPUs and this run is on the CPU: leave --trainer.sync_batchnorm out, or give "
+                "--trainer.accelerator gpu"
+            )
+        self._expect_checkpoint()
 
     def _log_under_root(self, config: Namespace) -> None:
         """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""

@@ -71,6 +71,8 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("option of report", ["report", "@dense.ckpt", "--dens", "x"], ["--dens"]),
     ("batch of report", ["report", "@dense.ckpt", "--batch", "0"], ["batch 0", "at least 1"]),
     ("accelerator", [*VALIDATE, "--trainer.accelerator", "abacus"], ["abacus"]),
+    ("sync_batchnorm", ["fit", *DIGITS, *SMALL, "--trainer.accelerator", "cpu", "--trainer.sync_batchnorm", "true"],
+     ["sync_batchnorm", "on the CPU", "leave --trainer.sync_batchnorm out"]),
     ("net", [*VALIDATE, "--model.net", "resnet21"], ["'resnet21'", "did you mean", "resnet20", "cnn4"]),
     ("net's option", [*VALIDATE, "--model.net_options", "{hiden: 3}"], ["hiden", "hidden, widths"]),
     ("distill_weight", [*VALIDATE, "--model.distill_weight", "2"], ["distill_weight 2", "from 0 to 1"]),

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -107,7 +106,7 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def make_trainer() -> Trainer:
+def make_trainer(**options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -116,6 +115,7 @@ def make_trainer() -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **options,
     )
 
 
@@ -184,27 +184,6 @@ def test_loaders_shuffle_in_training_only_and_show_each_picture_once() -> None:
     assert sorted(once) == sorted(twice)
     assert fingerprints(data.test_dataloader()) == fingerprints(data.predict_dataloader())
     assert len(set(fingerprints(data.test_dataloader()))) == 360
-    assert isinstance(data.train_dataloader().sampler, RandomSampler)
-    assert isinstance(data.test_dataloader().sampler, SequentialSampler)
-
-
-def test_a_distributed_sampler_shares_the_pictures_out() -> None:
-    data = Digits()
-    data.setup("fit")
-    loader = data.train_dataloader()
-    shares = [
-        fingerprints(
-            DataLoader(
-                loader.dataset,
-                128,
-                sampler=DistributedSampler(loader.dataset, num_replicas=2, rank=rank),
-                collate_fn=loader.collate_fn,
-            )
-        )
-        for rank in range(2)
-    ]
-    assert [len(share) for share in shares] == [647, 647]
-    assert sorted(shares[0] + shares[1]) == sorted(fingerprints(loader))
 
 
 def test_workers_read_the_same_pictures() -> None:
@@ -237,6 +216,17 @@ def test_trainer_passes_normalise_everywhere_and_augment_in_training_only() -> N
     changed = sum(bytes(picture.numpy()) not in known for picture in seen["train"])
     # One crop in nine leaves a picture where it is.
     assert changed > 1000
+
+
+def test_batches_of_one_accumulated_step_are_shifted_differently() -> None:
+    class OnePicture(Digits):
+        def load(self, part: Any) -> Any:
+            return Pictures(*super().load(part).__getitems__([0] * 128))
+
+    data = OnePicture(augment="crop", batch_size=32, val_fraction=0)
+    net = Net(data.num_classes, data.input_shape)
+    make_trainer(accumulate_grad_batches=4).fit(net, datamodule=data)
+    assert len(torch.stack(net.seen["train"]).unique(dim=0)) == 4
 
 
 def moments(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:

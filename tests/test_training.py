@@ -1,8 +1,5 @@
-"""Training: every method learns, from scratch and from dense; checkpoints, resuming, the teacher, two processes."""
+"""Training: every method learns, from scratch and from dense; checkpoints, resuming, the teacher."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -192,45 +189,3 @@ def test_every_checkpoint_of_a_fit_is_plain(dense: Path) -> None:
         content = torch.load(path, weights_only=True)
         assert content["hyper_parameters"]["net"] == "cnn4"
         assert content["tensorization"]["version"] == 1
-
-
-REPLICA = '''
-"""Keeps the weights of each process."""
-from pathlib import Path
-import torch
-from lightning.pytorch import Callback
-
-
-class SaveReplica(Callback):
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save(pl_module.net.state_dict(), self.folder / f"replica{trainer.global_rank}.pt")
-'''
-
-
-@pytest.mark.slow
-def test_two_processes_keep_equal_replicas(tmp_path: Path) -> None:
-    (tmp_path / "replica.py").write_text(REPLICA)
-    callbacks = [{"class_path": "replica.SaveReplica", "init_args": {"folder": str(tmp_path)}}]
-    devices = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1, "callbacks": callbacks}
-    config = tmp_path / "ddp.yaml"
-    config.write_text(yaml.safe_dump({"trainer": devices}))
-    command = [Path(sys.executable).with_name("tnlayers"), "fit", *EXPERIMENT, "-c", config, *output_to(tmp_path)]
-    done = subprocess.run(
-        [str(argument) for argument in command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    replicas = [torch.load(tmp_path / f"replica{rank}.pt", weights_only=True) for rank in range(2)]
-    parameters = [key for key in replicas[0] if "running" not in key]  # each process has its own BatchNorm statistics
-    assert any("factors" in key for key in parameters)
-    for key in parameters:
-        torch.testing.assert_close(replicas[1][key], replicas[0][key], rtol=0, atol=0)
-    (last,) = tmp_path.rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["tensorization"]["layers"]

@@ -4,44 +4,21 @@ Shapes: N pictures, C channels, H rows, W columns.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, Subset, random_split
+from torch.utils.data import DataLoader, DistributedSampler, Subset, random_split
 
 from lightning_modules.data.augment import crop_flip, normalise
 from lightning_modules.data.pictures import Batch, PictureSet, as_is
+from lightning_modules.data.shares import EpochSampler, LateLoader, Padded
+from lightning_modules.seeds import batch_seed
 
 __all__ = ["Augment", "ImageData"]
 
 Augment = Literal["none", "crop", "crop_flip"]
-
-
-class EpochSampler(RandomSampler):
-    """A shuffle that depends on the seed and the epoch alone, so that a resumed run sees what the whole one saw.
-
-    A RandomSampler to Lightning, which calls `set_epoch` and under DDP puts a DistributedSampler in its place.
-    """
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_seed(self.epoch))
-        self.epoch += 1  # for loops that do not set it
-        yield from torch.randperm(self.num_samples, generator=generator).tolist()
-
-
-def _seed(*place: int) -> int:
-    """A seed for a place in the run, from the process's own (`seed_everything`)."""
-    seed = torch.initial_seed()
-    for number in place:
-        seed = (seed * 1_000_003 + number + 1) % 2**63
-    return seed
 
 
 class ImageData(LightningDataModule):
@@ -127,16 +104,18 @@ class ImageData(LightningDataModule):
         return [str(place) for place in range(len(self._test or ()))]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._train, shuffle=True)
+        assert self._train is not None, "setup() comes before the loaders"
+        sampler = EpochSampler(self._train, *self._processes(), done=self._done)
+        return LateLoader(self._train, sampler=sampler, **self._reading())
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        return self._loader(self._val) if self._val else []
+        return self._evaluation_loader(self._val) if self._val else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._test)
+        return self._evaluation_loader(self._test)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._test)
+        return self._evaluation_loader(self._test)
 
     def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Batch | Tensor:
         """uint8 (N, C, H, W) -> float32 (N, C, H, W), normalised, and augmented in training."""
@@ -145,9 +124,7 @@ class ImageData(LightningDataModule):
         pictures, labels = batch
         if self.augment != "none" and self.trainer is not None and self.trainer.training:
             # Before normalising, so that the zeros around a shifted picture are black.
-            generator = torch.Generator(pictures.device).manual_seed(
-                _seed(self.trainer.global_step, self.trainer.global_rank)
-            )
+            generator = torch.Generator(pictures.device).manual_seed(batch_seed(self.trainer))
             pictures = crop_flip(pictures, padding=self.padding, flip=self.augment == "crop_flip", generator=generator)
         return normalise(pictures, self.mean, self.std), labels
 
@@ -185,21 +162,35 @@ class ImageData(LightningDataModule):
         self.setup("fit")
         if not self._val:
             raise ValueError("there are no validation pictures; hold some out: --data.val_fraction 0.1")
-        for pictures, labels in DataLoader(self._val, self.batch_size, collate_fn=as_is, num_workers=self.num_workers):
+        for pictures, labels in DataLoader(self._val, **self._reading()):
             yield normalise(pictures, self.mean, self.std), labels
 
-    def _loader(self, pictures: PictureSet | Subset[Batch] | None, shuffle: bool = False) -> DataLoader[Batch]:
+    def _evaluation_loader(self, pictures: PictureSet | Subset[Batch] | None) -> DataLoader[Batch]:
         assert pictures is not None, "setup() comes before the loaders"
-        # All by keyword: Lightning builds the loader anew, with its own sampler, and passes `shuffle` by keyword.
-        return DataLoader(
-            pictures,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(pictures) if shuffle else None,
-            num_workers=self.num_workers,
-            collate_fn=as_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        processes, rank = self._processes()
+        padded = Padded(pictures, processes)
+        return DataLoader(padded, sampler=DistributedSampler(padded, processes, rank, shuffle=False), **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        """How every loader reads; Lightning builds some anew, for which all arguments have to be keywords."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": as_is,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }
+
+    def _processes(self) -> tuple[int, int]:
+        """How many processes share the pictures, and which of them this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _done(self) -> int:
+        """Pictures of this process that the epoch was trained on before the run was resumed."""
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return batches * self.batch_size
 
     def _check(self) -> None:
         channels = self.input_shape[0]

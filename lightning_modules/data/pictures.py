@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["Batch", "PictureSet", "Pictures", "as_is"]
+__all__ = ["NO_LABEL", "Batch", "PictureSet", "Pictures", "as_is"]
 
 Batch = tuple[Tensor, Tensor]
 T = TypeVar("T")
+
+NO_LABEL = -100
+"""The label of an entry that counts for nothing; what torch's losses ignore."""
 
 
 def as_is(batch: T) -> T:
@@ -24,8 +27,7 @@ def as_is(batch: T) -> T:
 class PictureSet(Dataset[Batch]):
     """Pictures and their labels; a subclass reads any choice of them at once.
 
-    `DataLoader` hands a batch's indices to `__getitems__` in one call. It is a map-style data set like any other, so
-    Lightning can replace the sampler of its loader under DDP.
+    `DataLoader` hands a batch's indices to `__getitems__` in one call.
 
     Args:
         labels: int64 (N,).

@@ -1,0 +1,88 @@
+"""A run that was stopped in the middle of an epoch ends as one that was not, bit for bit."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.commands import output_to, tnlayers
+from tests.processes import COMMAND, finish, replica, start
+from tests.tolerances import EXACT
+
+# All that draws random numbers at once: the order, the shifts, and dropout.
+PIECES = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+MODEL = {"net": "timm/vit_tiny_patch16_224", "net_options": PIECES | {"drop_rate": 0.3, "proj_drop_rate": 0.3}}
+DATA = {"class_path": "lightning_modules.data.Digits", "init_args": {"batch_size": 64, "augment": "crop"}}
+
+
+def fit(folder: Path, *callbacks: dict[str, object], **checkpoints: object) -> list[str]:
+    """Two epochs of 21 batches; the weights at the end go to `folder`."""
+    pytest.importorskip("timm")
+    folder.mkdir()
+    save = {"class_path": "tests.processes.SaveReplica", "init_args": {"folder": str(folder)}}
+    trainer = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [save, *callbacks]}
+    options = {"data": DATA, "model": MODEL, "trainer": trainer, "model_checkpoint": checkpoints}
+    (folder / "options.yaml").write_text(yaml.safe_dump(options))
+    return ["fit", "-c", str(folder / "options.yaml"), *output_to(folder)]
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "again"),
+    [
+        (8, [], []),
+        (24, [], ["--seed_everything", "5"]),  # the seed of the run's beginning holds
+        (24, ["--data.num_workers", "1"], []),  # which reads ahead of what was trained on
+        (8, ["--trainer.accumulate_grad_batches", "2"], []),
+        (16, ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "8"], []),
+    ],
+    ids=["first epoch", "second epoch, other seed", "workers", "accumulation", "accumulation, validation"],
+)
+def test_resume_in_the_middle_of_an_epoch(step: int, options: list[str], again: list[str], tmp_path: Path) -> None:
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    assert tnlayers(*fit(whole, every_n_train_steps=8, save_top_k=-1), *options) == 0
+    (middle,) = whole.rglob(f"*-step={step}.ckpt")
+    assert tnlayers(*fit(rest), *options, *again, "--ckpt_path", middle) == 0
+    torch.testing.assert_close(replica(rest), replica(whole), **EXACT)
+
+
+@pytest.fixture
+def uninterrupted(tmp_path: Path) -> dict[str, torch.Tensor]:
+    assert tnlayers(*fit(tmp_path / "whole")) == 0
+    return replica(tmp_path / "whole")
+
+
+def preempted(step: int, signals: list[str], folder: Path) -> dict[str, object]:
+    arguments = {"step": step, "signals": signals, "folder": str(folder)}
+    return {"class_path": "tests.processes.Preempted", "init_args": arguments}
+
+
+def test_resume_after_sigterm(uninterrupted: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    stopped, rest = tmp_path / "stopped", tmp_path / "rest"
+    command = fit(stopped, preempted(26, ["SIGTERM"], tmp_path), save_on_exception=True)
+    assert tnlayers(*command) == 143
+    assert not list(stopped.glob("replica*"))
+    (saved,) = stopped.rglob("*step=26*.ckpt")
+    assert tnlayers(*fit(rest), "--ckpt_path", saved) == 0
+    torch.testing.assert_close(replica(rest), uninterrupted, **EXACT)
+
+
+@pytest.mark.slow
+def test_requeue_by_slurm(uninterrupted: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The signals, the variables and the program of a cluster, twice the same command."""
+    scontrol, folder = tmp_path / "bin/scontrol", tmp_path / "job"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    cluster = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    cluster |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    command = [*COMMAND, *fit(folder, preempted(26, ["SIGUSR1", "SIGTERM"], tmp_path))]
+    code, said = finish(start(command, tmp_path, **cluster))
+    assert code == 143, said
+    assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
+    assert (folder / "hpc_ckpt_1.ckpt").is_file()
+    assert not list(folder.glob("replica*"))
+    code, said = finish(start(command, tmp_path, **cluster))
+    assert code == 0, said
+    torch.testing.assert_close(replica(folder), uninterrupted, **EXACT)
