@@ -63,6 +63,8 @@ def test_imports_run_downward_only() -> None:
         "rules",
         "tracing",
         "surgery",
+        "structure",
+        "checkpoints",
     ]
     for floor, name in enumerate(order):
         path = ROOT / "tnlayers" / name
