@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from tnlayers.structure import CheckpointError, check_plain, naming, restructure, structure_of
@@ -102,12 +102,13 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
             whole = Path(folder) / path.name
-            save_file(tensors, whole, metadata)
-            with open(whole, "rb+") as file:
+            with open(whole, "wb") as file:  # readable as the umask says, which not every version of `save_file` heeds
+                file.write(save(tensors, metadata))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(whole, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:
