@@ -11,7 +11,6 @@ _HOMES = {
     "build_net": "nets",
     "compress": "compression",
     "load_net": "classifier",
-    "load_weights": "classifier",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,6 +6,8 @@ after any truncation; nothing in it is imported or executed.
 """
 
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +25,17 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_modules.data.pictures import NO_LABEL
 from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
-from tnlayers import CheckpointError, LoadReport, load_dense, resolve, rules_from_plain, rules_of, tensorize
-from tnlayers.checkpoints import match_state, read_checkpoint
+from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
+from tnlayers.checkpoints import fitting_state, read_checkpoint
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
+from tnlayers.structure import check_plain, naming, restructure, structure_of
 
-__all__ = ["ImageClassifier", "load_net", "load_weights"]
+__all__ = ["NET_ARGUMENTS", "ImageClassifier", "load_net"]
 
-_STRUCTURE_VERSION = 1
+NET_ARGUMENTS = ("net", "num_classes", "input_shape", "net_options")
+"""The hyperparameters that say which net a checkpoint is of."""
+_MOST_PARAMS = 2**31  # a file must not ask for all memory
 _WARMUP = 0.05
 _EXAMPLE_BATCH = 32
 
@@ -91,10 +96,7 @@ class ImageClassifier(LightningModule):
         self.train_accuracy, self.val_accuracy, self.test_accuracy = accuracy, accuracy.clone(), accuracy.clone()
 
     def _build(self) -> nn.Module:
-        h = self.hparams
-        return build_net(
-            h["net"], num_classes=h["num_classes"], input_shape=tuple(h["input_shape"]), **(h["net_options"] or {})
-        )
+        return _build_net(self.hparams)
 
     @property
     def example_input(self) -> Tensor:
@@ -104,7 +106,7 @@ class ImageClassifier(LightningModule):
     def load(self, path: str | Path) -> LoadReport:
         """Takes a checkpoint's weights, and its structure if it is tensorized."""
         self._prepared = True
-        return load_weights(path, self.net)
+        return load_checkpoint(path, self.net)
 
     def resolve(self, init: Init) -> list[Rule]:
         """The rules with integer ranks for the net as it is."""
@@ -123,7 +125,7 @@ class ImageClassifier(LightningModule):
     def on_fit_start(self) -> None:
         if self.hparams["teacher"] and self.hparams["distill_weight"] > 0 and not self._teacher:
             teacher = self._build()
-            load_weights(self.hparams["teacher"], teacher)
+            load_checkpoint(self.hparams["teacher"], teacher)
             self._teacher = (teacher.eval().requires_grad_(False),)
         for teacher in self._teacher:
             teacher.to(self.device)
@@ -200,24 +202,23 @@ class ImageClassifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seed"] = torch.initial_seed()
-        layers = [rule.to_plain() for rule in rules_of(self.net)]
-        checkpoint["tensorization"] = {"version": _STRUCTURE_VERSION, "layers": layers}
+        checkpoint["tensorization"] = structure_of(self.net)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The file is the truth: its structure and its weights, whatever rules `setup` went by."""
         self._prepared = True
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING and isinstance(checkpoint.get("seed"), int):
             torch.manual_seed(checkpoint["seed"])  # the run goes on as it began, whatever the seed of its second half
         path = (self._trainer.ckpt_path if self._trainer else None) or "the checkpoint"
-        structure, present = _structure(checkpoint, path), rules_of(self.net)
-        if structure == [] and any(rule.factorization for rule in self.rules) and not _rules_of_run(checkpoint):
-            raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: --model.init_from {path}")
-        if structure is not None and present and present != structure:
-            self.net = self._build()  # `setup` went by rules that are not the file's; the file is the truth
-        _factorize(self.net, structure, path)
-        state = {
-            key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key.startswith("net.")
-        }
-        match_state(state, self.net, path)
+        structure = checkpoint.get("tensorization")
+        restructure(self.net, structure, path)
+        if structure and not structure["layers"] and any(rule.factorization for rule in self.rules):
+            hparams = checkpoint.get("hyper_parameters")
+            if not isinstance(hparams, dict) or not hparams.get("rules"):
+                start = f"--model.init_from {path}"
+                raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: {start}")
+        state, _ = fitting_state(checkpoint, self.net, path)
+        checkpoint["state_dict"] = {f"net.{key}": value for key, value in (self.net.state_dict() | state).items()}
 
 
 def _check_averages(trainer: Trainer) -> None:
@@ -229,61 +230,30 @@ def _check_averages(trainer: Trainer) -> None:
             )
 
 
-def _rules_of_run(checkpoint: dict[str, Any]) -> object:
-    hparams = checkpoint.get("hyper_parameters")
-    return hparams.get("rules") if isinstance(hparams, dict) else None
-
-
-def _structure(checkpoint: dict[str, Any], path: object) -> list[Rule] | None:
-    """The layers that a checkpoint says are factorized; None where it is not one of ours."""
-    structure = checkpoint.get("tensorization")
-    if structure is None:
-        return None
-    if not isinstance(structure, dict) or not isinstance(structure.get("layers"), list):
-        raise CheckpointError(f"{path} has a structure that is not a list of layers; save it again")
-    if type(structure.get("version")) is not int or structure["version"] != _STRUCTURE_VERSION:
-        raise CheckpointError(
-            f"{path} has a structure of version {structure.get('version')!r}; this tnlayers reads {_STRUCTURE_VERSION}; update tnlayers"
-        )
-    try:
-        return rules_from_plain(structure["layers"])
-    except ValueError as error:
-        raise CheckpointError(f"{path} has a structure that is not understood: {error}") from None
-
-
-def _factorize(net: nn.Module, structure: list[Rule] | None, path: object) -> None:
-    """Factorizes layers of a net; their weights follow with the state dict."""
-    try:
-        tensorize(net, structure or [], init="random")
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit {type(net).__name__}: {error}") from None
-
-
-def load_weights(path: str | Path, net: nn.Module) -> LoadReport:
-    """Loads a dense checkpoint, or one of ours with its structure, into a net built by the same name.
-
-    Raises:
-        CheckpointError: what `tnlayers.load_dense` raises; a structure that does not fit the net.
-    """
-    _factorize(net, _structure(read_checkpoint(path), path), path)
-    return load_dense(path, net)
-
-
 def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The net of a checkpoint that `fit` or `compress` wrote, and the (channels, height, width) of its pictures.
+    """The net of a file that `fit`, `compress` or `export` wrote, and the (channels, height, width) of its pictures.
 
     Raises:
         CheckpointError: another file.
     """
     hparams = read_checkpoint(path).get("hyper_parameters")
-    needed = ("net", "num_classes", "input_shape", "net_options")
-    if not isinstance(hparams, dict) or any(key not in hparams for key in needed):
+    if not isinstance(hparams, dict) or any(key not in hparams for key in NET_ARGUMENTS):
         raise CheckpointError(
-            f"{path} does not say which net it is of; expected a checkpoint that tnlayers fit or compress wrote"
+            f"{path} does not say which net it is of; expected a checkpoint that tnlayers fit, compress or export wrote"
         )
+    given = {key: hparams[key] for key in NET_ARGUMENTS}
+    with naming(f"{path} is of a net that cannot be built", Exception):  # whatever values make a constructor raise
+        check_plain(given)
+        with suppress(RuntimeError), torch.device("meta"):  # torchvision's regnets compute while they are built
+            needed = sum(value.numel() for value in _build_net(given).state_dict().values())
+            if needed > _MOST_PARAMS:
+                raise ValueError(f"it would have {needed} parameters; at most {_MOST_PARAMS} are taken from a file")
+        net = _build_net(given)
+    load_checkpoint(path, net)
+    return net, tuple(given["input_shape"])
+
+
+def _build_net(hparams: Mapping[str, Any]) -> nn.Module:
+    options = hparams["net_options"] or {}
     shape = tuple(hparams["input_shape"])
-    net = build_net(
-        hparams["net"], num_classes=hparams["num_classes"], input_shape=shape, **(hparams["net_options"] or {})
-    )
-    load_weights(path, net)
-    return net, shape
+    return build_net(hparams["net"], num_classes=hparams["num_classes"], input_shape=shape, **options)

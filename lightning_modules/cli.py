@@ -13,12 +13,13 @@ _HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists
 Train networks with tensorized layers, or compress trained ones and retrain them.
 
   quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in less than a minute
-  compress     a dense checkpoint in; a tensorized one, its configuration and a report out
+  compress     a checkpoint in; a smaller one, its configuration and a report out
   fit          train: from scratch, or a compressed checkpoint
   test         accuracy on the test pictures
   validate     accuracy on the validation pictures
   predict      a class and its probability for every test picture, as predictions.csv
   report       the per-layer table of a checkpoint
+  export       a checkpoint's net as .safetensors, with its structure
   methods      the table of factorizations: layers, weights, ranks, options, papers
 
 example: tnlayers compress -c configs/experiment/cifar10_resnet20.yaml --checkpoint resnet20.th --out runs/tucker
@@ -50,13 +51,13 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from lightning_modules.lightning_cli import run
 
         return run
-    if name in ("quickstart", "report", "methods"):
+    if name in ("quickstart", "report", "export", "methods"):
         from lightning_modules.commands import run as run_plain
 
         return run_plain
     import difflib
 
-    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report", "methods")
+    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report", "export", "methods")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
     raise ValueError(f"unknown command {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""The commands that need no configuration: quickstart, report and methods."""
+"""The commands that need no configuration: quickstart, report, export and methods."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +7,14 @@ import jsonargparse
 import torch
 from rich.console import Console
 
-__all__ = ["methods", "quickstart", "report", "run"]
+__all__ = ["export", "methods", "quickstart", "report", "run"]
 
 
 def run(arguments: list[str]) -> int:
     """Parses and runs one of them; returns the exit code."""
-    commands: dict[str, Callable[..., None]] = {"quickstart": quickstart, "report": report, "methods": methods}
+    commands: dict[str, Callable[..., None]] = {
+        command.__name__: command for command in (quickstart, report, export, methods)
+    }
     name, *rest = arguments
     parser = jsonargparse.ArgumentParser(
         prog=f"tnlayers {name}", exit_on_error=False, allow_abbrev=False, description=commands[name].__doc__
@@ -52,9 +54,9 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     """
     import copy
 
-    from lightning_modules.classifier import load_net, load_weights
+    from lightning_modules.classifier import load_net
     from lightning_modules.report import Report, new_folder
-    from tnlayers import summarize, to_dense
+    from tnlayers import load_checkpoint, summarize, to_dense
 
     if batch < 1:
         raise ValueError(f"batch {batch}: expected at least 1")
@@ -62,9 +64,28 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     reference = None
     if dense is not None:
         reference = to_dense(copy.deepcopy(net))
-        load_weights(dense, reference)
+        load_checkpoint(dense, reference)
     example = torch.zeros(batch, *shape).contiguous(memory_format=torch.channels_last)
     found = Report(checkpoint, summarize(net, example, reference=reference), {})
     found.show(Console())
     if out is not None:
         found.write(new_folder(out))
+
+
+def export(checkpoint: str, out: str) -> None:
+    """Writes a checkpoint's net, with its structure, as a .safetensors file.
+
+    Args:
+        checkpoint: what fit or compress wrote.
+        out: a new file; every command takes it in a checkpoint's place, except to resume a run.
+    """
+    from lightning_modules.classifier import NET_ARGUMENTS, load_net
+    from tnlayers import save_safetensors
+    from tnlayers.checkpoints import read_checkpoint
+
+    if Path(out).exists():
+        raise FileExistsError(f"{out} is there already; give another name, or remove it first")
+    net, _ = load_net(checkpoint)
+    hparams = read_checkpoint(checkpoint)["hyper_parameters"]
+    save_safetensors(net, out, {key: hparams[key] for key in NET_ARGUMENTS})
+    print(f"written     {out}")

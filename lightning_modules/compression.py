@@ -1,4 +1,4 @@
-"""The job behind `tnlayers compress`: a dense checkpoint in, a tensorized one out, measured on the way."""
+"""The job behind `tnlayers compress`: a checkpoint in, a tensorized one out, measured on the way."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from lightning_modules.report import Report
-from tnlayers import Rule, summarize, tensorize
+from tnlayers import Rule, rules_of, summarize, tensorize, to_dense
 
 __all__ = ["Compression", "accuracy_on_test", "compress", "log_report"]
 
@@ -31,7 +31,10 @@ class Compression:
 def compress(
     model: ImageClassifier, data: ImageData, trainer: Trainer, checkpoint: str | Path, out: Path
 ) -> Compression:
-    """Loads a dense checkpoint into the model, applies the model's rules, and writes model.ckpt and the report to `out`.
+    """Loads a checkpoint into the model, applies the model's rules, and writes model.ckpt and the report to `out`.
+
+    Of a tensorized checkpoint the layers that a rule matches are made dense first, so that a budget is always a fraction of
+    the dense layers; the others keep what they have.
 
     BatchNorm's running statistics belong to the dense net's activations. They are estimated anew from training pictures
     where the compressed net then agrees better with the dense one on further training pictures; labels are not used.
@@ -40,12 +43,14 @@ def compress(
         model: a classifier with rules and a fresh net; it is compressed in place.
         data: gives the pictures to calibrate with, and the test pictures for the accuracies.
         trainer: runs the tests.
-        checkpoint: the dense net's.
+        checkpoint: of the dense net, or of a tensorized one that is to be compressed further.
         out: an empty folder.
     """
     loaded = model.load(checkpoint)
+    stage = "before" if rules_of(model.net) else "dense"
+    to_dense(model.net, model.rules)
     rules = model.resolve("decompose")  # first of all: what is wrong with them shows before anything is written
-    accuracy = {"dense": accuracy_on_test(trainer, model, data)}
+    accuracy = {stage: accuracy_on_test(trainer, model, data)}
     dense = copy.deepcopy(model.net)
     tensorize(model.net, rules)
     batches = data.calibration_batches(_CALIBRATION_BATCHES)

@@ -48,12 +48,12 @@ class CompressionTrainer(Trainer):
     def compress(
         self, model: ImageClassifier, datamodule: ImageData, checkpoint: str, out: str = "runs/compressed"
     ) -> None:
-        """Compresses a dense checkpoint by the model's rules.
+        """Compresses a checkpoint by the model's rules.
 
         Args:
             model: the net and the rules.
             datamodule: gives pictures to calibrate and to test with.
-            checkpoint: the dense checkpoint: .pt, .pth, .th, .ckpt or .safetensors.
+            checkpoint: dense, or tensorized to compress it further: .pt, .pth, .th, .ckpt or .safetensors.
             out: a new folder for model.ckpt, config.yaml (for fit and test), report.md, report.json and the plots.
         """
         found = compress(model, datamodule, self, checkpoint, Path(out))
@@ -149,11 +149,14 @@ class TensorCLI(LightningCLI):
 
 def _check_own(path: str) -> None:
     if not {"state_dict", "pytorch-lightning_version"} <= read_checkpoint(path).keys():
-        raise ValueError(f"{path} was not written by tnlayers; load its weights with --model.init_from {path} instead")
+        raise ValueError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
-    """What `fit` and `test` take to go on from a compression: integer ranks, the new checkpoint, the dense net as teacher."""
+    """What `fit` and `test` take to go on from a compression: integer ranks, the new checkpoint, a teacher.
+
+    The teacher is the given one, else what was compressed.
+    """
     checkpoint = config.pop("checkpoint")
     for key in ("out", "config"):
         config.pop(key, None)

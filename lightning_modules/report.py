@@ -26,7 +26,7 @@ class Report:
     Attributes:
         title: what was compressed.
         summary: parameters, multiply-accumulates, errors and times.
-        accuracy: stage ("dense", "right after", "retrained") -> fraction of the test pictures.
+        accuracy: stage ("dense" or "before", "right after", "retrained") -> fraction of the test pictures.
         notes: sentences that belong to the figures.
     """
 

@@ -5,12 +5,14 @@ import random
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401  (it and sklearn set environment variables when they are first imported)
 import numpy as np
 import pytest
 import sklearn  # noqa: F401
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 # What pytest, torch's compiler and Jupyter set for the process when they are first used.
 _OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "PYDEVD_")
@@ -58,3 +60,27 @@ def clean_process() -> Iterator[None]:
     changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
     changed = {key for key in changed if not key.startswith(_OTHERS)}
     assert not changed, f"environment variables leaked: {sorted(changed)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def written_checkpoints() -> Iterator[list[Path]]:
+    """The paths of the checkpoints that Lightning wrote in this process."""
+    paths, save = [], TorchCheckpointIO.save_checkpoint
+
+    def recorded(self: TorchCheckpointIO, checkpoint: dict[str, Any], path: str, *args: Any, **options: Any) -> None:
+        save(self, checkpoint, path, *args, **options)
+        paths.append(Path(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchCheckpointIO, "save_checkpoint", recorded)
+        yield paths
+
+
+@pytest.fixture(autouse=True)
+def plain_checkpoints(written_checkpoints: list[Path]) -> Iterator[None]:
+    """Every checkpoint that a test, or a fixture of it, writes holds tensors and plain values: `weights_only` takes it."""
+    yield
+    while written_checkpoints:
+        path = written_checkpoints.pop()
+        if path.is_file():
+            torch.load(path, weights_only=True)

@@ -20,7 +20,7 @@ from tnlayers import (
     FactorizedLayer,
     ParamsKept,
     Rule,
-    load_dense,
+    load_checkpoint,
     resolve,
     rules_from_plain,
     rules_of,
@@ -190,7 +190,7 @@ def test_a_joint_net_is_saved_and_loaded(tmp_path: Path) -> None:
     net = joint_net()
     torch.save(net.state_dict(), tmp_path / "net.pt")
     again = tensorize(Net().double(), rules_from_plain([rule.to_plain() for rule in rules_of(net)]), init="random")
-    load_dense(tmp_path / "net.pt", again)
+    load_checkpoint(tmp_path / "net.pt", again)
     torch.testing.assert_close(again(X), net(X), **EXACT)
     assert again.body.factors is again.head.factors
 

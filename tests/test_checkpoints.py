@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tnlayers import CheckpointError, load_dense
+from tnlayers import CheckpointError, load_checkpoint
 
 
 def net() -> nn.Sequential:
@@ -29,7 +29,7 @@ def test_prefixes_and_formats(tmp_path: Path, suffix: str, prefix: str) -> None:
         save_file(state, path)
     else:
         torch.save(state, path)
-    report = load_dense(path, target)
+    report = load_checkpoint(path, target)
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
     assert report.prefix == prefix
     assert len(report.matched) == len(state)
@@ -44,7 +44,7 @@ def test_nesting(tmp_path: Path, keys: tuple[str, ...]) -> None:
     for key in keys:
         content = {key: content, "epoch": 3}
     torch.save(content, tmp_path / "a.pt")
-    load_dense(tmp_path / "a.pt", target)
+    load_checkpoint(tmp_path / "a.pt", target)
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
@@ -56,10 +56,10 @@ def test_another_architecture_names_the_keys_and_changes_nothing(tmp_path: Path)
     with pytest.raises(
         CheckpointError, match=r"2 missing \(2.weight, 2.bias\), 2 unexpected \(3.weight, 3.bias\)"
     ) as error:
-        load_dense(tmp_path / "a.pt", target)
+        load_checkpoint(tmp_path / "a.pt", target)
     assert "0.weight: (5, 3, 3, 3) in the file, (4, 3, 3, 3) in the model" in str(error.value)
     torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
-    report = load_dense(tmp_path / "a.pt", target, strict=False)
+    report = load_checkpoint(tmp_path / "a.pt", target, strict=False)
     assert report.missing == ("2.weight", "2.bias")
     assert "1.weight" in report.matched
 
@@ -95,7 +95,7 @@ def test_odd_state_dicts_are_named(tmp_path: Path) -> None:
     for kind, content in odd.items():
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(CheckpointError, match=r"does not fit|holds no state dict"):
-            load_dense(tmp_path / "a.pt", net())
+            load_checkpoint(tmp_path / "a.pt", net())
         assert kind
 
 
@@ -103,11 +103,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     torch.save({"state_dict": net().state_dict(), "extra": Hostile(trap)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"was refused: .* could run code; save the state_dict alone"):
-        load_dense(tmp_path / "a.pt", net())
+        load_checkpoint(tmp_path / "a.pt", net())
     for function in (os.system, print, exec):
         torch.save({"state_dict": net().state_dict(), "extra": Call(function, f"touch {trap}")}, tmp_path / "b.pt")
         with pytest.raises(CheckpointError, match="was refused"):
-            load_dense(tmp_path / "b.pt", net())
+            load_checkpoint(tmp_path / "b.pt", net())
     assert not trap.exists()
 
 
@@ -122,28 +122,28 @@ def test_torn_files_are_named(tmp_path: Path, suffix: str) -> None:
     for size in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=rf"{path} (is not a checkpoint, or it is truncated|holds)"):
-            load_dense(path, net())
+            load_checkpoint(path, net())
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint at all\n", b"PK\x03\x04 zip?", b"\x80\x04."])
 def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a.pt is not a checkpoint"):
-        load_dense(tmp_path / "a.pt", net())
+        load_checkpoint(tmp_path / "a.pt", net())
 
 
 def test_files_without_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*missing.pt"):
-        load_dense(tmp_path / "missing.pt", net())
+        load_checkpoint(tmp_path / "missing.pt", net())
     for content, message in [({"epoch": 1}, "holds no state dict"), ([1, 2], "holds a list; expected a state dict")]:
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(CheckpointError, match=message):
-            load_dense(tmp_path / "a.pt", net())
+            load_checkpoint(tmp_path / "a.pt", net())
 
 
 @pytest.mark.data
 def test_the_published_resnet20_loads(resnet20_checkpoint: Path) -> None:
     from lightning_modules.nets import build_net
 
-    report = load_dense(resnet20_checkpoint, build_net("resnet20", num_classes=10, input_shape=(3, 32, 32)))
+    report = load_checkpoint(resnet20_checkpoint, build_net("resnet20", num_classes=10, input_shape=(3, 32, 32)))
     assert str(report) == "97 entries matched, prefix 'module.' taken off"

@@ -19,7 +19,7 @@ from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 from tnlayers import methods_table
 
-COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report", "methods"]
+COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report", "export", "methods"]
 
 # ---- help
 
@@ -99,7 +99,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("no ckpt_path", [*VALIDATE, "--ckpt_path", "@none.ckpt"], ["no checkpoint at @none.ckpt"]),
     ("another net's ckpt_path", [*VALIDATE, "--model.net", "resnet20", "--ckpt_path", "@dense.ckpt"],
      ["@dense.ckpt", "conv2.weight"]),
-    ("foreign report", ["report", "@other.ckpt"], ["@other.ckpt", "tnlayers fit or compress"]),
+    ("foreign report", ["report", "@other.ckpt"], ["@other.ckpt", "tnlayers fit, compress or export"]),
     ("foreign dense", ["report", "@dense.ckpt", "--dense", "@other.ckpt"], ["@other.ckpt", "another architecture"]),
 ]  # fmt: skip
 # The ways in which a checkpoint can reach a command.

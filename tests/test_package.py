@@ -64,6 +64,8 @@ def test_imports_run_downward_only() -> None:
         "tracing",
         "surgery",
         "truncation",
+        "structure",
+        "checkpoints",
     ]
     for floor, name in enumerate(order):
         path = ROOT / "tnlayers" / name

@@ -28,7 +28,7 @@ def test_the_main_job(resnet20_checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert "97 entries matched, prefix 'module.' taken off" in capsys.readouterr().out
     kept = summarize(names["net"], names["example"], measure=False).totals.macs_kept
     assert 0.49 <= kept <= 0.51  # the first layer and the classifier are outside of the budget
-    exec(block("rules_from_plain").replace("compressed.pt", str(tmp_path / "compressed.pt")), names)
+    exec(block("save_safetensors").replace("compressed.", f"{tmp_path}/compressed."), names)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(names["again"].eval()(x), names["net"].eval()(x), **EXACT)
     exec(block("resolve_truncation"), names)

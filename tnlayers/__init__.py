@@ -1,6 +1,6 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
-from tnlayers.checkpoints import CheckpointError, LoadReport, load_dense
+from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
 from tnlayers.factorizations import ADTN, CP, MPS, TT, Factorization, LowRank, TTConv, Tucker
 from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
 from tnlayers.layers import (
@@ -18,6 +18,7 @@ from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
+from tnlayers.structure import CheckpointError
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
 from tnlayers.truncation import fraction_kept, resolve_truncation, truncate
@@ -51,12 +52,13 @@ __all__ = [
     "TuckerConv2d",
     "UnsupportedLayer",
     "fraction_kept",
-    "load_dense",
+    "load_checkpoint",
     "methods_table",
     "resolve",
     "resolve_truncation",
     "rules_from_plain",
     "rules_of",
+    "save_safetensors",
     "summarize",
     "tensorize",
     "to_dense",

@@ -1,16 +1,30 @@
-"""Reading the weights of a dense network from a file that somebody else wrote; nothing in it is ever executed."""
+"""Files of weights, and of the structure that goes with them: ours, and those that somebody else wrote.
 
+Nothing in a file is ever executed. A tensorized network is saved as a plain .safetensors file, whose metadata holds the
+description of `tnlayers.structure`.
+"""
+
+import json
+import os
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "LoadReport", "load_dense", "match_state", "read_checkpoint"]
+from tnlayers.structure import CheckpointError, check_plain, naming, restructure, structure_of
+from tnlayers.surgery import replace_layers
+
+__all__ = ["LoadReport", "fitting_state", "load_checkpoint", "read_checkpoint", "save_safetensors"]
+
+_METADATA = "tnlayers"
 
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -21,13 +35,9 @@ _HINT = "is it a checkpoint of another architecture?"
 _CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function", "is blocked")
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be read, or does not fit the model; the message says which keys and why."""
-
-
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_dense` did.
+    """What `load_checkpoint` did.
 
     Attributes:
         matched: keys of the model that were loaded.
@@ -57,11 +67,56 @@ class LoadReport:
         return ", ".join(parts)
 
 
-def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:
-    """Loads a file's weights into a model: `.pt`, `.pth`, `.th`, `.ckpt` or `.safetensors`.
+def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mapping[str, Any] | None = None) -> None:
+    """Saves a network with its structure; `load_checkpoint` reads it into a freshly built dense one.
 
-    The state dict may be nested under a usual key and its keys may carry usual prefixes (`module.`, `model.`, `net.`,
-    `_orig_mod.`, in any combination). Buffers that only count batches may be missing.
+    The file is there in whole or not at all, and what was there before is replaced. Any reader of safetensors sees the
+    tensors of the state dict; those that several keys share are stored once.
+
+    Args:
+        model: dense or tensorized.
+        path: a name that ends in .safetensors.
+        hyper_parameters: further plain values for `read_checkpoint` to give back.
+
+    Raises:
+        ValueError: another suffix, or an entry of the state dict that is no ordinary tensor.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    owners: dict[Any, str] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            raise ValueError(f"{key} is no ordinary tensor, and safetensors holds nothing else")
+        owner = owners.setdefault((value.data_ptr(), value.device, value.dtype, value.shape, value.stride()), key)
+        if owner == key:
+            tensors[key] = value.detach().cpu().contiguous().clone()
+        else:
+            shared[key] = owner
+    about = {"tensorization": structure_of(model), "shared": shared, "hyper_parameters": dict(hyper_parameters or {})}
+    check_plain(about)
+    metadata = {"format": "pt", _METADATA: json.dumps(about, allow_nan=False)}
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+            whole = Path(folder) / path.name
+            with open(whole, "wb") as file:  # readable as the umask says, which not every version of `save_file` heeds
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(whole, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:
+    """Loads a file's weights into a model, and its structure: `.pt`, `.pth`, `.th`, `.ckpt` or `.safetensors`.
+
+    A file of ours says which layers are tensorized, and how: the model's layers become those, whatever they were. Any other
+    file has to have the model's own. The state dict may be nested under a usual key and its keys may carry usual prefixes
+    (`module.`, `model.`, `net.`, `_orig_mod.`, in any combination). Buffers that only count batches may be missing.
 
     Args:
         path: the file.
@@ -72,26 +127,35 @@ def load_dense(path: str | Path, model: nn.Module, *, strict: bool = True) -> Lo
         CheckpointError: no such file, not a checkpoint, code in it, nothing that matches, or (strict) not all.
     """
     path = Path(path)
-    state = _tensors(read_checkpoint(path))
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
-        )
-    report = match_state(state, model, path, strict=strict)
-    stripped = {key.removeprefix(report.prefix): value for key, value in state.items()}
+    content = read_checkpoint(path)
+    replaced = restructure(model, content.get("tensorization"), path)
+    if not strict:
+        for layer in replaced.values():  # the file may lack some of their weights
+            layer.reset_parameters()  # type: ignore[operator]
     try:
-        model.load_state_dict({key: stripped[key] for key in report.matched}, strict=False)
-    except RuntimeError as error:
+        state, report = fitting_state(content, model, path, strict=strict)
+        model.load_state_dict(state, strict=False)
+    except (CheckpointError, RuntimeError) as error:
+        replace_layers(model, {new: old for old, new in replaced.items()})
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
     return report
 
 
-def match_state(state: Mapping[str, Tensor], model: nn.Module, path: object, *, strict: bool = True) -> LoadReport:
-    """How a state dict fits a model.
+def fitting_state(
+    content: Mapping[Any, Any], model: nn.Module, path: object, *, strict: bool = True
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What a checkpoint's contents hold for a model, by the model's own keys, and how it fits.
 
     Raises:
-        CheckpointError: nothing matches, or (strict) not all.
+        CheckpointError: no state dict, nothing that matches, or (strict) not all.
     """
+    state = _tensors(content)
+    if not state:
+        raise CheckpointError(
+            f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
+        )
     own = model.state_dict()
     prefix = _prefix(state, own)
     stripped = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -109,7 +173,7 @@ def match_state(state: Mapping[str, Tensor], model: nn.Module, path: object, *, 
         tensorized = any(".factors." in f".{key}" for key in report.unexpected)
         hint = "it holds factorized layers: tensorize the model by the same rules first" if tensorized else _HINT
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
-    return report
+    return {key: stripped[key] for key in same}, report
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -122,12 +186,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
     try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    description = None
+    try:
         if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
+            with safe_open(path, "pt") as stored:
+                description = (stored.metadata() or {}).get(_METADATA)
+                content = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no mapping)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of odd pickles that it then refuses
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _load(path)
     except Exception as error:  # whatever a file can make a parser raise
         if any(sign in str(error) for sign in _CODE) or ("Unsupported operand" in str(error) and _is_pickle(path)):
             raise CheckpointError(
@@ -137,7 +207,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint, or it is truncated; copy or save it again") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
-    return dict(content)
+    return dict(content) if description is None else _described(content, description, path)
+
+
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("torch does not compress; this could fill the memory")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of odd pickles that it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> dict[str, Any]:
+    """The contents of a file of `save_safetensors`, in the form of the other checkpoints."""
+    with naming(f"{path} has a description that is not understood"):
+        try:
+            about = json.loads(description)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        check_plain(about)
+        shared = about.get("shared", {}) if isinstance(about, dict) else None
+        if not isinstance(shared, dict) or not all(isinstance(key, str) and key in tensors for key in shared.values()):
+            raise ValueError("expected a mapping whose 'shared' names tensors of the file")
+    state = {**tensors, **{key: tensors[owner] for key, owner in shared.items()}}
+    return {"state_dict": state} | {key: about.get(key) for key in ("tensorization", "hyper_parameters")}
 
 
 def _is_pickle(path: Path) -> bool:
@@ -153,7 +248,11 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
         if not nested:
             break
         content = nested[0]
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor) and not value.is_meta
+    }
 
 
 def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

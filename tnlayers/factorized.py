@@ -21,8 +21,9 @@ from tnlayers.linalg import precise, relative_error
 from tnlayers.plan import Plan, PlanChoice
 from tnlayers.ranks import Rank, Ranks, check_rank
 
-__all__ = ["FactorizedLayer", "Init", "UnsupportedLayer"]
+__all__ = ["FactorizedLayer", "Fill", "Init", "UnsupportedLayer", "arguments"]
 Init = Literal["decompose", "random"]
+Fill = Literal["decompose", "random", "empty"]
 
 
 class UnsupportedLayer(ValueError):
@@ -178,7 +179,7 @@ class FactorizedLayer(nn.Module):
         dense: nn.Module,
         factorization: Factorization,
         *,
-        init: Init = "decompose",
+        init: Fill = "decompose",
         shared: nn.ParameterDict | None = None,
     ) -> Self:
         """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
@@ -186,7 +187,7 @@ class FactorizedLayer(nn.Module):
         Args:
             dense: the torch layer; it is not changed.
             factorization: the method and its rank.
-            init: "decompose" for the closest weight, "random" to train from scratch.
+            init: "decompose" for the closest weight, "random" to train from scratch, "empty" where a state dict follows.
             shared: the parameters of the generator that makes this layer and others, instead of its own.
 
         Raises:
@@ -202,13 +203,17 @@ class FactorizedLayer(nn.Module):
             )
         if shared is None and isinstance(factorization.joint, Slice):
             factorization = factorization.with_joint("")  # what is converted alone has parameters of its own
-        explicit = _settled(factorization, dense, flat=init == "random")
+        explicit = _settled(factorization, dense, flat=init != "decompose")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
-        place = weight.device if shared is None else "meta"  # what is shared need not be drawn again
-        layer = cls(**_arguments(dense), device=place, dtype=weight.dtype, **chosen)
-        if shared is not None:
-            layer.to_empty(device=weight.device).factors = shared
-            layer._reset_bias()
+        undrawn = shared is not None or init == "empty"
+        layer = cls(**arguments(dense), device="meta" if undrawn else weight.device, dtype=weight.dtype, **chosen)
+        if undrawn:
+            layer.to_empty(device=weight.device)
+            if shared is not None:
+                layer.factors = shared
+            layer.set_plan(explicit.plan)  # on the device where it will run
+            if init != "empty":
+                layer._reset_bias()
         if init == "decompose":
             layer.decomposition_error = layer._decompose(weight) if shared is None else layer._error(weight)
             if layer.bias is not None:
@@ -246,7 +251,7 @@ class FactorizedLayer(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The torch layer that computes the same."""
-        dense = nn.utils.skip_init(type(self).dense_type, **_arguments(self), **self._like)
+        dense = nn.utils.skip_init(type(self).dense_type, **arguments(self), **self._like)
         _copy(dense.weight, self._precise_weight())
         if self.bias is not None:
             _copy(dense.bias, self.bias)
@@ -327,7 +332,7 @@ class FactorizedLayer(nn.Module):
     def extra_repr(self) -> str:
         method = self.factorization
         options = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
-        shown = _arguments(self) | options | {"rank": self.rank, "plan": self.plan.groups}
+        shown = arguments(self) | options | {"rank": self.rank, "plan": self.plan.groups}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
@@ -347,7 +352,7 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
 """What a dense layer keeps of its constructor's arguments; `bias`, device and dtype show in its parameters."""
 
 
-def _arguments(layer: nn.Module) -> dict[str, Any]:
+def arguments(layer: nn.Module) -> dict[str, Any]:
     """The constructor arguments of a dense layer or of its factorized counterpart, device and dtype apart."""
     dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
     given = {name: getattr(layer, name) for name in _ARGUMENTS[dense_type]}

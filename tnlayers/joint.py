@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.factorizations import Factorization, Slice
-from tnlayers.factorized import FactorizedLayer, Init
+from tnlayers.factorized import FactorizedLayer, Fill
 from tnlayers.layers import layer_type
 from tnlayers.linalg import precise
 
@@ -15,24 +15,28 @@ __all__ = ["convert_together", "named_apart"]
 
 
 def convert_together(
-    model: nn.Module, methods: Mapping[str, Factorization], init: Init
-) -> dict[nn.Module, FactorizedLayer]:
-    """The layers in place of the dense ones of these names; they share one `factors`.
+    layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization], init: Fill, limit: int
+) -> dict[str, FactorizedLayer]:
+    """The layers in place of dense ones, by name; they share one `factors`.
 
     Args:
-        model: holds the dense layers; it is not changed.
+        layers: name -> the dense layer; it is not changed.
         methods: name -> the method, with its slice.
         init: "decompose" fits all the weights together.
+        limit: how many entries the generator may make at most; a file must not ask for all memory.
 
     Raises:
         ValueError: layers that cannot have one generator, or slices that do not go together.
     """
     names = sorted(methods, key=lambda name: _slice(methods[name]).offset)
-    layers, slices = [model.get_submodule(name) for name in names], [_slice(methods[name]) for name in names]
-    weights = [_weight(layer) for layer in layers]
+    slices, weights = [_slice(methods[name]) for name in names], [_weight(layers[name]) for name in names]
     alone, *others = (methods[name].with_joint("") for name in names)
-    _check(model, weights, slices, same=all(other == alone for other in others), whole=init == "decompose")
+    if any(other != alone for other in others) or len({own.total for own in slices}) > 1:
+        raise ValueError("layers of one generator need the same rank, options and total; put them under one rule")
+    _check(weights, slices, whole=init == "decompose")
     first, total = weights[0], slices[0].total
+    if total > limit:
+        raise ValueError(f"the generator would make {total} entries; the model has {limit} parameters")
     linear = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
     linear.requires_grad_(first.requires_grad)
     if init == "decompose":
@@ -41,26 +45,18 @@ def convert_together(
             linear.weight.copy_(torch.cat(parts).unsqueeze(1))
     parameters = layer_type(alone, linear).convert(linear, alone, init=init).factors
     return {
-        layer: layer_type(alone, layer).convert(layer, methods[name], init=init, shared=parameters)
-        for name, layer in zip(names, layers, strict=True)
+        name: layer_type(alone, layers[name]).convert(layers[name], methods[name], init=init, shared=parameters)
+        for name in names
     }
 
 
-def _check(model: nn.Module, weights: Sequence[Tensor], slices: Sequence[Slice], *, same: bool, whole: bool) -> None:
-    name, total = slices[0].name, slices[0].total
+def _check(weights: Sequence[Tensor], slices: Sequence[Slice], *, whole: bool) -> None:
+    total = slices[0].total
     ends = [own.offset + weight.numel() for own, weight in zip(slices, weights, strict=True)]
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    present = [layer.factorization.joint for layer in model.modules() if isinstance(layer, FactorizedLayer)]
-    if name in [joint.name for joint in present if isinstance(joint, Slice)]:
-        raise ValueError("the model has a generator of this name; choose another")
     if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
         raise ValueError("layers of one generator need the same dtype and device, and all or none of them trained")
-    if not same or any(own.total != total for own in slices):
-        raise ValueError("layers of one generator need the same rank, options and total; put them under one rule")
     if ends[-1] > total or any(own.offset < end for own, end in zip(slices[1:], ends, strict=False)):
         raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {list(slices)}")
-    if total > num_params:  # a file must not ask for all memory
-        raise ValueError(f"the generator would make {total} entries; the model has {num_params} parameters")
     if whole and sum(weight.numel() for weight in weights) != total:
         raise ValueError(f"the layers leave out some of the generator's {total} entries; give it all its layers")
 

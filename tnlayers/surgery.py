@@ -3,7 +3,7 @@
 import difflib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -12,7 +12,7 @@ from torch import nn
 
 from tnlayers.budget import settle
 from tnlayers.factorizations import Factorization, Slice
-from tnlayers.factorized import FactorizedLayer, Init
+from tnlayers.factorized import FactorizedLayer, Fill, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
@@ -51,7 +51,7 @@ def resolve(
     taken = _assign(rules, dense, done)
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
     calls = {name: calls_of(Geometry(dense[name]), inputs[name]) for name in dense if name in inputs}
-    refused = {name: reason for name in dense if (reason := _refusal(model, name))}
+    refused = {name: reason for name in dense if (reason := refusal(model, name))}
     resolved: dict[str, Rule] = {}
     for rule, names in zip(rules, taken, strict=True):
         if rule.factorization is None:
@@ -112,7 +112,7 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
         takers = [
             place
             for place, rule in enumerate(rules)
-            if fits(name, rule.pattern) and _replaces(rule.factorization, module)
+            if fits(name, rule.pattern) and _replaces(rule.factorization, type(module))
         ]
         for place in takers:
             matched[place] = True
@@ -129,13 +129,13 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
     return taken
 
 
-def _replaces(method: Factorization | None, module: nn.Module) -> bool:
-    return method is None or type(module).__name__ in method.replaces
+def _replaces(method: Factorization | None, kind: type[nn.Module]) -> bool:
+    return method is None or kind.__name__ in method.replaces
 
 
 def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
     kind = " and ".join(rule.factorization.replaces) if rule.factorization else None
-    names = [name for name, module in dense.items() if _replaces(rule.factorization, module)]
+    names = [name for name, module in dense.items() if _replaces(rule.factorization, type(module))]
     other = [name for name in dense if fits(name, rule.pattern)]
     if other:
         what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
@@ -146,7 +146,7 @@ def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
     return f"pattern {rule.pattern!r} matches no layer; of the {len(names)} {layers} {hint}"
 
 
-def _refusal(model: nn.Module, name: str) -> str:
+def refusal(model: nn.Module, name: str) -> str:
     """Why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
     layer = model.get_submodule(name)
     aliases = [alias for alias, module in model.named_modules(remove_duplicate=False) if module is layer]
@@ -186,21 +186,48 @@ def tensorize(
     Raises:
         ValueError: what `resolve` raises.
     """
-    replacements: dict[nn.Module, nn.Module] = {}
+    methods = {
+        rule.pattern: rule.factorization
+        for rule in resolve(model, rules, example_input, init=init)
+        if rule.factorization
+    }
+    for name in _generators(methods_of(model)) & _generators(methods):
+        raise ValueError(f"joint {name!r}: the model has a generator of this name; choose another")
+    layers = {name: model.get_submodule(name) for name in methods}
+    made = factorize(layers, methods, init, limit=sum(parameter.numel() for parameter in model.parameters()))
+    return replace_layers(model, {layers[name]: made[name] for name in made})
+
+
+def _generators(methods: Mapping[str, Factorization]) -> set[str]:
+    return {method.joint.name for method in methods.values() if isinstance(method.joint, Slice)}
+
+
+def factorize(
+    layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization], init: Fill, limit: int
+) -> dict[str, FactorizedLayer]:
+    """The factorized layers in place of dense ones, by name; those of one generator share it.
+
+    Args:
+        layers: name -> the dense layer; it is not changed.
+        methods: name -> the method, with integer ranks.
+        init: what they start with.
+        limit: how many entries a generator may make at most.
+
+    Raises:
+        ValueError: a method that does not fit its layer.
+    """
+    made: dict[str, FactorizedLayer] = {}
     joined: dict[str, dict[str, Factorization]] = {}
-    for rule in resolve(model, rules, example_input, init=init):
-        if rule.factorization is None:
-            continue
-        dense, method = model.get_submodule(rule.pattern), rule.factorization
+    for name, method in methods.items():
         if isinstance(method.joint, Slice):
-            joined.setdefault(method.joint.name, {})[rule.pattern] = method
+            joined.setdefault(method.joint.name, {})[name] = method
         else:
-            with _naming(rule.pattern):
-                replacements[dense] = layer_type(method, dense).convert(dense, method, init=init)
-    for name, methods in joined.items():
-        with _naming(f"joint {name!r} of {', '.join(methods)}"):
-            replacements |= convert_together(model, methods, init)
-    return _replace(model, replacements)
+            with _naming(name):
+                made[name] = layer_type(method, layers[name]).convert(layers[name], method, init=init)
+    for name, together in joined.items():
+        with _naming(f"joint {name!r} of {', '.join(together)}"):
+            made |= convert_together(layers, together, init, limit)
+    return made
 
 
 @contextmanager
@@ -212,23 +239,42 @@ def _naming(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from None
 
 
-def to_dense(model: Model) -> Model:
-    """Replaces every factorized layer in place by the dense one that computes the same; returns the model."""
-    return _replace(model, {layer: layer.to_dense() for layer in model.modules() if isinstance(layer, FactorizedLayer)})
+def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:
+    """Replaces factorized layers in place by the dense ones that compute the same; returns the model.
+
+    Args:
+        model: the model.
+        rules: only layers that one of them matches; by default all.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    return replace_layers(
+        model,
+        {layer: layer.to_dense() for name, layer in layers.items() if rules is None or _matches(rules, name, layer)},
+    )
 
 
-def _replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
+def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:
+    kind = layer.dense_type
+    return any(fits(name, rule.pattern) and _replaces(rule.factorization, kind) for rule in rules)
+
+
+def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
     """In every place where a module is used, so that a shared one stays shared."""
     if model in replacements:
         return replacements[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return model
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
     """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
+    return [Rule(name, method) for name, method in methods_of(model).items()]
+
+
+def methods_of(model: nn.Module) -> dict[str, Factorization]:
+    """The methods of the factorized layers, by name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    return [Rule(name, method) for name, method in named_apart(layers).items()]
+    return named_apart(layers)

@@ -106,6 +106,8 @@ def _timm_builder(model: str) -> Builder:
 
     @wraps(timm.model_entrypoint(model))
     def build(**arguments: Any) -> nn.Module:
+        if "checkpoint_path" in arguments:
+            raise ValueError("option 'checkpoint_path' is not taken; load weights with --model.init_from")
         return timm.create_model(model, **arguments)
 
     return build

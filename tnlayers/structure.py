@@ -1,0 +1,181 @@
+"""What a checkpoint says of its tensorized layers: plain values that are written, checked and followed.
+
+    {"version": 1, "layers": [{"pattern": "conv2", "method": "Tucker", "rank": [4, 4], "dense": {"type": "Conv2d", ...}}]}
+
+A layer is a resolved rule, and under "dense" the arguments of the torch layer that it stands for, of which some (a stride, a
+padding) show in no shape of a state dict. A file may be hostile: what it says is only compared, and nothing is allocated
+before all of it fits the model.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tnlayers.factorizations import Factorization
+from tnlayers.factorized import FactorizedLayer, arguments
+from tnlayers.geometry import Geometry
+from tnlayers.rules import Rule
+from tnlayers.surgery import factorize, methods_of, refusal, replace_layers
+
+__all__ = ["CheckpointError", "check_plain", "naming", "restructure", "structure_of"]
+
+_VERSION = 1
+_DEPTH = 8
+_VALUES = 100_000
+_LENGTH = 400
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or does not fit the model; the message says which keys and why."""
+
+
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """The tensorized layers of a model, as strings, numbers and lists."""
+    layers = [
+        Rule(name, method).to_plain() | {"dense": _dense(model.get_submodule(name))}
+        for name, method in methods_of(model).items()
+    ]
+    return {"version": _VERSION, "layers": layers}
+
+
+def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.Module, nn.Module]:
+    """Makes a model's layers those of a description, in place, whatever they are now: dense, the same, or others.
+
+    Args:
+        model: has the layers that the description names, dense or tensorized.
+        structure: what `structure_of` gave; None, for a file that says nothing, leaves the model as it is.
+        source: the file, for messages.
+
+    Returns:
+        The layers that were replaced, and what by. The weights of the new ones are not set: a state dict has to follow.
+
+    Raises:
+        CheckpointError: a description that is not understood or is of another model, which then stays as it was.
+    """
+    if structure is None:
+        return {}
+    with naming(f"{source} has a structure that is not understood"):
+        wanted = _read(structure)
+    with naming(f"{source} does not fit {type(model).__name__}"):
+        layers = {name: module for name, module in model.named_modules() if _dense(module)}
+        for name, (_, dense) in wanted.items():
+            _check_dense(name, dense, layers)
+        methods = {name: method for name, (method, _) in wanted.items()}
+        if methods == methods_of(model):
+            return {}
+        replacements = _replacements(model, layers, methods)
+    replace_layers(model, replacements)
+    return replacements
+
+
+def _replacements(
+    model: nn.Module, layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization]
+) -> dict[nn.Module, nn.Module]:
+    """From the model's present layers to what the methods make of them, or to dense ones."""
+    if model in layers.values():
+        raise ValueError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
+    for name in methods:
+        if not isinstance(layers[name], FactorizedLayer) and (reason := refusal(model, name)):
+            raise ValueError(f"{name}: {reason}")
+        _check_rank(name, methods[name], layers[name])
+    dense = {
+        name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer
+        for name, layer in layers.items()
+        if isinstance(layer, FactorizedLayer) or name in methods
+    }
+    limit = sum(_geometry(layer).num_params for layer in layers.values())
+    made = factorize(dense, methods, "empty", limit)
+    return {layers[name]: made.get(name, dense[name]) for name in dense}
+
+
+def _read(structure: Any) -> dict[str, tuple[Factorization, Mapping[str, Any] | None]]:
+    """Name -> the method and the dense layer's arguments; None for those where the file is too old to say."""
+    check_plain(structure)
+    version = structure.get("version") if isinstance(structure, dict) else None
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(f"it is of version {version!r} and this tnlayers reads {_VERSION}; update tnlayers")
+    layers = structure.get("layers")
+    if not isinstance(layers, list):
+        raise ValueError("it has no list of layers; save it again")
+    found: dict[str, tuple[Factorization, Mapping[str, Any] | None]] = {}
+    for place, entry in enumerate(layers):
+        plain = dict(entry) if isinstance(entry, dict) else entry
+        dense = plain.pop("dense", None) if isinstance(entry, dict) else None
+        try:
+            rule = Rule.from_plain(plain)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"layers[{place}]: {error}") from None
+        if rule.factorization is None or rule.pattern in found or not isinstance(dense, dict | None):
+            raise ValueError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
+        found[rule.pattern] = (rule.factorization, dense)
+    return found
+
+
+def _dense(layer: nn.Module) -> dict[str, Any]:
+    """The type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
+    dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
+    if dense_type not in (nn.Conv2d, nn.Linear):
+        return {}
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments(layer).items()}
+    return {"type": dense_type.__name__} | given
+
+
+def _geometry(layer: nn.Module) -> Geometry:
+    return layer.geometry if isinstance(layer, FactorizedLayer) else Geometry(layer)
+
+
+def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str, nn.Module]) -> None:
+    if name not in layers:
+        raise ValueError(f"{name!r} matches no layer; it has {', '.join(layers) or 'none that could be tensorized'}")
+    own = _dense(layers[name])
+    given = own if dense is None else dense
+    for key in sorted(own.keys() | given.keys()):
+        theirs, ours = given.get(key, "missing"), own.get(key, "missing")
+        if type(theirs) is not type(ours) or theirs != ours:
+            raise ValueError(f"{name}: {key} is {theirs} in the file and {ours} in the model")
+
+
+def _check_rank(name: str, method: Factorization, layer: nn.Module) -> None:
+    """Ranks above what a layer attains cannot have been written, and could ask for all memory."""
+    kind = _dense(layer)["type"]
+    if kind not in method.replaces:
+        raise ValueError(f"{name}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}")
+    shape = _geometry(layer).weight_shape
+    attained = method.max_ranks(shape)
+    ranks = method.rank
+    if not isinstance(ranks, tuple) or len(ranks) != len(attained) or method.clamp(shape, ranks) != ranks:
+        raise ValueError(f"{name}: rank {ranks}: a weight of shape {shape} attains {attained} at most")
+
+
+def check_plain(value: object) -> None:
+    """Nothing but strings, numbers, lists and mappings, and few enough to be looked through and shown.
+
+    Raises:
+        ValueError: other values, or too many of them.
+    """
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        seen += 1
+        if depth > _DEPTH or seen > _VALUES:
+            raise ValueError(f"it is more than {_DEPTH} levels deep or has more than {_VALUES} values")
+        if isinstance(item, dict):
+            waiting.extend((part, depth + 1) for part in item.values())
+            if not all(isinstance(key, str) for key in item):
+                raise ValueError("it has keys that are not strings")
+        elif isinstance(item, list | tuple):
+            waiting.extend((part, depth + 1) for part in item)
+        elif not isinstance(item, str | int | float | None):
+            raise ValueError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")
+
+
+@contextmanager
+def naming(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """What goes wrong inside is an error of the checkpoint, in a message of bounded length."""
+    try:
+        yield
+    except kind as error:
+        text = str(error)
+        raise CheckpointError(f"{what}: {text[:_LENGTH]}{'...' if len(text) > _LENGTH else ''}") from None
