@@ -14,10 +14,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classifier import ImageClassifier
 
-__all__ = ["check_replicas", "check_strategy", "follow_average", "follow_optimizers", "follow_strategy", "reset_scores"]
+__all__ = [
+    "callbacks_of",
+    "check_replicas",
+    "check_strategy",
+    "follow_average",
+    "follow_optimizers",
+    "follow_strategy",
+    "reset_scores",
+]
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All of a trainer's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
@@ -32,7 +41,7 @@ def check_strategy(trainer: Trainer, what: str) -> None:
             f"{what} cannot change ranks under {type(trainer.strategy).__name__}, which shards the parameters; train with "
             "--trainer.strategy ddp, or truncate between runs: tnlayers compress, then fit"
         )
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
         raise ValueError(
             f"{what} cannot change ranks under StochasticWeightAveraging; average by lightning_modules.callbacks.EMA"
         )
@@ -93,7 +102,7 @@ def check_replicas(trainer: Trainer, module: nn.Module) -> None:
 
 def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) -> None:
     """Moving averages start anew in these layers: old and new factors are in different bases, so no average of both means anything."""
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             module = callback._average_model.module
             assert isinstance(module, ImageClassifier)
@@ -106,7 +115,7 @@ def reset_scores(trainer: Trainer) -> None:
 
     Checkpoints that were the best so far stay on the disk.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
             callback.best_k_models, callback.kth_value = {}, worst
