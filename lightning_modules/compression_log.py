@@ -51,8 +51,8 @@ class CompressionLog(Callback):
         folder = run_folder(trainer) / "truncations" / f"epoch={trainer.current_epoch}"
         if not trainer.is_global_zero:
             return
-        old, new = factorized_layers(before), factorized_layers(module.net)
-        changed = {name: layer for name, layer in new.items() if layer.ranks != old[name].ranks}
+        old = {name: before.get_submodule(name) for name in factorized_layers(module.net)}
+        changed = {name: new for name, new in factorized_layers(module.net).items() if _text(new) != _text(old[name])}
         spectra = {
             name: (_spectrum(old[name]).tolist(), _spectrum(layer).tolist())
             for name, layer in changed.items()
@@ -90,10 +90,11 @@ def _unfolding_shape(layer: FactorizedLayer) -> tuple[int, int]:
     return layer.geometry.groups * rows, columns
 
 
-def _spectrum(layer: FactorizedLayer) -> Tensor:
+def _spectrum(layer: nn.Module) -> Tensor:
     """Singular values of the weight as a matrix (out | rest), the largest first."""
+    assert isinstance(layer.weight, Tensor)
     return singular_values(precise(layer.weight).flatten(1))
 
 
-def _text(layer: FactorizedLayer) -> str:
-    return "·".join(map(str, layer.ranks))
+def _text(layer: nn.Module) -> str:
+    return "·".join(map(str, layer.ranks)) if isinstance(layer, FactorizedLayer) else "dense"

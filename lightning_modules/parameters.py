@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -55,23 +56,29 @@ def follow_optimizers(
 ) -> None:
     """The same optimizers, with the new parameters in the old ones' places.
 
-    The state of what changed (moments, momentum) is dropped: it is about a basis that is no longer there. Everything
-    else keeps its state, and schedulers keep their optimizer.
+    Factors take the place of the dense weight that they make. The state of what changed (moments, momentum) is dropped: it
+    is about a basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer.
 
     Args:
         optimizers: changed in place.
         before: all parameters by name.
         after: the same, with new ones where shapes changed.
-        changed: names of those whose values are new.
+        changed: names in `after` of those whose values are new.
     """
-    names = {parameter: name for name, parameter in before.items()}
+    names: dict[Any, str] = {parameter: name for name, parameter in before.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [after[names[p]] for p in group["params"] if names[p] in after]
-        for parameter in list(optimizer.state):
-            assert isinstance(parameter, nn.Parameter)
-            if names[parameter] in changed or names[parameter] not in after:
-                del optimizer.state[parameter]
+            held = {names[parameter] for parameter in group["params"]}
+            group["params"] = [parameter for name, parameter in after.items() if {name, _weight_of(name)} & held]
+        state = {names[parameter]: optimizer.state.pop(parameter) for parameter in list(optimizer.state)}
+        for name in state.keys() & after.keys() - set(changed):
+            optimizer.state[after[name]] = state[name]
+
+
+def _weight_of(name: str) -> str:
+    """The dense weight that a factor makes."""
+    layer, is_factor, _ = name.rpartition(".factors.")
+    return f"{layer}.weight" if is_factor else name
 
 
 def follow_strategy(trainer: Trainer) -> None:

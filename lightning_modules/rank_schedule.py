@@ -26,6 +26,8 @@ __all__ = ["RankSchedule"]
 class RankSchedule(Callback):
     """Truncates the factorized layers at the start of epochs, and training goes on with the smaller factors.
 
+    Layers that the model's rules match, and that its first budget left dense, are factorized once a later budget wants it.
+
     Optimizer and schedulers stay; the moments of factors that changed begin anew, and so do their moving averages (`EMA`),
     the best checkpoint, early stopping and plateaus. Under DDP the ranks are decided once. A resumed run goes on where
     the schedule was.
@@ -115,7 +117,7 @@ def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None
         if isinstance(callback, CompressionLog):
             callback.truncated(trainer, module, net_before)
     worst = max(errors, key=errors.__getitem__)
-    kept = fraction_kept(module.net, ParamsKept)
+    kept = fraction_kept(module.net, ParamsKept, rules=module.rules)
     rank_zero_info(
         f"epoch {trainer.current_epoch}: {len(errors)} layers truncated, {kept:.1%} of the dense parameters kept; largest "
         f"relative error {errors[worst]:.3f} ({worst})"

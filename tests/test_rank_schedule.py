@@ -26,6 +26,7 @@ from tnlayers import FactorizedLayer, ParamsKept, fraction_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 RULES = [
+    {"pattern": "conv2", "method": "CP", "rank": "ParamsKept(1.0)"},  # dense, until a truncation wants it otherwise
     {"pattern": "conv3", "method": "Tucker", "rank": 24},
     {"pattern": "conv4", "method": "LowRank", "rank": 24},
     {"pattern": "fc1", "method": "TT", "rank": 8},
@@ -98,6 +99,13 @@ def test_every_parameter_moves_after_a_truncation(
     fitted(tmp_path, RankSchedule({1: rank // 2 or 1}), watch, model=model, epochs=2)
     assert watch.still == {0: [], 1: []}
     assert all(max(layer.ranks) <= rank // 2 for layer in model.net.modules() if isinstance(layer, FactorizedLayer))
+
+
+def test_a_layer_that_was_left_dense_takes_part(tmp_path: Path) -> None:
+    watch = Watch()
+    model = fitted(tmp_path, RankSchedule({1: "ParamsKept(0.1)"}), watch, epochs=2)
+    assert "conv2" in ranks(model)
+    assert watch.still == {0: [], 1: []}
 
 
 def test_other_parameters_keep_their_moments(tmp_path: Path) -> None:
@@ -235,7 +243,7 @@ def test_a_range_goes_down_by_equal_factors(tmp_path: Path) -> None:
 
     class Kept(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-            kept.append(fraction_kept(pl_module.net, ParamsKept))
+            kept.append(fraction_kept(pl_module.net, ParamsKept, rules=pl_module.rules))
 
     fitted(tmp_path, RankSchedule({"1-3": "ParamsKept(0.1)"}), Kept(), epochs=4)
     steps = [later / earlier for earlier, later in itertools.pairwise(kept)]
