@@ -184,7 +184,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
+        what = f"{path} is a folder" if path.is_dir() else f"no checkpoint at {path}"
+        raise CheckpointError(f"{what}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
     try:
         with open(path, "rb") as file:
             file.read(1)
