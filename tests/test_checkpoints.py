@@ -189,14 +189,15 @@ def test_files_torn_anywhere_are_refused(path: Path, tmp_path: Path) -> None:
     whole, torn = path.read_bytes(), tmp_path / path.name
     for size in random.sample(range(len(whole)), 20):
         torn.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="is not a checkpoint, or it is truncated"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint, or it is truncated or damaged"):
             load_net(torn)
         assert torn.read_bytes() == whole[:size]
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
 def test_flipped_bits_are_refused_or_do_not_matter(path: Path, tmp_path: Path) -> None:
-    whole, flipped = path.read_bytes(), tmp_path / path.name
+    """A .ckpt has check sums: what is loaded of it is what was saved."""
+    whole, flipped, expected = path.read_bytes(), tmp_path / path.name, read_checkpoint(path)["state_dict"]
     refused = 0
     for place in random.sample(range(len(whole)), 20) + random.sample(range(3000), 10):  # headers are at the start
         content = bytearray(whole)
@@ -204,10 +205,23 @@ def test_flipped_bits_are_refused_or_do_not_matter(path: Path, tmp_path: Path) -
         flipped.write_bytes(content)
         try:
             load_net(flipped)
+            if path.suffix == ".ckpt":
+                torch.testing.assert_close(read_checkpoint(flipped)["state_dict"], expected, rtol=0, atol=0)
         except CheckpointError:
             refused += 1
         assert flipped.read_bytes() == content
     assert 0 < refused < 30
+
+
+def test_files_without_check_sums_load(tmp_path: Path) -> None:
+    source, target = net(), net()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_checkpoint(tmp_path / "a.pt", target)
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
