@@ -14,8 +14,10 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_modules.data import ImageData
+from lightning_modules.ema import EMA
+from lightning_modules.rank_schedule import RankSchedule
 
-__all__ = ["PredictionWriter", "RunConfig"]
+__all__ = ["EMA", "PredictionWriter", "RankSchedule", "RunConfig"]
 
 
 class PredictionWriter(BasePredictionWriter):

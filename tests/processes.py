@@ -56,6 +56,28 @@ class SaveReplica(Callback):
         torch.save(pl_module.state_dict(), self.folder / f"replica{trainer.global_rank}.pt")
 
 
+class Watch(Callback):
+    """Writes which parameters the steps of each epoch left as they were, once it has checked what the optimizer holds."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.still: dict[int, list[str]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = dict(pl_module.named_parameters())
+        self.still[trainer.current_epoch] = [name for name in now if torch.equal(now[name], self.before[name])]
+        held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert [id(p) for p in held] == [id(p) for p in now.values()]
+        assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self.folder / f"still{trainer.global_rank}.json").write_text(json.dumps(self.still))
+
+
 def replica(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"replica{rank}.pt", weights_only=True)
 
