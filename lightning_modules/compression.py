@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from matplotlib.image import imread
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
@@ -114,25 +113,17 @@ def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> f
     return -float(torch.stack(losses).mean())
 
 
-def log_report(trainer: Trainer, report: Report, folder: Path, stage: str = "compress") -> None:
-    """The figures to every logger; the table and the plots in `folder` too where the logger takes them."""
+def log_report(trainer: Trainer, report: Report, folder: Path) -> None:
+    """The totals to every logger; the table and the plots in `folder` too where the logger takes them (W&B)."""
     totals = report.summary.totals
-    metrics = {f"{stage}/params_kept": totals.params_kept, f"{stage}/macs_kept": totals.macs_kept}
-    metrics |= {f"{stage}/accuracy_{when.replace(' ', '_')}": value for when, value in report.accuracy.items()}
+    metrics = {"compress/params_kept": totals.params_kept, "compress/macs_kept": totals.macs_kept}
+    metrics |= {f"compress/accuracy_{stage.replace(' ', '_')}": value for stage, value in report.accuracy.items()}
     for layer in report.summary.layers:
-        metrics |= {f"{stage}/{layer.name}/rank{n}": float(rank) for n, rank in enumerate(layer.rank)}
-        if layer.rank and layer.error is not None:
-            metrics[f"{stage}/{layer.name}/error"] = layer.error
-    plots = sorted(folder.glob("*.png"))
+        metrics |= {f"compress/{layer.name}/rank{n}": float(rank) for n, rank in enumerate(layer.rank)}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
-        if trainer.is_global_zero and isinstance(logger, WandbLogger):
+        logger.log_metrics(metrics)
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
             headings, rows = report.summary.table()
-            logger.log_table(f"{stage}/layers", columns=headings, data=rows)
-            logger.log_image(f"{stage}/plots", [str(path) for path in plots])
-        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"{stage}/layers", report.summary.to_markdown(), trainer.global_step)
-            for path in plots:
-                picture = torch.from_numpy(imread(path))
-                logger.experiment.add_image(f"{stage}/{path.stem}", picture, trainer.global_step, dataformats="HWC")
+            logger.log_table("compress/layers", columns=headings, data=rows)
+            logger.log_image("compress/plots", [str(path) for path in sorted(folder.glob("*.png"))])
         logger.save()

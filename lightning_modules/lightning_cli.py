@@ -21,7 +21,6 @@ from rich.console import Console
 from lightning_modules.callbacks import PredictionWriter, RunConfig
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
-from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import ImageData
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
@@ -238,7 +237,7 @@ def _run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
-                "callbacks": [PredictionWriter(), CompressionLog()],
+                "callbacks": [PredictionWriter()],
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "logs"}},
                 "default_root_dir": "runs",
             },

@@ -1,18 +1,12 @@
 """Pictures of what was gained, drawn without a display and without touching matplotlib's global state."""
 
-import math
-from collections.abc import Mapping, Sequence
-
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from tnlayers import Summary
 
-__all__ = ["plot_accuracy", "plot_layers", "plot_spectra"]
+__all__ = ["plot_accuracy", "plot_layers"]
 
 _DENSE, _OURS, _INK = "#c9cfd6", "#1f6fb4", "#333333"
-_BEFORE = "#e08a3c"
-_FLOOR = 1e-4  # of the largest singular value: what is below it is rounding
 
 
 def plot_layers(summary: Summary) -> Figure:
@@ -78,29 +72,6 @@ def plot_accuracy(summary: Summary, accuracy: dict[str, float]) -> Figure:
     right.set_title("left of the dense network (%)", fontsize=10, color=_INK)
     for axes in (left, right):
         _clean(axes)
-    return figure
-
-
-def plot_spectra(spectra: Mapping[str, tuple[Sequence[float], Sequence[float]]], titles: Mapping[str, str]) -> Figure:
-    """One panel a layer: the singular values of its weight before and after a truncation, as fractions of the largest."""
-    columns = min(4, len(spectra))
-    rows = math.ceil(len(spectra) / columns)
-    figure = Figure(figsize=(3 * columns, 0.5 + 2.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for axes, (name, (before, after)) in zip(panels, spectra.items(), strict=False):
-        top = max(before[0], 1e-30)
-        for values, color, label in ((before, _BEFORE, "before"), (after, _OURS, "after")):
-            kept = [value / top for value in values if value > _FLOOR * top]
-            axes.plot(range(1, len(kept) + 1), kept, color=color, marker=".", markersize=4, linewidth=1, label=label)
-        axes.set_title(f"{name}  {titles[name]}", fontsize=8, color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.set_ylim(0, 1.05)
-        _clean(axes)
-    for axes in panels[len(spectra) :]:
-        axes.set_visible(False)
-    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
-    figure.supxlabel("singular value of the unfolding (out | rest)", fontsize=9, color=_INK)
-    figure.supylabel("fraction of the largest", fontsize=9, color=_INK)
     return figure
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 __all__ = [
     "decomposing",
-    "effective_rank",
     "leading_subspace",
     "left_singular_vectors",
     "precise",
@@ -61,18 +60,6 @@ def singular_values(matrix: Tensor) -> Tensor:
     if tall.shape[0] > 2 * tall.shape[1]:
         tall = torch.linalg.qr(tall, mode="r").R
     return torch.linalg.svdvals(tall)
-
-
-def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of p_i = s_i^2 / sum s^2: how many directions carry the energy (Roy and Vetterli 2007, EUSIPCO).
-
-    Theirs is of s_i / sum s; the squares are what truncation errors are made of. 1 for rank one, k for k equal values.
-    """
-    energies = singular_values.square()
-    if not energies.sum() > 0:
-        return 0.0
-    shares = energies / energies.sum()
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def left_singular_vectors(matrix: Tensor) -> Tensor:
