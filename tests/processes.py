@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +46,54 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 90) -> tuple[int, 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, said[-3000:]
+
+
+class ForkServer:
+    """A process that has imported everything, and forks a child for each command: one that can be killed costs no imports."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-c", "from tests.processes import serve; serve()"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes)
+
+    def __enter__(self) -> "ForkServer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        os.killpg(self.server.pid, signal.SIGKILL)
+        self.server.wait()
+
+    def run(self, command: Sequence[object], log: Path, kill_after: float | None = None) -> int:
+        """The exit code, negative for a signal; SIGKILL comes after so many seconds, and whatever hangs is killed too."""
+        job = {"command": [str(argument) for argument in command], "log": str(log), "kill_after": kill_after or 90}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+
+def serve() -> None:
+    """Runs the commands that come as lines of JSON, and answers each with its exit code."""
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        job = json.loads(line)
+        if (child := os.fork()) == 0:
+            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                code = main(job["command"])
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+        alarm = threading.Timer(job["kill_after"], os.kill, (child, signal.SIGKILL))
+        alarm.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        alarm.cancel()
+        print(code, file=answers, flush=True)
 
 
 class SaveReplica(Callback):

@@ -1,6 +1,7 @@
 """Runs with a rank schedule in real processes: two at once, and one that is killed again and again."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import yaml
 
 from tests.commands import CONFIGS, QUIET
-from tests.processes import COMMAND, finish, replica, start
+from tests.processes import COMMAND, ForkServer, finish, replica, start
 from tests.tolerances import EXACT
+from tnlayers import CheckpointError
+from tnlayers.checkpoints import read_checkpoint
 
 MODEL = {
     "init": "random",
@@ -63,3 +66,51 @@ def test_ranks_fall_in_two_processes(tmp_path: Path) -> None:
     (last,) = tmp_path.rglob("last.ckpt")
     layers = torch.load(last, weights_only=True)["tensorization"]["layers"]
     assert {layer["pattern"] for layer in layers} == {"conv2", "conv3", "conv4", "fc1"}
+
+
+KILLS = 20
+
+
+def steps_saved(folder: Path) -> int:
+    """The steps of the furthest checkpoint that can be read; 0 where there is none yet."""
+    steps = [0]
+    for path in folder.rglob("*.ckpt"):
+        try:
+            steps.append(read_checkpoint(path)["global_step"])
+        except CheckpointError:
+            assert path.name.startswith("."), f"{path} is torn"  # one that was being written
+    return max(steps)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path: Path) -> None:
+    """At random moments, of one run after another: each goes on from its last checkpoint, and ends as if nothing had been."""
+    ranks: dict[object, str] = {1: "ParamsKept(0.3)", "3-4": "ParamsKept(0.05)"}
+    steps = ["--model_checkpoint.every_n_train_steps", "3"]
+    moments = random.Random(0)
+    with ForkServer(tmp_path) as server:
+
+        def options(name: str) -> list[str]:
+            return ["fit", *config(tmp_path / name, ranks, max_epochs=6), *steps, "--ckpt_path", "last"]
+
+        assert server.run(options("whole"), tmp_path / "whole.log") == 0, (tmp_path / "whole.log").read_text()[-3000:]
+        (end,) = (tmp_path / "whole").rglob("last.ckpt")
+        expected = read_checkpoint(end)
+        kills = runs = 0
+        while kills < KILLS:
+            name, code, saved = f"run{runs}", -1, 0
+            log = tmp_path / f"{name}.log"
+            while code:
+                last_try = kills >= KILLS
+                code = server.run(options(name), log, None if last_try else moments.uniform(0.3, 4.0))
+                assert code in ((0,) if last_try else (0, -9)), log.read_text()[-3000:]
+                assert steps_saved(tmp_path / name) >= saved
+                saved = steps_saved(tmp_path / name)
+                kills += code != 0
+            (end,) = (tmp_path / name).rglob("last.ckpt")
+            found = read_checkpoint(end)
+            assert found["global_step"] == expected["global_step"]
+            for part in ("state_dict", "current_model_state", "optimizer_states"):
+                torch.testing.assert_close(found[part], expected[part], **EXACT)
+            assert found["tensorization"] == expected["tensorization"]
+            runs += 1
