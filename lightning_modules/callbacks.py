@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_modules.data import ImageData
 from lightning_modules.ema import EMA
+from lightning_modules.loggers import log_config, run_folder
 from lightning_modules.rank_schedule import RankSchedule
 
 __all__ = ["EMA", "PredictionWriter", "RankSchedule", "RunConfig"]
@@ -68,15 +67,25 @@ def _of_all_processes(rows: list[Any], trainer: Trainer) -> list[Any]:
 
 
 class RunConfig(SaveConfigCallback):
-    """Keeps the full configuration with the run: config.yaml in its folder, and under `cli` in W&B."""
+    """Keeps the full configuration with the run: config.yaml in its folder, and what its loggers take.
+
+    A run that goes on with another configuration keeps the first, and gets config-resumed-1.yaml, and so on. Checkpoints
+    know the versions of their run's loggers, with which it goes on.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not trainer.loggers:
+            return
         text = self.parser.dump(self.config, skip_unset=False)
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [folder / "config.yaml", *sorted(folder.glob("config-resumed-*.yaml"))]
+        if any(path.is_file() and path.read_text() == text for path in kept):
+            return
+        path = folder / (f"config-resumed-{len(kept)}.yaml" if kept[0].is_file() else "config.yaml")
+        path.write_text(text)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"cli": yaml.safe_load(text)}, allow_val_change=True)
-            elif (
-                logger.log_dir
-            ):  # the trainer's own would wait for the other processes, and this runs on the first alone
-                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-                (Path(logger.log_dir) / "config.yaml").write_text(text)
+            log_config(logger, path.stem.replace("config", "cli", 1), text)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["logger_versions"] = [logger.version for logger in trainer.loggers]

@@ -1,8 +1,10 @@
 """The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
 
 import dis
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = ["main"]
 
@@ -37,13 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_HELP, end="")
         return 0
     try:
-        return _command(arguments[0])(arguments)
+        with _terminable():
+            return _command(arguments[0])(arguments)
     except Exception as error:
         users = _users_error(error)
         if users is None:
             raise
         print(f"tnlayers: error: {' '.join(str(users).split())}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command at once and silently, wherever nothing else is said of it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
+from lightning_modules.loggers import log_pictures, log_table
 from lightning_modules.report import Report
-from tnlayers import Rule, rules_of, summarize, tensorize, to_dense
+from tnlayers import Rule, Summary, rules_of, summarize, tensorize, to_dense
 
-__all__ = ["Compression", "accuracy_on_test", "compress", "log_report"]
+__all__ = ["Compression", "accuracy_on_test", "compress", "layer_metrics", "log_report"]
 
 _CALIBRATION_BATCHES = 16
 
@@ -64,7 +64,8 @@ def compress(
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
     report.write(out)
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
-    log_report(trainer, report, out)
+    if trainer.is_global_zero:
+        log_report(trainer, report, out)
     return Compression(rules, report)
 
 
@@ -113,17 +114,23 @@ def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> f
     return -float(torch.stack(losses).mean())
 
 
-def log_report(trainer: Trainer, report: Report, folder: Path) -> None:
-    """The totals to every logger; the table and the plots in `folder` too where the logger takes them (W&B)."""
-    totals = report.summary.totals
+def layer_metrics(summary: Summary) -> dict[str, float]:
+    """What is kept in all, and each factorized layer's ranks and error, by the names under which they are logged."""
+    totals = summary.totals
     metrics = {"compress/params_kept": totals.params_kept, "compress/macs_kept": totals.macs_kept}
-    metrics |= {f"compress/accuracy_{stage.replace(' ', '_')}": value for stage, value in report.accuracy.items()}
-    for layer in report.summary.layers:
+    for layer in summary.layers:
         metrics |= {f"compress/{layer.name}/rank{n}": float(rank) for n, rank in enumerate(layer.rank)}
+        if layer.error is not None:
+            metrics[f"compress/{layer.name}/error"] = layer.error
+    return metrics
+
+
+def log_report(trainer: Trainer, report: Report, folder: Path) -> None:
+    """The figures to every logger; the table and the plots in `folder` too where a logger takes them. For the first process."""
+    metrics = layer_metrics(report.summary)
+    metrics |= {f"compress/accuracy_{stage.replace(' ', '_')}": value for stage, value in report.accuracy.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics)
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            headings, rows = report.summary.table()
-            logger.log_table("compress/layers", columns=headings, data=rows)
-            logger.log_image("compress/plots", [str(path) for path in sorted(folder.glob("*.png"))])
+        logger.log_metrics(metrics, step=trainer.global_step)
+        log_table(logger, "compress/layers", *report.summary.table(), step=trainer.global_step)
+        log_pictures(logger, "compress/plots", sorted(folder.glob("*.png")), step=trainer.global_step)
         logger.save()

@@ -11,19 +11,27 @@ from typing import Any, TextIO
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from lightning_modules.callbacks import PredictionWriter, RunConfig
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
+from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import ImageData
+from lightning_modules.interruptions import Interruptible, RunCheckpoint
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
+from lightning_modules.resume import check_own, check_writable, continue_last
 from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
 
@@ -40,10 +48,27 @@ _HARMLESS = (
 
 
 class CompressionTrainer(Trainer):
-    """Lightning's trainer; the signature of `compress` makes the command's options."""
+    """Lightning's trainer, with checkpoints that are whole or not there; the signature of `compress` makes the command's options."""
 
     resolved_rules: list[Rule]
     """What the last `compress` resolved the rules to."""
+
+    stopping = False
+    """Whether the processes have agreed to stop training after this step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plugins = kwargs.get("plugins") or ()
+        given = any(isinstance(each, CheckpointIO) for each in (plugins if isinstance(plugins, list) else [plugins]))
+        if isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)) and not given:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to stop here; not in the middle of a validation, which could not be resumed exactly."""
+        if self.state.fn != TrainerFn.FITTING:
+            return super().received_sigterm
+        return self.stopping and not self.validating
 
     def compress(
         self, model: ImageClassifier, datamodule: ImageData, checkpoint: str, out: str = "runs/compressed"
@@ -65,6 +90,14 @@ class CompressionTrainer(Trainer):
 class TensorCLI(LightningCLI):
     """LightningCLI with `compress`, and without what bites: no options from checkpoints, no abbreviated options."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The run keeps the configuration as it was given: `last`, not the path that this is now."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunConfig):
+                callback.config = self._given
+        return trainer
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "compress": {"model", "datamodule"}}
@@ -72,8 +105,8 @@ class TensorCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
-        parser.add_lightning_class_args(ModelCheckpoint, "model_checkpoint")
-        parser.set_defaults({"model_checkpoint.save_last": True})
+        parser.add_lightning_class_args(RunCheckpoint, "model_checkpoint")
+        parser.set_defaults({"model_checkpoint.save_last": True, "model_checkpoint.save_on_exception": True})
         parser.add_lightning_class_args(RankSchedule, "rank_schedule")
 
     def _parse_ckpt_path(self) -> None:
@@ -83,22 +116,26 @@ class TensorCLI(LightningCLI):
         """Fails early, and in one line, on what would fail late in a traceback."""
         config = self.config[self.subcommand]
         self._log_under_root(config)
+        self._given = config.clone()
         if self.subcommand == "compress":
             read_checkpoint(config.checkpoint)
             new_folder(config.out)
-            self._given = config.clone()
             logger = config.trainer.logger
-            if isinstance(logger, Namespace) and logger.class_path.endswith("CSVLogger"):
+            if isinstance(logger, Namespace) and logger.class_path.endswith(("CSVLogger", "loggers.CSV")):
                 # All that compress writes is in one folder.
                 logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
-        elif config.get("ckpt_path") not in (None, "best", "last", "hpc"):
-            _check_own(config.ckpt_path)
+            return
+        check_writable(config)
+        if config.get("ckpt_path") == "last":
+            continue_last(config, training=self.subcommand == "fit")
+        elif config.get("ckpt_path") not in (None, "best", "hpc"):
+            check_own(config.ckpt_path)
 
     def _expect_checkpoint(self) -> None:
         """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""
         path = self.config[self.subcommand].get("ckpt_path")
         late = self.trainer.strategy.restore_checkpoint_after_setup  # the optimizer is then made of what `setup` leaves
-        self.model.awaits_checkpoint = path not in (None, "best", "last", "hpc") and not late
+        self.model.awaits_checkpoint = path not in (None, "best", "hpc") and not late
 
     before_validate = before_test = before_predict = _expect_checkpoint
 
@@ -145,11 +182,6 @@ class TensorCLI(LightningCLI):
         folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked by every process: it is broadcast
         if self.trainer.is_global_zero:
             Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
-
-
-def _check_own(path: str) -> None:
-    if not {"state_dict", "pytorch-lightning_version"} <= read_checkpoint(path).keys():
-        raise ValueError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
@@ -237,8 +269,11 @@ def _run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
-                "callbacks": [PredictionWriter()],
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "logs"}},
+                "callbacks": [Interruptible(), CompressionLog(), PredictionWriter()],
+                "logger": {
+                    "class_path": "lightning_modules.loggers.CSV",
+                    "init_args": {"save_dir": "runs", "name": "logs"},
+                },
                 "default_root_dir": "runs",
             },
             save_config_callback=RunConfig,
@@ -251,5 +286,6 @@ def _run(arguments: list[str]) -> int:
             args=None if arguments == sys.argv[1:] else arguments,
         )
     except SIGTERMException:
-        return 143
+        # A process of Lightning's that ends with an error makes it kill the first one, which may still be writing.
+        return 143 if rank_zero_only.rank == 0 else 0  # type: ignore[attr-defined]
     return 0

@@ -1,5 +1,9 @@
-"""Weights & Biases that never stands in the way: without a key or a network the run is logged offline, and says so."""
+"""Where runs are logged: CSV that goes on, W&B that never stands in the way, and what all of them are given alike.
 
+A run's folder is <save_dir>/<name>/<version>/ with every logger; the checkpoints are in it.
+"""
+
+import csv
 import logging
 import os
 import socket
@@ -8,13 +12,110 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import WandbLogger
+import numpy as np
+import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
-__all__ = ["WandB"]
+__all__ = ["CSV", "WandB", "log_config", "log_pictures", "log_table", "run_folder"]
 
 _log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 3.0
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The run's folder, for the first process alone: the others do not know which version it is."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, logger.name or "", version)
+
+
+def log_config(logger: Logger, name: str, text: str) -> None:
+    """A configuration in YAML, where a logger shows such things."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.config.update({name: yaml.safe_load(text)}, allow_val_change=True)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(name, f"```yaml\n{text}\n```")
+
+
+def log_table(logger: Logger, name: str, headings: list[str], rows: list[list[str]], step: int) -> None:
+    """A table, where a logger shows such things."""
+    if isinstance(logger, WandbLogger):
+        logger.log_table(name, columns=headings, data=rows, step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        lines = [headings, ["---"] * len(headings), *rows]
+        logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+
+
+def log_pictures(logger: Logger, name: str, paths: list[Path], step: int) -> None:
+    """Picture files, where a logger shows such things."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [str(path) for path in paths], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        for path in paths:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image(f"{name}/{path.stem}", pixels, step, dataformats="HWC")
+
+
+class CSV(CSVLogger):
+    """Lightning's `CSVLogger`, which goes on with the metrics.csv of its version instead of deleting it."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drops the rows of this step and of later ones: they are about to be logged again."""
+        self.experiment.rewind(step)
+
+
+class _Rows(ExperimentWriter):
+    """metrics.csv: rows are appended; where there is more to change, the file is replaced by a whole one."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        if rows := self._read():
+            self.metrics_keys = list(rows[0])
+            self._write(rows, self.metrics_keys)  # an unfinished one is gone
+
+    def _check_log_dir_exists(self) -> None:
+        """What is there stays."""
+
+    def rewind(self, step: int) -> None:
+        rows = self._read()
+        if kept := [row for row in rows if int(row["step"]) < step]:
+            self._write(kept, self.metrics_keys)
+        elif rows:
+            Path(self.metrics_file_path).unlink()
+            self.metrics_keys = []
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(self._read(), fieldnames)
+
+    def _read(self) -> list[dict[str, str]]:
+        """The rows; not one that a killed process has left unfinished."""
+        path = Path(self.metrics_file_path)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+
+    def _write(self, rows: list[dict[str, str]], names: list[str]) -> None:
+        temporary = Path(f"{self.metrics_file_path}.tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.metrics_file_path)
 
 
 class WandB(WandbLogger):
@@ -25,6 +126,7 @@ class WandB(WandbLogger):
         name: the run's name; W&B invents one by default.
         save_dir: where the files go.
         offline: True or False to insist; None goes offline when there is no key, or no connection. `WANDB_MODE` wins.
+        version: the run's id, with which a run goes on; by default a new one.
         kwargs: what else `WandbLogger` and `wandb.init` take.
     """
 
@@ -34,6 +136,7 @@ class WandB(WandbLogger):
         name: str | None = None,
         save_dir: str = "runs",
         offline: bool | None = None,
+        version: str | None = None,
         **kwargs: Any,
     ) -> None:
         mode = os.environ.get("WANDB_MODE")
@@ -45,7 +148,7 @@ class WandB(WandbLogger):
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         # The mode goes to wandb.init alone: WandbLogger(offline=True) would set an environment variable for the process.
         settings = kwargs if mode is not None else {"mode": "offline" if offline else "online", **kwargs}
-        super().__init__(project=project, name=name, save_dir=save_dir, **settings)
+        super().__init__(project=project, name=name, save_dir=save_dir, version=version, **settings)
         self._wandb_init.pop("anonymous", None)  # wandb warns of it whatever it is
 
 

@@ -1,12 +1,42 @@
 """Pictures of what was gained, drawn without a display and without touching matplotlib's global state."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tnlayers import Summary
 
-__all__ = ["plot_accuracy", "plot_layers"]
+__all__ = ["Spectrum", "plot_accuracy", "plot_layers", "plot_spectra"]
 
 _DENSE, _OURS, _INK = "#c9cfd6", "#1f6fb4", "#333333"
+_PANELS, _COLUMNS = 16, 4
+_ZERO = 1e-6  # of the largest singular value: what rounding leaves where a weight has none
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A truncated layer's weight, unfolded as outputs x rest.
+
+    Attributes:
+        values: singular values before, as fractions of the largest.
+        kept: the rank of the same unfolding after.
+        before, after: the ranks; () for a dense layer.
+        error: of the weight after, relative to that before.
+    """
+
+    layer: str
+    values: tuple[float, ...]
+    kept: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    error: float
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def plot_layers(summary: Summary) -> Figure:
@@ -73,6 +103,43 @@ def plot_accuracy(summary: Summary, accuracy: dict[str, float]) -> Figure:
     for axes in (left, right):
         _clean(axes)
     return figure
+
+
+def plot_spectra(spectra: Sequence[Spectrum]) -> Figure:
+    """What each truncation kept of the singular values of its layer; at most 16 layers, the first ones."""
+    shown = spectra[:_PANELS]
+    columns = min(_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(1 + 2.7 * columns, 0.9 + 1.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    lowest = 1.0
+    for axes, spectrum in zip(panels, shown, strict=False):
+        heights = [value for value in spectrum.values if value > _ZERO]
+        places = range(1, len(heights) + 1)
+        for name, color, part in (
+            ("kept", _OURS, slice(spectrum.kept)),
+            ("dropped", _DENSE, slice(spectrum.kept, None)),
+        ):
+            axes.bar(places[part], heights[part], width=1, color=color, label=name)
+        lowest = min([lowest, *heights])
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.set_xlim(0.5, len(spectrum.values) + 0.5)
+        axes.set_title(_truncation(spectrum), fontsize=8, color=_INK)
+        _clean(axes)
+    panels[0].set_ylim(0.5 * lowest, 1.3)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    figure.supylabel("singular value / largest", fontsize=9, color=_INK)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2
+    )
+    return figure
+
+
+def _truncation(spectrum: Spectrum) -> str:
+    before, after = ("·".join(map(str, rank)) or "dense" for rank in (spectrum.before, spectrum.after))
+    return f"{spectrum.layer}\n{before} → {after}, error {spectrum.error:.3f}"
 
 
 def _how(method: str, rank: tuple[int, ...]) -> str:

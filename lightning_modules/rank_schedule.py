@@ -1,5 +1,6 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression_log import CompressionLog
 from lightning_modules.parameters import (
+    callbacks_of,
     check_strategy,
     follow_average,
     follow_optimizers,
@@ -99,6 +102,7 @@ class RankSchedule(Callback):
 
 def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:
     """Truncates the net, and lets everything follow that holds its parameters."""
+    reference = copy.deepcopy(module.net)
     before = dict(module.named_parameters())
     errors = truncate(module.net, rules)
     after = dict(module.named_parameters())
@@ -109,6 +113,9 @@ def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None
     reset_scores(trainer)
     if module.hparams["compile"]:
         torch._dynamo.reset()  # or it would give up after some distinct ranks, and run uncompiled
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, CompressionLog):
+            callback.truncated(trainer, module, reference, trainer.current_epoch)
     worst = max(errors, key=errors.__getitem__)
     kept = fraction_kept(module.net, ParamsKept, rules=module.rules)
     rank_zero_info(

@@ -3,7 +3,7 @@
 import os
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import pytest
 import sklearn  # noqa: F401
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from tests.processes import Forks
 
 # What pytest, torch's compiler and Jupyter set for the process when they are first used.
 _OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "PYDEVD_")
@@ -62,17 +65,27 @@ def clean_process() -> Iterator[None]:
     assert not changed, f"environment variables leaked: {sorted(changed)}"
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
 @pytest.fixture(scope="session", autouse=True)
 def written_checkpoints() -> Iterator[list[Path]]:
-    """The paths of the checkpoints that Lightning wrote in this process."""
-    paths, save = [], TorchCheckpointIO.save_checkpoint
+    """The paths of the checkpoints that were written in this process."""
+    paths: list[Path] = []
 
-    def recorded(self: TorchCheckpointIO, checkpoint: dict[str, Any], path: str, *args: Any, **options: Any) -> None:
-        save(self, checkpoint, path, *args, **options)
-        paths.append(Path(path))
+    def recording(save: Callable[..., None]) -> Callable[..., None]:
+        def recorded(self: object, checkpoint: dict[str, Any], path: str, *args: Any, **options: Any) -> None:
+            save(self, checkpoint, path, *args, **options)
+            paths.append(Path(path))
+
+        return recorded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TorchCheckpointIO, "save_checkpoint", recorded)
+        for writer in (TorchCheckpointIO, AtomicCheckpointIO):
+            patch.setattr(writer, "save_checkpoint", recording(writer.save_checkpoint))
         yield paths
 
 

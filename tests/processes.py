@@ -1,15 +1,18 @@
 """Starting real processes in a test, and what those processes run."""
 
+import atexit
 import json
 import os
+import resource
+import select
 import signal
 import subprocess
 import sys
-import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,52 +51,103 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 90) -> tuple[int, 
     return process.returncode, said[-3000:]
 
 
-class ForkServer:
-    """A process that has imported everything, and forks a child for each command: one that can be killed costs no imports."""
+class Forks:
+    """A process that has imported everything and forks for each command: seconds sooner there than a new process.
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-c", "from tests.processes import serve; serve()"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes)
+    Use as a context, and start one command after the other.
+    """
 
-    def __enter__(self) -> "ForkServer":
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.processes"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # or a line could hide from select in a buffer
+            cwd=ROOT,
+        )
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        os.killpg(self.server.pid, signal.SIGKILL)
-        self.server.wait()
+    def __exit__(self, *_: object) -> None:
+        self._server.kill()
+        self._server.wait(10)
 
-    def run(self, command: Sequence[object], log: Path, kill_after: float | None = None) -> int:
-        """The exit code, negative for a signal; SIGKILL comes after so many seconds, and whatever hangs is killed too."""
-        job = {"command": [str(argument) for argument in command], "log": str(log), "kill_after": kill_after or 90}
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+    def start(self, arguments: Sequence[object], folder: Path, *, largest_file: int = -1, **environment: str) -> "Fork":
+        """Runs `tnlayers` with these arguments in `folder`; what it says goes to said.txt there.
+
+        `largest_file` limits what it can write, in bytes.
+        """
+        job = [[str(argument) for argument in arguments], str(folder), largest_file, environment]
+        assert self._server.stdin is not None
+        self._server.stdin.write(f"{json.dumps(job)}\n".encode())
+        return Fork(int(self.answer(60)), folder / "said.txt", self)
+
+    def answer(self, timeout: float) -> str:
+        assert self._server.stdout is not None
+        assert select.select([self._server.stdout], [], [], timeout)[0], f"no answer in {timeout} s"
+        return self._server.stdout.readline().decode()
+
+
+class Fork:
+    """A command that runs in a process of its own, to be waited for or killed."""
+
+    def __init__(self, pid: int, output: Path, forks: Forks) -> None:
+        self.pid, self._output, self._forks = pid, output, forks
+
+    @property
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code; minus the signal's number where one has ended it."""
+        try:
+            return int(self._forks.answer(timeout))
+        except AssertionError:
+            self.kill()
+            self._forks.answer(10)
+            raise
+
+    def until(self, happened: Callable[[], object], timeout: float = 60) -> Self:
+        """Waits for something that the command does."""
+        end = time.monotonic() + timeout
+        while not happened():
+            assert time.monotonic() < end, f"not in {timeout} s: {self.said[-2000:]}"
+            os.kill(self.pid, 0)
+            time.sleep(0.01)
+        return self
 
 
 def serve() -> None:
-    """Runs the commands that come as lines of JSON, and answers each with its exit code."""
-    answers = os.fdopen(os.dup(1), "w")
+    """What `Forks` starts: a command a line on stdin; its process and then its exit code on stdout."""
     for line in sys.stdin:
-        job = json.loads(line)
-        if (child := os.fork()) == 0:
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                code = main(job["command"])
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            os._exit(code)
-        alarm = threading.Timer(job["kill_after"], os.kill, (child, signal.SIGKILL))
-        alarm.start()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        alarm.cancel()
-        print(code, file=answers, flush=True)
+        arguments, folder, largest_file, environment = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(folder)
+            os.environ.update(environment)
+            os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(1, 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+            sys.argv = ["tnlayers", *arguments]
+            os._exit(_exit_code())
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _exit_code() -> int:
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    return code
 
 
 class SaveReplica(Callback):
@@ -153,5 +207,9 @@ class OddDigits(Digits):
         return every if part == "train" else Pictures(*every.__getitems__(range(33)))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 1:
+    import lightning_modules.lightning_cli  # noqa: F401
+
+    serve()
+elif __name__ == "__main__":
     sys.exit(max(main(command) for command in json.loads(Path(sys.argv[1]).read_text())))

@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import yaml
 
 from tests.commands import CONFIGS, QUIET
-from tests.processes import COMMAND, ForkServer, finish, replica, start
+from tests.processes import COMMAND, Forks, finish, replica, start
 from tests.tolerances import EXACT
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
@@ -88,22 +90,28 @@ def test_twenty_kills(tmp_path: Path) -> None:
     ranks: dict[object, str] = {1: "ParamsKept(0.3)", "3-4": "ParamsKept(0.05)"}
     steps = ["--model_checkpoint.every_n_train_steps", "3"]
     moments = random.Random(0)
-    with ForkServer(tmp_path) as server:
+    with Forks() as forks:
 
-        def options(name: str) -> list[str]:
-            return ["fit", *config(tmp_path / name, ranks, max_epochs=6), *steps, "--ckpt_path", "last"]
+        def run(name: str, kill_after: float | None) -> tuple[int, str]:
+            options = [*config(tmp_path / name, ranks, max_epochs=6), *steps, "--ckpt_path", "last"]
+            fork = forks.start(["fit", *options], tmp_path / name)
+            if kill_after is not None:
+                time.sleep(kill_after)
+                with suppress(ProcessLookupError):  # it may have ended by itself
+                    fork.kill()
+            return fork.wait(), fork.said[-3000:]
 
-        assert server.run(options("whole"), tmp_path / "whole.log") == 0, (tmp_path / "whole.log").read_text()[-3000:]
+        code, said = run("whole", None)
+        assert code == 0, said
         (end,) = (tmp_path / "whole").rglob("last.ckpt")
         expected = read_checkpoint(end)
         kills = runs = 0
         while kills < KILLS:
             name, code, saved = f"run{runs}", -1, 0
-            log = tmp_path / f"{name}.log"
             while code:
                 last_try = kills >= KILLS
-                code = server.run(options(name), log, None if last_try else moments.uniform(0.3, 4.0))
-                assert code in ((0,) if last_try else (0, -9)), log.read_text()[-3000:]
+                code, said = run(name, None if last_try else moments.uniform(0.3, 4.0))
+                assert code in ((0,) if last_try else (0, -9)), said
                 assert steps_saved(tmp_path / name) >= saved
                 saved = steps_saved(tmp_path / name)
                 kills += code != 0

@@ -1,0 +1,125 @@
+"""A run's factorized layers over time: ranks, what is kept, effective ranks, and a report of every truncation."""
+
+import json
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression import layer_metrics, log_report
+from lightning_modules.loggers import run_folder
+from lightning_modules.plots import Spectrum, plot_spectra
+from lightning_modules.report import Report
+from tnlayers import FactorizedLayer, Summary, summarize
+from tnlayers.linalg import effective_rank, precise, singular_values
+
+__all__ = ["CompressionLog"]
+
+_ZERO = 1e-6  # of the largest singular value; float32 factors leave less than this where there is nothing
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class CompressionLog(Callback):
+    """Logs the factorized layers of a classifier beside its metrics, at the start, after every epoch and at truncations.
+
+    compress/params_kept and compress/macs_kept are of the whole net. Of each layer: compress/<layer>/rank0, rank1, ... and
+    compress/<layer>/effective_rank, which tells how many of them the weights use (`tnlayers.linalg.effective_rank`, of the
+    weight unfolded as outputs x rest). A net without factorized layers logs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, object] = {}
+        self._kept: dict[str, float] = {}
+        self._step, self._metrics = -1, dict[str, float]()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = -1
+        metrics = self._measured(trainer, pl_module)
+        if trainer.is_global_zero and metrics and trainer.global_step == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics | _conversion_errors(pl_module), step=0)
+                logger.save()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            pl_module.log_dict(self._measured(trainer, pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log_dict(self._measured(trainer, pl_module))
+
+    def truncated(self, trainer: Trainer, module: ImageClassifier, reference: nn.Module, epoch: int) -> None:
+        """Reports a truncation: files in truncations/epoch=<epoch>/ of the run's folder, and the same to the loggers.
+
+        Every process may call it; the first one works.
+
+        Args:
+            trainer: whose loggers and folder these are.
+            module: holds the net as it is now.
+            reference: a copy of the net from before.
+            epoch: names the folder.
+        """
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer) / "truncations" / f"epoch={epoch}"
+        summary = summarize(module.net, module.example_input, reference=reference, measure=False)
+        report = Report(f"{module.hparams['net']} truncated at epoch {epoch}", summary, {})
+        report.write(folder)
+        spectra = _spectra(reference, module.net, summary)
+        (folder / "spectra.json").write_text(json.dumps({each.layer: each.to_plain() for each in spectra}) + "\n")
+        if spectra:
+            plot_spectra(spectra).savefig(folder / "spectra.png", dpi=120)
+        log_report(trainer, report, folder)
+
+    def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        if not isinstance(module, ImageClassifier) or not (layers := _factorized(module.net)):
+            return {}
+        if trainer.global_step == self._step:  # validation and the epoch end at the same weights
+            return self._metrics
+        ranks = {name: layer.ranks for name, layer in layers.items()}
+        if ranks != self._ranks:  # else nothing that is counted has changed
+            self._ranks = dict(ranks)
+            counts = layer_metrics(summarize(module.net, module.example_input, measure=False))
+            self._kept = {name: value for name, value in counts.items() if not name.endswith("/error")}
+        spread = {f"compress/{name}/effective_rank": effective_rank(_unfolded(layer)) for name, layer in layers.items()}
+        self._step, self._metrics = trainer.global_step, self._kept | spread
+        return self._metrics
+
+
+def _conversion_errors(module: LightningModule) -> dict[str, float]:
+    errors = {name: layer.decomposition_error for name, layer in _factorized(module).items()}
+    return {f"compress/{name.removeprefix('net.')}/error": error for name, error in errors.items() if error is not None}
+
+
+def _factorized(net: nn.Module) -> dict[str, FactorizedLayer]:
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, FactorizedLayer)}
+
+
+def _unfolded(layer: nn.Module) -> Tensor:
+    """float64 (outputs, rest)."""
+    with torch.no_grad():
+        return precise(layer.weight).flatten(1)  # type: ignore[arg-type]
+
+
+def _spectra(reference: nn.Module, net: nn.Module, summary: Summary) -> list[Spectrum]:
+    """Of the layers whose rank changed; those with the largest error first."""
+    errors = {layer.name: layer.error or 0.0 for layer in summary.layers}
+    spectra = []
+    for name, layer in _factorized(net).items():
+        old = reference.get_submodule(name)
+        before = old.ranks if isinstance(old, FactorizedLayer) else ()
+        if before != layer.ranks:
+            values = singular_values(_unfolded(old))
+            kept = singular_values(_unfolded(layer))
+            spectra.append(
+                Spectrum(
+                    layer=name,
+                    values=tuple((values / values[0].clamp(min=_TINY)).tolist()),
+                    kept=int((kept > _ZERO * kept[0]).sum()),
+                    before=before,
+                    after=layer.ranks,
+                    error=errors[name],
+                )
+            )
+    return sorted(spectra, key=lambda each: -each.error)

@@ -1,0 +1,76 @@
+"""What lets a training be stopped at any moment and go on: when it stops, what it saves then, where its books go on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_modules.loggers import CSV
+
+__all__ = ["Interruptible", "RunCheckpoint"]
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint` for runs that are stopped and go on in the same folder.
+
+    With `save_on_exception` it writes last.ckpt on SIGTERM, which ends training between two steps. Any other exception
+    may come in the middle of one (Ctrl-C, memory that runs out) and saves nothing: it could not be resumed exactly.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, SIGTERMException):
+            return
+        if self._should_save_on_exception(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.last_model_path:
+            rank_zero_info(
+                f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {self.last_model_path}"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """In a folder that goes on, its files are this run's, whatever path it had before."""
+        folder = str(self.dirpath)
+        last = os.path.join(folder, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        goes_on = Path(last).is_file()
+        super().load_state_dict(_moved(state_dict, state_dict.get("dirpath"), folder) if goes_on else state_dict)
+        if goes_on:  # the state may be older than the file, which would then be followed by last-v1.ckpt
+            self.last_model_path = last
+
+
+def _moved(state: Any, before: str | None, after: str) -> Any:
+    """The state with one folder in place of another in all paths."""
+    if isinstance(state, dict):
+        return {_moved(key, before, after): _moved(value, before, after) for key, value in state.items()}
+    if isinstance(state, str) and before and (state == before or state.startswith(before + os.sep)):
+        return after + state.removeprefix(before)
+    return state
+
+
+class Interruptible(Callback):
+    """SIGTERM is noted, and all processes heed it after the same step; metrics from after a checkpoint are dropped.
+
+    Lightning's own handler talks to the other processes from within, while they may be talking of a step: that can hang.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._note)  # the trainer puts back the handler of before
+        for logger in trainer.loggers:
+            if isinstance(logger, CSV):
+                logger.rewind(trainer.global_step)
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # else gradients would be lost
+            trainer.stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)  # type: ignore[attr-defined]

@@ -1,0 +1,126 @@
+"""`--ckpt_path last`: the newest checkpoint among the runs of a name, and the run that it belongs to.
+
+A run's checkpoints are in <save_dir>/<name>/<version>/checkpoints, in <default_root_dir>/checkpoints where nothing is
+logged, or where `model_checkpoint.dirpath` says.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from tnlayers import CheckpointError
+from tnlayers.checkpoints import read_checkpoint
+
+__all__ = ["check_own", "check_writable", "continue_last", "newest_checkpoint"]
+
+_OURS = {"state_dict", "pytorch-lightning_version", "global_step"}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint that can be read; those of more steps come later."""
+
+    path: Path
+    step: int
+    versions: list[Any]
+
+    @property
+    def order(self) -> tuple[int, bool, float]:
+        return self.step, self.path.name == "last.ckpt", self.path.stat().st_mtime
+
+
+def continue_last(config: Namespace, *, training: bool) -> None:
+    """Puts a path in the place of `last`; a training goes on in the folder of its run, with the same loggers' versions.
+
+    Where there is no checkpoint yet a training starts from the beginning, so that a job's command is always the same.
+
+    Raises:
+        FileNotFoundError: there is none to evaluate.
+    """
+    found = newest_checkpoint(_folders(config))
+    if found is None:
+        said = f"--ckpt_path last: no checkpoint in {_home(config)} yet"
+        if not training:
+            raise FileNotFoundError(f"{said}; train first, or give the path of one")
+        rank_zero_info(f"{said}; training starts from the beginning")
+    elif training and len(found.versions) == len(_loggers(config)):
+        for logger, version in zip(_loggers(config), found.versions, strict=True):
+            if isinstance(version, int) or re.fullmatch(r"[\w.-]*\w[\w.-]*", str(version)):
+                logger.init_args.version = version
+    config.ckpt_path = str(found.path) if found else None
+
+
+def newest_checkpoint(folders: list[Path]) -> _Saved | None:
+    """Of the folder that was written to last, the checkpoint of the most steps; None where there is none to be read."""
+    runs = [files for folder in folders if (files := list(folder.glob("*.ckpt")))]
+    runs.sort(key=lambda files: max(path.stat().st_mtime for path in files), reverse=True)
+    problems: list[str] = []
+    for files in runs:
+        saved = []
+        for path in sorted(files):
+            try:
+                content = check_own(path)
+                saved.append(_Saved(path, int(content["global_step"]), list(content.get("logger_versions") or ())))
+            except (CheckpointError, ValueError) as error:
+                problems.append(str(error))
+        if saved:
+            best = max(saved, key=lambda each: each.order)
+            if problems:
+                rank_zero_warn(f"{'; '.join(problems)}; using {best.path} (step {best.step}) instead")
+            return best
+    return None
+
+
+def check_own(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint of a training.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ValueError: it is of something else.
+    """
+    content = read_checkpoint(path)
+    if not content.keys() >= _OURS:
+        raise ValueError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
+    return content
+
+
+def check_writable(config: Namespace) -> None:
+    """Whether the run's folder can be made.
+
+    Raises:
+        OSError: it cannot, or nothing can be written there.
+    """
+    home = _home(config)
+    place = next(path for path in (home, *home.absolute().parents) if os.path.exists(path))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problem = "may not be written to" if place.is_dir() else "is no folder"
+        raise OSError(f"the run cannot be kept in {home}: {place} {problem}; give another --trainer.default_root_dir")
+
+
+def _loggers(config: Namespace) -> list[Namespace]:
+    loggers = config.trainer.logger
+    return [each for each in (loggers if isinstance(loggers, list) else [loggers]) if isinstance(each, Namespace)]
+
+
+def _home(config: Namespace) -> Path:
+    """What holds the folders of the runs of this name, or of the only one."""
+    root = config.trainer.default_root_dir or "."
+    if config.model_checkpoint.dirpath:
+        return Path(config.model_checkpoint.dirpath)
+    if not _loggers(config):
+        return Path(root)
+    given = _loggers(config)[0].init_args
+    return Path(given.get("save_dir") or root, given.get("project") or given.get("name") or "")
+
+
+def _folders(config: Namespace) -> list[Path]:
+    """What may hold checkpoints."""
+    home = _home(config)
+    if config.model_checkpoint.dirpath:
+        return [home]
+    return list(home.glob("*/checkpoints")) if _loggers(config) else [home / "checkpoints"]

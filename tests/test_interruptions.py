@@ -1,0 +1,283 @@
+"""Runs that are killed, stopped or out of space: what is left is whole, and the same command goes on from it."""
+
+import csv
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.resume import newest_checkpoint
+from tests.commands import DIGITS, QUIET, tnlayers
+from tests.processes import COMMAND, Forks, finish, start
+
+RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
+STEPS = 21  # of an epoch on the digits
+
+
+def fit(epochs: int = 500, *options: str) -> list[str]:
+    """The command of a job script: the same each time it is started."""
+    return ["fit", *DIGITS, *RULES, *QUIET, "--trainer.max_epochs", str(epochs), "--ckpt_path", "last", *options]
+
+
+def checkpoints(folder: Path, version: str = "logs/version_0") -> dict[str, int]:
+    """The steps of the checkpoints of a run, all of which can be read."""
+    paths = (folder / "runs" / version / "checkpoints").iterdir()
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in paths if path.suffix == ".ckpt"}
+
+
+def rows(folder: Path, version: str = "version_0") -> list[dict[str, str]]:
+    with open(folder / "runs/logs" / version / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reached(folder: Path, epoch: int) -> bool:
+    """Whether the checkpoint of an epoch, or a later one, is there."""
+    names = [path.name for path in (folder / "runs").rglob("epoch=*.ckpt")]
+    return any(int(name.split("=")[1].split("-")[0]) >= epoch for name in names)
+
+
+# ---- writing
+
+
+def test_a_save_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Cut off by a limit on the size of files, at any place."""
+    path, io = tmp_path / "run" / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"x": torch.zeros(1000)}, path)
+    before = path.read_bytes()
+    (path.parent / ".epoch=7.ckpt.tmp").write_text("what a killed process left")
+    (path.parent / ".last.ckpt.tmp").mkdir()  # nobody can write a file of this name
+    with pytest.raises(
+        OSError, match=rf"cannot write the checkpoint {re.escape(str(path))}: .*; .* before it are intact"
+    ):
+        io.save_checkpoint({"x": torch.ones(1000)}, path)
+    assert path.read_bytes() == before
+    (path.parent / ".last.ckpt.tmp").rmdir()
+    io.save_checkpoint({"x": torch.ones(1000)}, path)
+    assert torch.equal(io.load_checkpoint(path)["x"], torch.ones(1000))
+    assert [each.name for each in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_code_is_not_loaded(tmp_path: Path) -> None:
+    torch.save({"x": pytest.raises}, tmp_path / "code.ckpt")
+    with pytest.raises(Exception, match="weights_only"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "code.ckpt", weights_only=False)
+
+
+def test_no_space_left(forks: Forks, tmp_path: Path) -> None:
+    assert forks.start(fit(1), tmp_path).wait() == 0
+    before = checkpoints(tmp_path)
+    size = (tmp_path / "runs/logs/version_0/checkpoints/last.ckpt").stat().st_size
+    run = forks.start(fit(2), tmp_path, largest_file=size // 2)
+    assert run.wait() == 2
+    errors = [line for line in run.said.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    assert re.match(r"tnlayers: error: cannot write the checkpoint runs/.*epoch=1.*: File too large; ", errors[0])
+    assert "Traceback" not in run.said
+    assert checkpoints(tmp_path) == before
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert forks.start(fit(2), tmp_path).wait() == 0
+    assert checkpoints(tmp_path) == {"epoch=1-step=42.ckpt": 2 * STEPS, "last.ckpt": 2 * STEPS}
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").write_text("a file")
+    command = ["fit", *DIGITS, *QUIET, "--trainer.default_root_dir", str(tmp_path / "runs")]
+    assert tnlayers(*command) == 2
+    assert f"tnlayers: error: the run cannot be kept in {tmp_path}/runs/logs: " in capsys.readouterr().err
+
+
+# ---- kills
+
+
+def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
+    """Twice, at random moments; then it ends as one run, in one folder, that logged each epoch once."""
+    steps = [0]
+    for _ in range(2):
+        run = forks.start(fit(), tmp_path)
+        run.until(lambda: reached(tmp_path, max(steps) // STEPS + 1))
+        time.sleep(random.uniform(0, 0.5))
+        run.kill()
+        assert run.wait() == -signal.SIGKILL
+        steps.append(max(checkpoints(tmp_path).values()))
+    epochs = steps[-1] // STEPS + 2
+    run = forks.start(fit(epochs), tmp_path)
+    assert run.wait() == 0
+    assert "Restored all states from the checkpoint at runs/logs/version_0" in run.said
+    assert [path.name for path in (tmp_path / "runs/logs").iterdir()] == ["version_0"]
+    assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
+    assert not [name for name in checkpoints(tmp_path) if "-v" in name]
+    trained = [row for row in rows(tmp_path) if row["train/loss"]]
+    assert [int(row["epoch"]) for row in trained] == list(range(epochs))
+    assert [int(row["step"]) for row in trained] == [STEPS * (epoch + 1) - 1 for epoch in range(epochs)]
+    assert len([row for row in rows(tmp_path) if row["val/accuracy"]]) == epochs
+    first = yaml.safe_load((tmp_path / "runs/logs/version_0/config.yaml").read_text())
+    assert (first["ckpt_path"], first["trainer"]["max_epochs"]) == ("last", 500)
+    resumed = yaml.safe_load((tmp_path / "runs/logs/version_0/config-resumed-1.yaml").read_text())
+    assert resumed["trainer"]["max_epochs"] == epochs
+    assert not (tmp_path / "runs/logs/version_0/config-resumed-2.yaml").exists()  # the second start was like the first
+
+    again = forks.start(fit(epochs), tmp_path)  # what is finished stays as it is
+    assert again.wait() == 0
+    assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
+    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == epochs
+
+
+def test_terminated_in_training(forks: Forks, tmp_path: Path) -> None:
+    run = forks.start(fit(), tmp_path)
+    run.until(lambda: reached(tmp_path, 0))
+    time.sleep(random.uniform(0, 0.5))
+    run.kill(signal.SIGTERM)
+    assert run.wait(20) == 143
+    stopped = checkpoints(tmp_path)["last.ckpt"]
+    ours = [line for line in run.said.splitlines() if "SIGTERM" in line]
+    assert ours == [
+        f"stopped by SIGTERM at step {stopped}; --ckpt_path last goes on from runs/logs/version_0/checkpoints/last.ckpt"
+    ]
+    assert "Traceback" not in run.said
+    assert len(checkpoints(tmp_path)) == 2
+    epochs = stopped // STEPS + 1
+    assert forks.start(fit(epochs), tmp_path).wait() == 0
+    assert checkpoints(tmp_path) == {
+        f"epoch={epochs - 1}-step={epochs * STEPS}.ckpt": epochs * STEPS,
+        "last.ckpt": epochs * STEPS,
+    }
+    assert [int(row["epoch"]) for row in rows(tmp_path) if row["train/loss"]] == list(range(epochs))
+
+
+def test_terminated_before_training(forks: Forks, tmp_path: Path) -> None:
+    run = forks.start(fit(), tmp_path)
+    run.until(lambda: run.said)  # the seed is what is said first
+    run.kill(signal.SIGTERM)
+    assert run.wait(20) == 143
+    assert "Traceback" not in run.said
+
+
+def test_interrupted_by_hand(forks: Forks, tmp_path: Path) -> None:
+    """Ctrl-C may come in the middle of a step: what was saved before stands."""
+    run = forks.start(fit(), tmp_path)
+    run.until(lambda: reached(tmp_path, 0))
+    run.kill(signal.SIGINT)
+    assert run.wait(20) == 1
+    assert all(step % STEPS == 0 for step in checkpoints(tmp_path).values())
+
+
+@pytest.mark.slow
+def test_two_processes_terminated(tmp_path: Path) -> None:
+    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process = start([*COMMAND, *fit(500, *two)], tmp_path)
+    end = time.monotonic() + 60
+    while not reached(tmp_path, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.terminate()  # the first process alone
+    code, said = finish(process, 30)
+    assert code == 143, said
+    assert "Traceback" not in said
+    assert said.count("SIGTERM") == 1
+    (last,) = tmp_path.rglob("last.ckpt")
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    epochs = stopped // 10 + 1
+    code, said = finish(start([*COMMAND, *fit(epochs, *two)], tmp_path))
+    assert code == 0, said
+    assert torch.load(last, weights_only=True)["global_step"] > stopped
+    assert [path.name for path in (tmp_path / "runs/logs").iterdir()] == ["version_0"]
+
+
+# ---- last
+
+
+def saved(path: Path, step: int, age: float = 0, **content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2", "global_step": step, **content}, path)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def torn(path: Path, age: float) -> Path:
+    content = saved(path, 99).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def test_newest_checkpoint(tmp_path: Path) -> None:
+    """The run that was written to last; in it the most steps, then last.ckpt, then the newest."""
+    old, new, empty = (tmp_path / name / "checkpoints" for name in ("version_10", "version_9", "version_11"))
+    empty.mkdir(parents=True)
+    saved(old / "last.ckpt", 99, age=10)
+    saved(new / "a.ckpt", 20, age=5)
+    folders = [old, new, empty, tmp_path / "none"]
+
+    def newest() -> Path | None:
+        found = newest_checkpoint(folders)
+        return found.path if found else None
+
+    assert newest() == new / "a.ckpt"
+    b = saved(new / "b.ckpt", 20, age=2)
+    assert newest() == b
+    last = saved(new / "last.ckpt", 20, age=3)
+    assert newest() == last
+    (new / ".c.ckpt.tmp").write_bytes(last.read_bytes())
+    assert newest() == last
+    c = saved(new / "c.ckpt", 21, age=4)
+    assert newest() == c
+    broken = torn(new / "d.ckpt", age=1)
+    with pytest.warns(UserWarning, match=f"{re.escape(str(broken))} .*; using {re.escape(str(c))} .step 21. instead"):
+        assert newest() == c
+    assert newest_checkpoint([empty]) is None
+
+
+def test_a_torn_checkpoint_is_skipped(forks: Forks, tmp_path: Path) -> None:
+    assert forks.start(fit(1), tmp_path).wait() == 0
+    last = tmp_path / "runs/logs/version_0/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    run = forks.start(fit(2), tmp_path)
+    assert run.wait() == 0
+    (warning,) = [line for line in run.said.splitlines() if "warning" in line]
+    assert "checkpoints/last.ckpt is not a checkpoint" in warning
+    assert "using runs/logs/version_0/checkpoints/epoch=0-step=21.ckpt (step 21) instead" in warning
+    assert checkpoints(tmp_path)["last.ckpt"] == 2 * STEPS
+    assert not [name for name in checkpoints(tmp_path) if "-v" in name]
+
+
+def test_nothing_to_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--trainer.default_root_dir", str(tmp_path), *QUIET]
+    assert tnlayers("test", *DIGITS, *root, "--ckpt_path", "last") == 2
+    assert f"--ckpt_path last: no checkpoint in {tmp_path}/logs yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        (["--trainer.logger", "false"], "runs/checkpoints"),
+        (["--model_checkpoint.dirpath", "kept"], "kept"),
+        (["-c", "two.yaml"], "runs/logs/version_0/checkpoints"),
+    ],
+    ids=["no logger", "dirpath", "two loggers"],
+)
+def test_last_is_found_where_checkpoints_are(options: list[str], folder: str, forks: Forks, tmp_path: Path) -> None:
+    loggers = [
+        {"class_path": name, "init_args": {"save_dir": place, "name": "logs"}}
+        for name, place in (("lightning_modules.loggers.CSV", "runs"), ("TensorBoardLogger", "boards"))
+    ]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    top = ["--model_checkpoint.monitor", "val/loss", "--model_checkpoint.save_top_k", "2"]
+    first = forks.start([*fit(1), *options, *top], tmp_path)
+    assert first.wait() == 0
+    assert "starts from the beginning" in first.said
+    (tmp_path / "boards/logs/version_7").mkdir(parents=True)  # of another run
+    assert forks.start([*fit(4), *options, *top], tmp_path).wait() == 0
+    found = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / folder).glob("*.ckpt")}
+    assert found["last.ckpt"]["global_step"] == 4 * STEPS
+    assert len(found) == 3  # the best two, as one run would have left
+    assert forks.start(["test", *fit()[1:], *options], tmp_path).wait() == 0
+    if options[0] == "-c":
+        assert [path.name for path in (tmp_path / "boards/logs").glob("*/events*")][2:]
+        assert not list((tmp_path / "boards/logs/version_7").iterdir())
