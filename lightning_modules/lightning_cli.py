@@ -23,6 +23,7 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
 from lightning_modules.report import new_folder
+from lightning_modules.requeue import Requeue
 from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
 
@@ -33,6 +34,7 @@ _HARMLESS = (
     ".*does not have many workers.*",  # pictures in memory need none
     "Total length of `list` across ranks is zero",  # val_fraction: 0
     ".*is smaller than the logging interval.*",  # metrics are logged by epoch
+    "You requested to overfit",  # Lightning's words on samplers that are not its own
     "The dirpath has changed from",  # a test of a checkpoint writes none
     "Checkpoint directory .* exists and is not empty",
 )
@@ -232,7 +234,7 @@ def _run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
-                "callbacks": [PredictionWriter()],
+                "callbacks": [PredictionWriter(), Requeue()],
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "logs"}},
                 "default_root_dir": "runs",
             },
