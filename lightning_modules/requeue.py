@@ -14,7 +14,7 @@ class Requeue(Callback):
     """On SIGUSR1 in a SLURM job: saves hpc_ckpt_N.ckpt after the step, puts the job into the queue again, and stops.
 
     That is what Lightning's handler does, which saves wherever the signal falls: inside of a step, and in each process
-    at another place, where they wait for each other for ever. It leaves the signal alone where there is a handler.
+    at another place, where they wait for each other for ever. It is not installed where the signal has a handler.
     """
 
     def __init__(self) -> None:

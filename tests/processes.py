@@ -61,16 +61,17 @@ def replica(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 class Signalled(Callback):
-    """Sends its own process a signal after a step, which is another one for each process, unless it was sent already."""
+    """Sends its own process a signal after a step, which is another one for each process; not in a run that was resumed."""
 
-    def __init__(self, name: str, step: int, folder: str) -> None:
-        self.name, self.step, self.folder = name, step, Path(folder)
+    def __init__(self, name: str, step: int) -> None:
+        self.signal, self.step = getattr(signal, name), step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.resumed = trainer.global_step > 0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        sent = self.folder / f"signal{trainer.global_rank}"
-        if trainer.global_step == self.step + trainer.global_rank and not sent.exists():
-            sent.touch()
-            os.kill(os.getpid(), getattr(signal, self.name))
+        if trainer.global_step == self.step + trainer.global_rank and not self.resumed:
+            os.kill(os.getpid(), self.signal)
 
 
 class OddDigits(Digits):

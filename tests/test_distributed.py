@@ -196,8 +196,8 @@ def test_two_processes_evaluate_and_resume_as_one(one: Path, tmp_path: Path) -> 
 def test_requeue_by_slurm(one: Path, tmp_path: Path) -> None:
     """Its variables, its program and its signal, which meets two processes at different steps; twice the same command."""
     job, scontrol = tmp_path / "job", tmp_path / "bin/scontrol"
-    arguments = {"name": "SIGUSR1", "step": 13, "folder": str(tmp_path)}
-    command = [*COMMAND, "fit", *config(job, {"class_path": "tests.processes.Signalled", "init_args": arguments}), *TWO]
+    usr1 = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGUSR1", "step": 13}}
+    command = [*COMMAND, "fit", *config(job, usr1), *TWO]
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o755)

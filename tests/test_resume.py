@@ -49,8 +49,7 @@ def test_resume_in_the_middle_of_an_epoch(step: int, options: list[str], again: 
 def test_resume_after_sigterm(tmp_path: Path) -> None:
     whole, stopped, rest = tmp_path / "whole", tmp_path / "stopped", tmp_path / "rest"
     assert tnlayers(*fit(whole)) == 0
-    arguments = {"name": "SIGTERM", "step": 26, "folder": str(tmp_path)}
-    term = {"class_path": "tests.processes.Signalled", "init_args": arguments}
+    term = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGTERM", "step": 26}}
     assert tnlayers(*fit(stopped, term, save_on_exception=True)) == 143
     assert not list(stopped.glob("replica*"))
     (saved,) = stopped.rglob("*step=26*.ckpt")
