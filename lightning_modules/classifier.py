@@ -150,7 +150,8 @@ class ImageClassifier(LightningModule):
         if self._teacher:
             weight = self.hparams["distill_weight"]
             loss = (1 - weight) * loss + weight * self._distillation(x, logits)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
