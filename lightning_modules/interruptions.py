@@ -61,6 +61,10 @@ class Interruptible(Callback):
         self._asked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
+            raise ValueError(
+                f"--ckpt_path last is {trainer.ckpt_path} here and newer elsewhere: another job is writing it"
+            )
         signal.signal(signal.SIGTERM, self._note)  # the trainer puts back the handler of before
         for logger in trainer.loggers:
             if isinstance(logger, CSV):

@@ -29,6 +29,7 @@ from lightning_modules.compression import compress
 from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import ImageData
 from lightning_modules.interruptions import Interruptible, RunCheckpoint
+from lightning_modules.loggers import run_folder
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_own, check_writable, continue_last
@@ -42,6 +43,7 @@ _HARMLESS = (
     ".*does not have many workers.*",  # pictures in memory need none
     "Total length of `list` across ranks is zero",  # val_fraction: 0
     ".*is smaller than the logging interval.*",  # metrics are logged by epoch
+    "It is recommended to use `self.log.'(compress/|train/lr)",  # the same in every process
     "The dirpath has changed from",  # a test of a checkpoint writes none
     "Checkpoint directory .* exists and is not empty",
 )
@@ -179,9 +181,9 @@ class TensorCLI(LightningCLI):
                 Console().print(f"test        {command}", highlight=False, soft_wrap=True)
 
     def after_predict(self) -> None:
-        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked by every process: it is broadcast
         if self.trainer.is_global_zero:
-            Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
+            folder = _shown(str(run_folder(self.trainer)))
+            Console().print(f"written     {folder}/predictions.csv", highlight=False, soft_wrap=True)
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:

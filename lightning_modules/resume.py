@@ -52,6 +52,8 @@ def continue_last(config: Namespace, *, training: bool) -> None:
         for logger, version in zip(_loggers(config), found.versions, strict=True):
             if isinstance(version, int) or re.fullmatch(r"[\w.-]*\w[\w.-]*", str(version)):
                 logger.init_args.version = version
+            if logger.class_path.endswith("TensorBoardLogger"):
+                logger.dict_kwargs = {"purge_step": found.step}  # later ones are about to be logged again
     config.ckpt_path = str(found.path) if found else None
 
 

@@ -60,10 +60,11 @@ def preempted(step: int, signals: list[str], folder: Path) -> dict[str, object]:
 
 def test_resume_after_sigterm(uninterrupted: dict[str, torch.Tensor], tmp_path: Path) -> None:
     stopped, rest = tmp_path / "stopped", tmp_path / "rest"
-    command = fit(stopped, preempted(26, ["SIGTERM"], tmp_path), save_on_exception=True)
+    command = fit(stopped, preempted(26, ["SIGTERM"], tmp_path))
     assert tnlayers(*command) == 143
     assert not list(stopped.glob("replica*"))
-    (saved,) = stopped.rglob("*step=26*.ckpt")
+    (saved,) = stopped.rglob("last.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 26
     assert tnlayers(*fit(rest), "--ckpt_path", saved) == 0
     torch.testing.assert_close(replica(rest), uninterrupted, **EXACT)
 
