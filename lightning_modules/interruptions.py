@@ -26,11 +26,12 @@ class RunCheckpoint(ModelCheckpoint):
         if not isinstance(exception, SIGTERMException):
             return
         if self._should_save_on_exception(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.last_model_path:
-            rank_zero_info(
-                f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {self.last_model_path}"
-            )
+            candidates = self._monitor_candidates(trainer)
+            if self.save_last is not True:  # a link is no file of its own
+                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            self._save_last_checkpoint(trainer, candidates)
+        if saved := self.last_model_path or self._last_checkpoint_saved:
+            rank_zero_info(f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {saved}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In a folder that goes on, its files are this run's, whatever path it had before."""
@@ -69,6 +70,12 @@ class Interruptible(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
                 logger.rewind(trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Before training a process ends at once, and takes along those that it started, which would wait for it."""
+        launcher = trainer.strategy.launcher
+        if launcher and isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException):
+            launcher.kill(signal.SIGKILL)
 
     def _note(self, *_: Any) -> None:
         self._asked = True

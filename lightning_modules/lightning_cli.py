@@ -151,6 +151,8 @@ class TensorCLI(LightningCLI):
 
     def _log_under_root(self, config: Namespace) -> None:
         """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""
+        if config.trainer.logger in (None, True):  # Lightning's would be one whose runs cannot go on
+            config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         root, logger = config.trainer.default_root_dir, config.trainer.logger
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir") == "runs" and root:
             logger.init_args.update(Namespace(save_dir=str(root)))

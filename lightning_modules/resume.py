@@ -53,7 +53,8 @@ def continue_last(config: Namespace, *, training: bool) -> None:
             if isinstance(version, int) or re.fullmatch(r"[\w.-]*\w[\w.-]*", str(version)):
                 logger.init_args.version = version
             if logger.class_path.endswith("TensorBoardLogger"):
-                logger.dict_kwargs = {"purge_step": found.step}  # later ones are about to be logged again
+                # What was logged later is about to be logged again.
+                logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": found.step}
     config.ckpt_path = str(found.path) if found else None
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,13 +235,28 @@ def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
+    """Also when it is stopped, by a signal to the first of them, and goes on."""
     two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    code, said = finish(start([*COMMAND, *job(1, *two)], tmp_path))
-    assert code == 0, said
-    assert said.count("W&B is offline") == 1
+    process = start([*COMMAND, *job(500, *two)], tmp_path)
+    end = time.monotonic() + 60
+    while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.terminate()
+    code, said = finish(process, 30)
+    assert code == 143, said
+    assert "Traceback" not in said
+    assert (said.count("SIGTERM"), said.count("W&B is offline")) == (1, 1)
     assert "sync_dist" not in said
-    (path,) = (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")
-    config, history, _ = read_file(path)
+    (last,) = tmp_path.rglob("last.ckpt")
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    code, said = finish(start([*COMMAND, *job(stopped // 10 + 1, *two)], tmp_path))
+    assert code == 0, said
+    assert torch.load(last, weights_only=True)["global_step"] > stopped
+    assert [path.name for path in (tmp_path / "runs/tnlayers").iterdir()] == [last.parents[1].name]
+    files = sorted((tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert [path.name for path in files] == [f"run-{last.parents[1].name}.wandb"] * 2
+    config, history, _ = read_file(files[0])
     assert config["cli"]["trainer"]["devices"] == "2"
-    assert len(history["train/loss"]) == 1
-    assert len(list((tmp_path / "runs/tnlayers").iterdir())) == 1
+    assert len(history["train/loss"]) == len(set(history["epoch"]))
+    assert min(steps_of(files[1])) >= stopped
