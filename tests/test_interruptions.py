@@ -113,10 +113,14 @@ def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs/logs").iterdir()] == ["version_0"]
     assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
     assert not [name for name in checkpoints(tmp_path) if "-v" in name]
-    trained = [row for row in rows(tmp_path) if row["train/loss"]]
-    assert [int(row["epoch"]) for row in trained] == list(range(epochs))
-    assert [int(row["step"]) for row in trained] == [STEPS * (epoch + 1) - 1 for epoch in range(epochs)]
-    assert len([row for row in rows(tmp_path) if row["val/accuracy"]]) == epochs
+    validated, trained = (
+        [(int(row["epoch"]), int(row["step"])) for row in rows(tmp_path) if row[name]]
+        for name in ("val/accuracy", "train/loss")
+    )
+    assert validated == [(epoch, STEPS * (epoch + 1) - 1) for epoch in range(epochs)]
+    # Lightning logs an epoch's training after its checkpoint: the row of an epoch with a kill between them is lost.
+    assert trained == sorted(set(trained))
+    assert {epoch for epoch, _ in set(validated) - set(trained)} <= {step // STEPS - 1 for step in steps[1:]}
     first = yaml.safe_load((tmp_path / "runs/logs/version_0/config.yaml").read_text())
     assert (first["ckpt_path"], first["trainer"]["max_epochs"]) == ("last", 500)
     resumed = yaml.safe_load((tmp_path / "runs/logs/version_0/config-resumed-1.yaml").read_text())
@@ -126,7 +130,7 @@ def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
     again = forks.start(fit(epochs), tmp_path)  # what is finished stays as it is
     assert again.wait() == 0
     assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
-    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == epochs
+    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == len(trained)
 
 
 def test_terminated_in_training(forks: Forks, tmp_path: Path) -> None:
