@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,10 +42,10 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked by every process: it is broadcast
         rows, self._rows = _of_all_processes(self._rows, trainer), []
         if not trainer.is_global_zero:
             return
+        folder = run_folder(trainer)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         names, pictures = data.class_names, data.picture_names()
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +78,12 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_unset=False)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [folder / "config.yaml", *sorted(folder.glob("config-resumed-*.yaml"))]
-        if any(path.is_file() and path.read_text() == text for path in kept):
-            return
-        path = folder / (f"config-resumed-{len(kept)}.yaml" if kept[0].is_file() else "config.yaml")
+        path, number = folder / "config.yaml", 0
+        while path.is_file() and path.read_text() != text:
+            number += 1
+            path = folder / f"config-resumed-{number}.yaml"
         path.write_text(text)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers:  # again, too: a killed process may not have got it to the disk
             log_config(logger, path.stem.replace("config", "cli", 1), text)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -22,15 +22,32 @@ class RunCheckpoint(ModelCheckpoint):
     may come in the middle of one (Ctrl-C, memory that runs out) and saves nothing: it could not be resumed exactly.
     """
 
+    _waits = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Not after an epoch's last batch: a run that goes on from there loses count of its epochs, so its end comes first."""
+        self._waits = is_last_batch(trainer)
+        if not self._waits:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits and not self._should_skip_saving_checkpoint(trainer):
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        self._waits = False
+        super().on_train_epoch_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, SIGTERMException):
             return
         if self._should_save_on_exception(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.last_model_path:
-            rank_zero_info(
-                f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {self.last_model_path}"
-            )
+            candidates = self._monitor_candidates(trainer)
+            if self.save_last is not True:  # a link is no file of its own
+                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            self._save_last_checkpoint(trainer, candidates)
+        if saved := self.last_model_path or self._last_checkpoint_saved:
+            rank_zero_info(f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {saved}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """last.ckpt is what training ended with, also where checkpoints are saved every so many steps."""
@@ -45,6 +62,11 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(_moved(state_dict, state_dict.get("dirpath"), folder) if goes_on else state_dict)
         if goes_on:  # the state may be older than the file, which would then be followed by last-v1.ckpt
             self.last_model_path = last
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether the epoch ends with this batch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def _moved(state: Any, before: str | None, after: str) -> Any:
@@ -66,10 +88,20 @@ class Interruptible(Callback):
         self._asked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
+            raise ValueError(
+                f"--ckpt_path last is {trainer.ckpt_path} here and newer elsewhere: another job is writing it"
+            )
         signal.signal(signal.SIGTERM, self._note)  # the trainer puts back the handler of before
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
                 logger.rewind(trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Before training a process ends at once, and takes along those that it started, which would wait for it."""
+        launcher = trainer.strategy.launcher
+        if launcher and isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException):
+            launcher.kill(signal.SIGKILL)
 
     def _note(self, *_: Any) -> None:
         self._asked = True
@@ -77,5 +109,6 @@ class Interruptible(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # else gradients would be lost
+        # Else gradients would be lost, or the count of the epochs.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not is_last_batch(trainer):
             trainer.stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)  # type: ignore[attr-defined]

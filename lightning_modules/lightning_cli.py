@@ -29,6 +29,7 @@ from lightning_modules.compression import compress
 from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import ImageData
 from lightning_modules.interruptions import Interruptible, RunCheckpoint
+from lightning_modules.loggers import run_folder
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
 from lightning_modules.requeue import Requeue
@@ -44,6 +45,7 @@ _HARMLESS = (
     "Total length of `list` across ranks is zero",  # val_fraction: 0
     ".*is smaller than the logging interval.*",  # metrics are logged by epoch
     "You requested to overfit",  # Lightning's words on samplers that are not its own
+    "It is recommended to use `self.log.'(compress/|train/lr)",  # the same in every process
     "The dirpath has changed from",  # a test of a checkpoint writes none
     "Checkpoint directory .* exists and is not empty",
 )
@@ -151,6 +153,8 @@ class TensorCLI(LightningCLI):
 
     def _log_under_root(self, config: Namespace) -> None:
         """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""
+        if config.trainer.logger in (None, True):  # Lightning's would be one whose runs cannot go on
+            config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         root, logger = config.trainer.default_root_dir, config.trainer.logger
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir") == "runs" and root:
             logger.init_args.update(Namespace(save_dir=str(root)))
@@ -181,9 +185,9 @@ class TensorCLI(LightningCLI):
                 Console().print(f"test        {command}", highlight=False, soft_wrap=True)
 
     def after_predict(self) -> None:
-        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked by every process: it is broadcast
         if self.trainer.is_global_zero:
-            Console().print(f"written     {_shown(folder)}/predictions.csv", highlight=False, soft_wrap=True)
+            folder = _shown(str(run_folder(self.trainer)))
+            Console().print(f"written     {folder}/predictions.csv", highlight=False, soft_wrap=True)
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:

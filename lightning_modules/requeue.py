@@ -7,6 +7,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.interruptions import is_last_batch
+
 __all__ = ["Requeue"]
 
 
@@ -37,7 +39,7 @@ class Requeue(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not is_last_batch(trainer)
         if self._before is None or not stepped:
             return
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):  # all processes, after the same step

@@ -52,6 +52,9 @@ def continue_last(config: Namespace, *, training: bool) -> None:
         for logger, version in zip(_loggers(config), found.versions, strict=True):
             if isinstance(version, int) or re.fullmatch(r"[\w.-]*\w[\w.-]*", str(version)):
                 logger.init_args.version = version
+            if logger.class_path.endswith("TensorBoardLogger"):
+                # What was logged later is about to be logged again.
+                logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": found.step}
     config.ckpt_path = str(found.path) if found else None
 
 

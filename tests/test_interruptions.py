@@ -15,7 +15,7 @@ import yaml
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.resume import newest_checkpoint
 from tests.commands import DIGITS, QUIET, tnlayers
-from tests.processes import COMMAND, Forks, finish, start
+from tests.processes import Forks
 
 RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
 STEPS = 21  # of an epoch on the digits
@@ -113,10 +113,14 @@ def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs/logs").iterdir()] == ["version_0"]
     assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
     assert not [name for name in checkpoints(tmp_path) if "-v" in name]
-    trained = [row for row in rows(tmp_path) if row["train/loss"]]
-    assert [int(row["epoch"]) for row in trained] == list(range(epochs))
-    assert [int(row["step"]) for row in trained] == [STEPS * (epoch + 1) - 1 for epoch in range(epochs)]
-    assert len([row for row in rows(tmp_path) if row["val/accuracy"]]) == epochs
+    validated, trained = (
+        [(int(row["epoch"]), int(row["step"])) for row in rows(tmp_path) if row[name]]
+        for name in ("val/accuracy", "train/loss")
+    )
+    assert validated == [(epoch, STEPS * (epoch + 1) - 1) for epoch in range(epochs)]
+    # Lightning logs an epoch's training after its checkpoint: the row of an epoch with a kill between them is lost.
+    assert trained == sorted(set(trained))
+    assert {epoch for epoch, _ in set(validated) - set(trained)} <= {step // STEPS - 1 for step in steps[1:]}
     first = yaml.safe_load((tmp_path / "runs/logs/version_0/config.yaml").read_text())
     assert (first["ckpt_path"], first["trainer"]["max_epochs"]) == ("last", 500)
     resumed = yaml.safe_load((tmp_path / "runs/logs/version_0/config-resumed-1.yaml").read_text())
@@ -126,7 +130,7 @@ def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
     again = forks.start(fit(epochs), tmp_path)  # what is finished stays as it is
     assert again.wait() == 0
     assert checkpoints(tmp_path)["last.ckpt"] == epochs * STEPS
-    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == epochs
+    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == len(trained)
 
 
 def test_terminated_in_training(forks: Forks, tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_terminated_in_training(forks: Forks, tmp_path: Path) -> None:
         f"stopped by SIGTERM at step {stopped}; --ckpt_path last goes on from runs/logs/version_0/checkpoints/last.ckpt"
     ]
     assert "Traceback" not in run.said
-    assert len(checkpoints(tmp_path)) == 2
+    assert len(checkpoints(tmp_path)) == 2  # last.ckpt, and that of the last whole epoch
     epochs = stopped // STEPS + 1
     assert forks.start(fit(epochs), tmp_path).wait() == 0
     assert checkpoints(tmp_path) == {
@@ -166,28 +170,6 @@ def test_interrupted_by_hand(forks: Forks, tmp_path: Path) -> None:
     run.kill(signal.SIGINT)
     assert run.wait(20) == 1
     assert all(step % STEPS == 0 for step in checkpoints(tmp_path).values())
-
-
-@pytest.mark.slow
-def test_two_processes_terminated(tmp_path: Path) -> None:
-    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    process = start([*COMMAND, *fit(500, *two)], tmp_path)
-    end = time.monotonic() + 60
-    while not reached(tmp_path, 0) and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
-    process.terminate()  # the first process alone
-    code, said = finish(process, 30)
-    assert code == 143, said
-    assert "Traceback" not in said
-    assert said.count("SIGTERM") == 1
-    (last,) = tmp_path.rglob("last.ckpt")
-    stopped = torch.load(last, weights_only=True)["global_step"]
-    epochs = stopped // 10 + 1
-    code, said = finish(start([*COMMAND, *fit(epochs, *two)], tmp_path))
-    assert code == 0, said
-    assert torch.load(last, weights_only=True)["global_step"] > stopped
-    assert [path.name for path in (tmp_path / "runs/logs").iterdir()] == ["version_0"]
 
 
 # ---- last
@@ -258,9 +240,10 @@ def test_nothing_to_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--trainer.logger", "false"], "runs/checkpoints"),
         (["--model_checkpoint.dirpath", "kept"], "kept"),
+        (["--trainer.logger", "true"], "runs/logs/version_0/checkpoints"),
         (["-c", "two.yaml"], "runs/logs/version_0/checkpoints"),
     ],
-    ids=["no logger", "dirpath", "two loggers"],
+    ids=["no logger", "dirpath", "the default logger", "two loggers"],
 )
 def test_last_is_found_where_checkpoints_are(options: list[str], folder: str, forks: Forks, tmp_path: Path) -> None:
     loggers = [
@@ -272,12 +255,12 @@ def test_last_is_found_where_checkpoints_are(options: list[str], folder: str, fo
     first = forks.start([*fit(1), *options, *top], tmp_path)
     assert first.wait() == 0
     assert "starts from the beginning" in first.said
-    (tmp_path / "boards/logs/version_7").mkdir(parents=True)  # of another run
+    (tmp_path / "boards/logs/version_7").mkdir(parents=True)  # of another run, so that a new one would be 8
     assert forks.start([*fit(4), *options, *top], tmp_path).wait() == 0
     found = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / folder).glob("*.ckpt")}
     assert found["last.ckpt"]["global_step"] == 4 * STEPS
     assert len(found) == 3  # the best two, as one run would have left
     assert forks.start(["test", *fit()[1:], *options], tmp_path).wait() == 0
-    if options[0] == "-c":
-        assert [path.name for path in (tmp_path / "boards/logs").glob("*/events*")][2:]
-        assert not list((tmp_path / "boards/logs/version_7").iterdir())
+    if options[0] == "-c":  # fit twice into one folder; the test has one of its own
+        boards = [path.parent.name for path in (tmp_path / "boards/logs").glob("*/events*")]
+        assert sorted(boards) == ["version_0", "version_0", "version_8"]

@@ -2,18 +2,23 @@
 
 import json
 import os
+import random
+import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from wandb.proto import wandb_internal_pb2
 
 from lightning_modules.loggers import WandB
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
+from tests.processes import COMMAND, Forks, finish, start
 
 RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
 
@@ -53,6 +58,8 @@ def records(path: Path) -> Iterator[Any]:
         if left < 7 or kind == 0:
             offset += left
             continue
+        if offset + 7 + length > len(content):  # what a killed process has left unfinished
+            return
         parts.append(content[offset + 7 : offset + 7 + length])
         offset += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -67,6 +74,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     wandb.finish()  # as the end of a process does
     wandb.teardown()  # only then is the file whole
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    config, history, kinds = read_file(path)
+    assert "exit" in kinds
+    return config, history
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], set[str]]:
+    """The configuration, the history, and the kinds of records in a file."""
     config: dict[str, Any] = {}
     history: dict[str, list[Any]] = {}
     kinds = set()
@@ -76,8 +90,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             config[item.key or item.nested_key[0]] = json.loads(item.value_json)
         for item in record.history.item:
             history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-    assert "exit" in kinds
-    return config, history
+    return config, history, kinds
 
 
 def logged_to(folder: Path) -> list[str | Path]:
@@ -104,6 +117,7 @@ def test_fit_and_compress_offline(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
         assert len(history[name]) == 2, name
     assert history["train/loss"][1] < history["train/loss"][0]
+    assert history["compress/conv3/rank0"][-1] == 8
     assert not list(fit.rglob("metrics.csv"))
 
     dense = tmp_path / "dense.ckpt"
@@ -165,3 +179,84 @@ def test_offline_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert read_run(tmp_path / "run")[1]["x"] == [1.0]
     assert said(caplog) == []
     assert os.environ.get("WANDB_MODE") == environment.get("WANDB_MODE")
+
+
+ACCOUNT = (
+    "HOME",
+    "NETRC",
+    "WANDB_DIR",
+    "WANDB_DATA_DIR",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_ERROR_REPORTING",
+)
+
+
+def job(epochs: int, *options: str) -> list[str]:
+    """The command of a job script: the same each time it is started."""
+    logger = ["-c", str(CONFIGS / "logger/wandb.yaml"), "--trainer.max_epochs", str(epochs), "--ckpt_path", "last"]
+    return ["fit", *DIGITS, *RULES, *QUIET, *logger, *options]
+
+
+def steps_of(path: Path) -> list[int]:
+    return read_file(path)[1]["trainer/global_step"]
+
+
+def test_killed_and_started_again(forks: Forks, tmp_path: Path) -> None:
+    """Two files of one run, which is what `wandb sync` makes of them."""
+    account = {name: os.environ[name] for name in ACCOUNT}
+    run = forks.start(job(500), tmp_path, **account)
+    run.until(lambda: any(path.stat().st_size > 10_000 for path in tmp_path.rglob("*.wandb"))).kill()
+    assert run.wait() == -signal.SIGKILL
+    (last,) = tmp_path.rglob("last.ckpt")
+    step = torch.load(last, weights_only=True)["global_step"]
+    epochs = step // 21 + 2
+    assert forks.start(job(epochs), tmp_path, **account).wait() == 0
+
+    first, second = sorted(
+        (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime
+    )
+    run_id = last.parents[1].name
+    assert first.name == second.name == f"run-{run_id}.wandb"
+    assert last.parent.parent.parent == tmp_path / "runs/tnlayers"
+    assert {record.run.run_id for path in (first, second) for record in records(path) if record.run.run_id} == {run_id}
+    assert "exit" not in read_file(first)[2]
+    assert "exit" in read_file(second)[2]
+    (name,) = [name for name in read_file(second)[0] if name.startswith("cli")]
+    assert name == "cli-resumed-1"  # with another number of epochs
+    assert read_file(second)[0][name]["ckpt_path"] == "last"
+    assert sorted({0, *steps_of(first)}) == [0, *range(20, max(steps_of(first)) + 1, 21)]
+    assert sorted(set(steps_of(second))) == list(range(step + 20, 21 * epochs, 21))
+    axes = {(record.metric.glob_name, record.metric.step_metric) for record in records(second)}
+    assert ("*", "trainer/global_step") in axes
+    assert torch.load(last, weights_only=True)["global_step"] == 21 * epochs
+    assert (last.parents[1] / "config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path: Path) -> None:
+    """Also when it is stopped, by a signal to the first of them, and goes on."""
+    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process = start([*COMMAND, *job(500, *two)], tmp_path)
+    end = time.monotonic() + 60
+    while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.terminate()
+    code, said = finish(process, 30)
+    assert code == 143, said
+    assert "Traceback" not in said
+    assert (said.count("SIGTERM"), said.count("W&B is offline")) == (1, 1)
+    assert "sync_dist" not in said
+    (last,) = tmp_path.rglob("last.ckpt")
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    code, said = finish(start([*COMMAND, *job(stopped // 10 + 1, *two)], tmp_path))
+    assert code == 0, said
+    assert torch.load(last, weights_only=True)["global_step"] > stopped
+    assert [path.name for path in (tmp_path / "runs/tnlayers").iterdir()] == [last.parents[1].name]
+    files = sorted((tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert [path.name for path in files] == [f"run-{last.parents[1].name}.wandb"] * 2
+    config, history, _ = read_file(files[0])
+    assert config["cli"]["trainer"]["devices"] == "2"
+    assert len(history["train/loss"]) == len(set(history["epoch"]))
+    assert min(steps_of(files[1])) >= stopped
