@@ -23,7 +23,6 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.data.pictures import NO_LABEL
-from lightning_modules.ema import EMA
 from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
@@ -226,7 +225,7 @@ class ImageClassifier(LightningModule):
 def _check_averages(trainer: Trainer) -> None:
     """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
+        if isinstance(callback, WeightAveraging) and type(callback).setup is WeightAveraging.setup:
             raise ValueError(
                 f"{type(callback).__name__} copies the net before its layers are factorized; use lightning_modules.callbacks.EMA"
             )

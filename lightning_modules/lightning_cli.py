@@ -22,17 +22,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from lightning_modules.callbacks import PredictionWriter, RunConfig
+from lightning_modules.callbacks import (
+    CompressionLog,
+    Interruptible,
+    PredictionWriter,
+    RankSchedule,
+    Requeue,
+    RunCheckpoint,
+    RunConfig,
+)
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
-from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import ImageData
-from lightning_modules.interruptions import Interruptible, RunCheckpoint
 from lightning_modules.loggers import run_folder
-from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
-from lightning_modules.requeue import Requeue
 from lightning_modules.resume import check_own, check_writable, continue_last
 from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
+from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compression_log import CompressionLog
 from lightning_modules.data import Digits
 from lightning_modules.loggers import CSV
 from lightning_modules.plots import Spectrum, plot_spectra

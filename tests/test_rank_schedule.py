@@ -15,12 +15,12 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.followers import check_strategy, reset_scores
+from lightning_modules.callbacks.rank_schedule import RankSchedule
+from lightning_modules.callbacks.rank_steps import steps_of
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
-from lightning_modules.ema import EMA
-from lightning_modules.parameters import check_strategy, reset_scores
-from lightning_modules.rank_schedule import RankSchedule
-from lightning_modules.rank_steps import steps_of
 from tests.processes import Watch
 from tests.test_training import METHODS, rules
 from tnlayers import FactorizedLayer, ParamsKept, fraction_kept

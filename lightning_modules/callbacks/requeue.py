@@ -7,7 +7,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_modules.interruptions import is_last_batch
+from lightning_modules.callbacks.interruptions import is_last_batch
 
 __all__ = ["Requeue"]
 

@@ -7,9 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compression_log import CompressionLog
-from lightning_modules.parameters import (
+from lightning_modules.callbacks.compression_log import CompressionLog
+from lightning_modules.callbacks.followers import (
     callbacks_of,
     check_strategy,
     follow_average,
@@ -17,7 +16,8 @@ from lightning_modules.parameters import (
     follow_strategy,
     reset_scores,
 )
-from lightning_modules.rank_steps import Step, steps_of
+from lightning_modules.callbacks.rank_steps import Step, steps_of
+from lightning_modules.classifier import ImageClassifier
 from tnlayers import ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 
 __all__ = ["RankSchedule"]

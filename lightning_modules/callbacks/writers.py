@@ -1,4 +1,4 @@
-"""Callbacks that decide when something is written; what is written comes from elsewhere."""
+"""When predictions and the configuration are written; what is written comes from elsewhere."""
 
 import csv
 from collections.abc import Sequence
@@ -11,11 +11,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_modules.data import ImageData
-from lightning_modules.ema import EMA
 from lightning_modules.loggers import log_config, run_folder
-from lightning_modules.rank_schedule import RankSchedule
 
-__all__ = ["EMA", "PredictionWriter", "RankSchedule", "RunConfig"]
+__all__ = ["PredictionWriter", "RunConfig"]
 
 
 class PredictionWriter(BasePredictionWriter):

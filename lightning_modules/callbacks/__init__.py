@@ -1,0 +1,19 @@
+"""What happens when during a run: truncations, interruptions, averages, and what is written."""
+
+from lightning_modules.callbacks.compression_log import CompressionLog
+from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.interruptions import Interruptible, RunCheckpoint
+from lightning_modules.callbacks.rank_schedule import RankSchedule
+from lightning_modules.callbacks.requeue import Requeue
+from lightning_modules.callbacks.writers import PredictionWriter, RunConfig
+
+__all__ = [
+    "EMA",
+    "CompressionLog",
+    "Interruptible",
+    "PredictionWriter",
+    "RankSchedule",
+    "Requeue",
+    "RunCheckpoint",
+    "RunConfig",
+]
