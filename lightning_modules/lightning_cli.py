@@ -38,11 +38,12 @@ from lightning_modules.data import ImageData
 from lightning_modules.loggers import run_folder
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_own, check_writable, continue_last
-from tnlayers import Rule
+from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
 
 __all__ = ["CompressionTrainer", "TensorCLI", "run"]
 
+_CHECKPOINTS = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _HARMLESS = (
     ".*LeafSpec.*",  # Lightning's own use of torch
     ".*does not have many workers.*",  # pictures in memory need none
@@ -271,6 +272,17 @@ def _check_yaml(arguments: list[str]) -> None:
                 raise ValueError(f"{value} is not valid YAML: {error}") from None
 
 
+def _restored(error: BaseException) -> str:
+    """The checkpoint that Lightning was taking a run's state from when an error came; empty if it was not."""
+    place = error.__traceback__
+    while place is not None:
+        frame = place.tb_frame
+        if frame.f_code.co_name.startswith("restore") and frame.f_globals["__name__"] == _CHECKPOINTS:
+            return str(frame.f_locals["self"].trainer.ckpt_path)
+        place = place.tb_next
+    return ""
+
+
 def _run(arguments: list[str]) -> int:
     try:
         TensorCLI(
@@ -295,6 +307,13 @@ def _run(arguments: list[str]) -> int:
             # Processes that Lightning starts run the same command line again, so it has to come from there.
             args=None if arguments == sys.argv[1:] else arguments,
         )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if path := _restored(error):
+            raise CheckpointError(
+                f"{path} cannot be resumed ({type(error).__name__}: {error}); start from its weights instead: "
+                f"--model.init_from {path}"
+            ) from error
+        raise
     except SIGTERMException:
         # A process of Lightning's that ends with an error makes it kill the first one, which may still be writing.
         return 143 if rank_zero_only.rank == 0 else 0  # type: ignore[attr-defined]

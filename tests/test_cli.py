@@ -110,6 +110,26 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("foreign report", ["report", "@other.ckpt"], ["@other.ckpt", "tnlayers fit, compress or export"]),
     ("foreign dense", ["report", "@dense.ckpt", "--dense", "@other.ckpt"], ["@other.ckpt", "another architecture"]),
 ]  # fmt: skip
+# What a run goes on from beside its weights, spoilt.
+SPOILT: dict[str, Any] = {
+    "optimizer_states": [{"state": 3}],
+    "lr_schedulers": [7],
+    "loops": {"fit_loop": None},
+}
+RESUME = ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "3", "--ckpt_path"]
+CASES += [
+    (f"spoilt {part}", [*RESUME, f"@{part}.ckpt"], [f"@{part}.ckpt cannot be resumed", "--model.init_from"])
+    for part in SPOILT
+]
+SCHEDULE = ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "1", "--rank_schedule.ranks"]
+TUCKER = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
+CASES += [
+    ("schedule's epoch", [*SCHEDULE, "{two: 4}"], ["ranks {two: 4}", "'two' is no epoch", "such as 4-8"]),
+    ("schedule's rank", [*SCHEDULE, "{0: Params(0.5)}"], ["'Params(0.5)' is not understood"]),
+    ("schedule too late", [*SCHEDULE, "{9: 4}"], ["epoch 9", "max_epochs 1"]),
+    ("schedule without layers", [*SCHEDULE, "{0: 4}"], ["epoch 0", "no factorized layer", "the model has none"]),
+    ("schedule out of reach", [*SCHEDULE, "{0: ParamsKept(0.0001)}", *TUCKER], ["epoch 0", "cannot be reached"]),
+]
 # The ways in which a checkpoint can reach a command.
 READERS = {
     "report": ["report"],
@@ -234,6 +254,7 @@ def files(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no_state": [state],
     }
     checkpoints |= {name: {**ours, "state_dict": content} for name, content in states.items()}
+    checkpoints |= {part: {**ours, part: content} for part, content in SPOILT.items()}
     checkpoints["hostile_net"] = {**ours, "hyper_parameters": {**ours["hyper_parameters"], "num_classes": 10**12}}
     for name, checkpoint in checkpoints.items():
         torch.save(checkpoint, folder / f"{name}.ckpt")
