@@ -11,9 +11,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_modules.data import ImageData
+from lightning_modules.ema import EMA
 from lightning_modules.loggers import log_config, run_folder
+from lightning_modules.rank_schedule import RankSchedule
 
-__all__ = ["PredictionWriter", "RunConfig"]
+__all__ = ["EMA", "PredictionWriter", "RankSchedule", "RunConfig"]
 
 
 class PredictionWriter(BasePredictionWriter):

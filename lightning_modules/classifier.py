@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.data.pictures import NO_LABEL
+from lightning_modules.ema import EMA
 from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
@@ -149,7 +150,8 @@ class ImageClassifier(LightningModule):
         if self._teacher:
             weight = self.hparams["distill_weight"]
             loss = (1 - weight) * loss + weight * self._distillation(x, logits)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
@@ -224,7 +226,7 @@ class ImageClassifier(LightningModule):
 def _check_averages(trainer: Trainer) -> None:
     """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+        if isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
             raise ValueError(
                 f"{type(callback).__name__} copies the net before its layers are factorized; use lightning_modules.callbacks.EMA"
             )

@@ -33,6 +33,11 @@ class RunCheckpoint(ModelCheckpoint):
         if saved := self.last_model_path or self._last_checkpoint_saved:
             rank_zero_info(f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {saved}")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """last.ckpt is what training ended with, also where checkpoints are saved every so many steps."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In a folder that goes on, its files are this run's, whatever path it had before."""
         folder = str(self.dirpath)

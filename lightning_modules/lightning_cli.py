@@ -32,6 +32,7 @@ from lightning_modules.interruptions import Interruptible, RunCheckpoint
 from lightning_modules.loggers import run_folder
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.report import new_folder
+from lightning_modules.requeue import Requeue
 from lightning_modules.resume import check_own, check_writable, continue_last
 from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
@@ -44,6 +45,7 @@ _HARMLESS = (
     "Total length of `list` across ranks is zero",  # val_fraction: 0
     ".*is smaller than the logging interval.*",  # metrics are logged by epoch
     "It is recommended to use `self.log.'(compress/|train/lr)",  # the same in every process
+    "You requested to overfit",  # Lightning's words on samplers that are not its own
     "The dirpath has changed from",  # a test of a checkpoint writes none
     "Checkpoint directory .* exists and is not empty",
 )
@@ -273,7 +275,7 @@ def _run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
-                "callbacks": [Interruptible(), CompressionLog(), PredictionWriter()],
+                "callbacks": [Interruptible(), CompressionLog(), PredictionWriter(), Requeue()],
                 "logger": {
                     "class_path": "lightning_modules.loggers.CSV",
                     "init_args": {"save_dir": "runs", "name": "logs"},

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -14,10 +15,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classifier import ImageClassifier
 
-__all__ = ["check_replicas", "check_strategy", "follow_average", "follow_optimizers", "follow_strategy", "reset_scores"]
+__all__ = [
+    "callbacks_of",
+    "check_replicas",
+    "check_strategy",
+    "follow_average",
+    "follow_optimizers",
+    "follow_strategy",
+    "reset_scores",
+]
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All of a trainer's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
@@ -32,7 +42,7 @@ def check_strategy(trainer: Trainer, what: str) -> None:
             f"{what} cannot change ranks under {type(trainer.strategy).__name__}, which shards the parameters; train with "
             "--trainer.strategy ddp, or truncate between runs: tnlayers compress, then fit"
         )
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
         raise ValueError(
             f"{what} cannot change ranks under StochasticWeightAveraging; average by lightning_modules.callbacks.EMA"
         )
@@ -46,23 +56,29 @@ def follow_optimizers(
 ) -> None:
     """The same optimizers, with the new parameters in the old ones' places.
 
-    The state of what changed (moments, momentum) is dropped: it is about a basis that is no longer there. Everything
-    else keeps its state, and schedulers keep their optimizer.
+    Factors take the place of the dense weight that they make. The state of what changed (moments, momentum) is dropped: it
+    is about a basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer.
 
     Args:
         optimizers: changed in place.
         before: all parameters by name.
         after: the same, with new ones where shapes changed.
-        changed: names of those whose values are new.
+        changed: names in `after` of those whose values are new.
     """
-    names = {parameter: name for name, parameter in before.items()}
+    names: dict[Any, str] = {parameter: name for name, parameter in before.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [after[names[p]] for p in group["params"] if names[p] in after]
-        for parameter in list(optimizer.state):
-            assert isinstance(parameter, nn.Parameter)
-            if names[parameter] in changed or names[parameter] not in after:
-                del optimizer.state[parameter]
+            held = {names[parameter] for parameter in group["params"]}
+            group["params"] = [parameter for name, parameter in after.items() if {name, _weight_of(name)} & held]
+        state = {names[parameter]: optimizer.state.pop(parameter) for parameter in list(optimizer.state)}
+        for name in state.keys() & after.keys() - set(changed):
+            optimizer.state[after[name]] = state[name]
+
+
+def _weight_of(name: str) -> str:
+    """The dense weight that a factor makes."""
+    layer, is_factor, _ = name.rpartition(".factors.")
+    return f"{layer}.weight" if is_factor else name
 
 
 def follow_strategy(trainer: Trainer) -> None:
@@ -93,7 +109,7 @@ def check_replicas(trainer: Trainer, module: nn.Module) -> None:
 
 def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) -> None:
     """Moving averages start anew in these layers: old and new factors are in different bases, so no average of both means anything."""
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             module = callback._average_model.module
             assert isinstance(module, ImageClassifier)
@@ -106,7 +122,7 @@ def reset_scores(trainer: Trainer) -> None:
 
     Checkpoints that were the best so far stay on the disk.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
             callback.best_k_models, callback.kth_value = {}, worst

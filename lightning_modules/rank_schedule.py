@@ -1,5 +1,6 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression_log import CompressionLog
 from lightning_modules.parameters import (
+    callbacks_of,
     check_strategy,
     follow_average,
     follow_optimizers,
@@ -22,6 +25,8 @@ __all__ = ["RankSchedule"]
 
 class RankSchedule(Callback):
     """Truncates the factorized layers at the start of epochs, and training goes on with the smaller factors.
+
+    Layers that the model's rules match, and that its first budget left dense, are factorized once a later budget wants it.
 
     Optimizer and schedulers stay; the moments of factors that changed begin anew, and so do their moving averages (`EMA`),
     the best checkpoint, early stopping and plateaus. Under DDP the ranks are decided once. A resumed run goes on where
@@ -68,7 +73,8 @@ class RankSchedule(Callback):
                 f"RankSchedule has epoch {late[0]}, and training ends before it: max_epochs {trainer.max_epochs}"
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before an epoch's first batch: a run that goes on from the last batch of an epoch has no `on_train_epoch_start`."""
         epoch = trainer.current_epoch
         if epoch not in self.steps or epoch in self.applied:
             return
@@ -97,6 +103,7 @@ class RankSchedule(Callback):
 
 def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:
     """Truncates the net, and lets everything follow that holds its parameters."""
+    reference = copy.deepcopy(module.net)
     before = dict(module.named_parameters())
     errors = truncate(module.net, rules)
     after = dict(module.named_parameters())
@@ -107,8 +114,11 @@ def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None
     reset_scores(trainer)
     if module.hparams["compile"]:
         torch._dynamo.reset()  # or it would give up after some distinct ranks, and run uncompiled
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, CompressionLog):
+            callback.truncated(trainer, module, reference, trainer.current_epoch)
     worst = max(errors, key=errors.__getitem__)
-    kept = fraction_kept(module.net, ParamsKept)
+    kept = fraction_kept(module.net, ParamsKept, rules=module.rules)
     rank_zero_info(
         f"epoch {trainer.current_epoch}: {len(errors)} layers truncated, {kept:.1%} of the dense parameters kept; largest "
         f"relative error {errors[worst]:.3f} ({worst})"

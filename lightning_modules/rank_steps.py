@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,9 +57,9 @@ class Step:
             return _within_drop(module, data, rank.drop, pattern)
         if self.epochs > 1:
             assert isinstance(rank, (ParamsKept, MacsKept))
-            now = fraction_kept(net, type(rank), example, pattern=pattern)
+            now = fraction_kept(net, type(rank), example, pattern=pattern, rules=module.rules)
             rank = type(rank)(now * min(rank.fraction / now, 1) ** (1 / self.epochs))
-        return resolve_truncation(net, rank, example, pattern=pattern)
+        return resolve_truncation(net, rank, example, pattern=pattern, rules=module.rules)
 
 
 def steps_of(ranks: Mapping[int | str, int | str]) -> dict[int, Step]:
@@ -108,13 +109,14 @@ def _rank(value: int | str) -> Rank | AccuracyDrop:
 def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern: str) -> list[Rule]:
     """The truncation to the fewest parameters, by bisection, that costs at most `drop` of the validation accuracy."""
     net, example = module.net, module.example_input
+    which: dict[str, Any] = {"pattern": pattern, "rules": module.rules}
     least = _accuracy(module, net, data) - drop
-    high = math.log(fraction_kept(net, ParamsKept, example, pattern=pattern))
+    high = math.log(fraction_kept(net, ParamsKept, example, **which))
     low, found = high + math.log(_LEAST), list[Rule]()
     for _ in range(_PROBES):
         middle = (low + high) / 2
         try:
-            rules = resolve_truncation(net, ParamsKept(math.exp(middle)), example, pattern=pattern)
+            rules = resolve_truncation(net, ParamsKept(math.exp(middle)), example, **which)
         except ValueError:  # not even rank 1 is as small
             low = middle
             continue

@@ -29,7 +29,7 @@ COMMAND = [sys.executable, *MODULE]
 
 def start(command: Sequence[object], folder: Path, **environment: str) -> "subprocess.Popen[str]":
     """Starts a command in `folder`, with this checkout's code and one thread."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [str(argument) for argument in command],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
@@ -160,21 +160,44 @@ class SaveReplica(Callback):
         torch.save(pl_module.state_dict(), self.folder / f"replica{trainer.global_rank}.pt")
 
 
+class Watch(Callback):
+    """Writes which parameters the steps of each epoch left as they were, once it has checked what the optimizer holds."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.still: dict[int, list[str]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = dict(pl_module.named_parameters())
+        self.still[trainer.current_epoch] = [name for name in now if torch.equal(now[name], self.before[name])]
+        held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert [id(p) for p in held] == [id(p) for p in now.values()]
+        assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self.folder / f"still{trainer.global_rank}.json").write_text(json.dumps(self.still))
+
+
 def replica(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"replica{rank}.pt", weights_only=True)
 
 
-class Preempted(Callback):
-    """Sends its own process a cluster's signals after a number of steps, unless it has been through that already."""
+class Signalled(Callback):
+    """Sends its own process a signal after a step, which is another one for each process; not in a run that was resumed."""
 
-    def __init__(self, step: int, signals: list[str], folder: str) -> None:
-        self.step, self.signals, self.mark = step, signals, Path(folder) / "preempted"
+    def __init__(self, name: str, step: int) -> None:
+        self.signal, self.step = getattr(signal, name), step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.resumed = trainer.global_step > 0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not self.mark.exists():
-            self.mark.touch()
-            for name in self.signals:
-                os.kill(os.getpid(), getattr(signal, name))
+        if trainer.global_step == self.step + trainer.global_rank and not self.resumed:
+            os.kill(os.getpid(), self.signal)
 
 
 class OddDigits(Digits):

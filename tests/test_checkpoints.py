@@ -1,6 +1,10 @@
-"""Files that others wrote: every usual nesting and prefix, and the hostile ones."""
+"""Files that others wrote: every usual nesting and prefix, those of former versions, the broken and the hostile ones."""
 
+import copy
+import json
 import os
+import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_modules import load_net
+from tests.fixtures.make import FOLDER, RULES, example
 from tnlayers import CheckpointError, load_checkpoint
+from tnlayers.checkpoints import read_checkpoint
+from tnlayers.factorizations import METHODS
+
+FIXTURES = sorted([*FOLDER.glob("*.ckpt"), *FOLDER.glob("*.safetensors")])
 
 
 def net() -> nn.Sequential:
@@ -147,3 +157,183 @@ def test_the_published_resnet20_loads(resnet20_checkpoint: Path) -> None:
 
     report = load_checkpoint(resnet20_checkpoint, build_net("resnet20", num_classes=10, input_shape=(3, 32, 32)))
     assert str(report) == "97 entries matched, prefix 'module.' taken off"
+
+
+# ---- files of this and former versions
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+def test_files_of_every_version_load(path: Path) -> None:
+    """If this fails, users' files do not load any more: mend the reading, never the fixture."""
+    net, shape = load_net(path)
+    expected = json.loads((FOLDER / "outputs.json").read_text())[path.stem]
+    assert shape == (1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(example()), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fixtures_have_every_method() -> None:
+    assert {path.name for path in FIXTURES} >= {
+        f"{name}.{suffix}" for name in RULES for suffix in ("ckpt", "safetensors")
+    }
+    layers = [layer for path in FIXTURES for layer in read_checkpoint(path)["tensorization"]["layers"]]
+    assert {layer["method"] for layer in layers} == {method.__name__ for method in METHODS}
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 100_000
+
+
+# ---- broken files
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+def test_files_torn_anywhere_are_refused(path: Path, tmp_path: Path) -> None:
+    whole, torn = path.read_bytes(), tmp_path / path.name
+    for size in random.sample(range(len(whole)), 20):
+        torn.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="is not a checkpoint, or it is truncated or damaged"):
+            load_net(torn)
+        assert torn.read_bytes() == whole[:size]
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+def test_flipped_bits_are_refused_or_do_not_matter(path: Path, tmp_path: Path) -> None:
+    """A .ckpt has check sums: what is loaded of it is what was saved."""
+    whole, flipped, expected = path.read_bytes(), tmp_path / path.name, read_checkpoint(path)["state_dict"]
+    refused = 0
+    for place in random.sample(range(len(whole)), 20) + random.sample(range(3000), 10):  # headers are at the start
+        content = bytearray(whole)
+        content[place] ^= 1 << random.randrange(8)
+        flipped.write_bytes(content)
+        try:
+            load_net(flipped)
+            if path.suffix == ".ckpt":
+                torch.testing.assert_close(read_checkpoint(flipped)["state_dict"], expected, rtol=0, atol=0)
+        except CheckpointError:
+            refused += 1
+        assert flipped.read_bytes() == content
+    assert 0 < refused < 30
+
+
+def test_files_without_check_sums_load(tmp_path: Path) -> None:
+    source, target = net(), net()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_checkpoint(tmp_path / "a.pt", target)
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "memory.ckpt").symlink_to("/proc/self/mem")  # opens, and fails to read, also for root
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10**7))
+    for name, message in (
+        ("folder", "folder.ckpt is a folder"),
+        ("memory", "memory.ckpt cannot be read: Input/output error"),
+        ("bomb", "bomb.ckpt is not a checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / f"{name}.ckpt", net())
+
+
+def test_tensors_that_are_not_there_or_not_real(tmp_path: Path) -> None:
+    """Shapes that take no space in the file must take none in memory; each leaves the model as it was."""
+    state, target = net().state_dict(), net()
+    before = copy.deepcopy(target.state_dict())
+    odd = {
+        "wide": torch.zeros(1).expand(10**12),
+        "meta": torch.zeros(2, 4, device="meta"),
+        "of another rank": torch.zeros(2, 4, 1),
+    }
+    for kind, value in odd.items():
+        torch.save(state | {"2.weight": value}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"does not fit Sequential: .*2.weight"):
+            load_checkpoint(tmp_path / "a.pt", target)
+        torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0, msg=kind)
+
+
+# ---- hostile descriptions: of the net, and in the metadata of .safetensors
+
+
+def described(path: Path, description: str) -> Path:
+    save_file(net().state_dict(), path, {"tnlayers": description})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("not JSON", "description that is not understood: Expecting value"),
+        ("", "not understood: Expecting value"),
+        ("{", "not understood: Expecting property name"),
+        ("[]", "expected a mapping"),
+        ("NaN", "expected a mapping"),
+        ("null", "expected a mapping"),
+        ("[" * 10_000 + "]" * 10_000, "nested too deeply|levels deep"),
+        (json.dumps({"tensorization": [0] * 200_000}), "more than 100000 values"),
+        ("9" * 10_000, "Exceeds the limit"),
+        ('{"shared": 3}', "names tensors of the file"),
+        ('{"shared": {"x": "none"}}', "names tensors of the file"),
+        ('{"shared": {"x": ["0.weight"]}}', "names tensors of the file"),
+        ('{"shared": {"x": "0.weight"}}', r"1 unexpected \(x\)"),
+        ('{"tensorization": 3}', "structure that is not understood"),
+        ('{"tensorization": {"version": NaN, "layers": []}}', "version nan"),
+        ('{"tensorization": {"version": 1, "layers": [{"pattern": "0", "method": "CP", "rank": 1000000000}]}}',
+         "rank 1000000000: a weight of shape"),
+        ('{"tensorization": {"version": 1, "layers": [{"pattern": "0", "method": "CP", "rank": Infinity}]}}', "bare float"),
+    ],
+)  # fmt: skip
+def test_hostile_metadata_is_refused(description: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(described(tmp_path / "a.safetensors", description), net())
+
+
+def test_metadata_of_others_is_left_alone(tmp_path: Path) -> None:
+    source, target = net(), net()
+    save_file(source.state_dict(), tmp_path / "a.safetensors", {"format": "pt", "tensorization": "theirs"})
+    load_checkpoint(tmp_path / "a.safetensors", target)
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("net", "os.system", "unknown net 'os.system'"),
+        ("net", ["cnn4"], "cannot be built"),
+        ("net", None, "cannot be built"),
+        ("num_classes", "ten", "cannot be built"),
+        ("num_classes", 11, "fc2: out_features is 10 in the file and 11 in the model"),
+        ("num_classes", 10**12, "it would have"),
+        ("num_classes", -1, "at least one class"),
+        ("input_shape", [1, 8], "three positive sizes"),
+        ("input_shape", "183", "cannot be built"),
+        ("input_shape", 3, "cannot be built"),
+        ("input_shape", torch.zeros(3), "holds a Tensor"),
+        ("input_shape", [10**12, 8, 8], "it would have"),
+        ("net_options", [1], "cannot be built"),
+        ("net_options", {"hiden": 3}, "its options are hidden, widths"),
+        ("net_options", {"hidden": 10**10}, "it would have"),
+        ("net_options", {"hidden": -3}, "cannot be built"),
+        ("net_options", {"widths": [10**6] * 4}, "it would have"),
+        ("net_options", {"num_classes": 3}, "multiple values"),
+        ("net_options", {"hidden": json.loads("[" * 50 + "]" * 50)}, "levels deep"),
+    ],
+)
+def test_hostile_nets_are_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    content = torch.load(FOLDER / "v1.ckpt", weights_only=True)
+    content["hyper_parameters"][key] = value
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_net(tmp_path / "a.ckpt")
+    assert len(str(error.value)) < 600
+
+
+def test_a_net_brings_no_weights_of_its_own(tmp_path: Path) -> None:
+    """timm's own option would load another file, which older versions of it did as any pickle."""
+    content = torch.load(FOLDER / "v1.ckpt", weights_only=True)
+    content["hyper_parameters"] |= {"net": "timm/resnet18", "net_options": {"checkpoint_path": str(tmp_path / "b.pt")}}
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="'checkpoint_path' is not taken"):
+        load_net(tmp_path / "a.ckpt")

@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
+from lightning_modules import load_net
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 from tnlayers import methods_table
@@ -99,6 +101,12 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("no ckpt_path", [*VALIDATE, "--ckpt_path", "@none.ckpt"], ["no checkpoint at @none.ckpt"]),
     ("another net's ckpt_path", [*VALIDATE, "--model.net", "resnet20", "--ckpt_path", "@dense.ckpt"],
      ["@dense.ckpt", "conv2.weight"]),
+    ("export over a file", ["export", "@dense.ckpt", "@dense.safetensors"], ["@dense.safetensors", "is there already"]),
+    ("export to another kind", ["export", "@dense.ckpt", "@out.pt"], ["@out.pt", "ends in .safetensors"]),
+    ("export to nowhere", ["export", "@dense.ckpt", "@none/out.safetensors"], ["@none/out.safetensors", "cannot be written"]),
+    ("foreign export", ["export", "@other.ckpt", "@out.safetensors"], ["@other.ckpt", "which net"]),
+    ("exported ckpt_path", [*VALIDATE, "--ckpt_path", "@dense.safetensors"], ["@dense.safetensors", "--model.init_from"]),
+    ("hostile net", ["report", "@hostile_net.ckpt"], ["@hostile_net.ckpt", "cannot be built", "it would have 129000000"]),
     ("foreign report", ["report", "@other.ckpt"], ["@other.ckpt", "tnlayers fit, compress or export"]),
     ("foreign dense", ["report", "@dense.ckpt", "--dense", "@other.ckpt"], ["@other.ckpt", "another architecture"]),
 ]  # fmt: skip
@@ -119,6 +127,16 @@ CASES += [
         ("no layers", "no_layers.ckpt", []),
         ("unknown method", "unknown_method.ckpt", ["'Tuckr'", "expected one of", "Tucker"]),
         ("unknown layer", "unknown_layer.ckpt", ["'conv9'", "matches no layer"]),
+        ("another stride", "stride.ckpt", ["conv2: stride is [2, 2] in the file and [1, 1] in the model"]),
+        ("rank of all memory", "rank.ckpt", ["conv2: rank (1000000000, 2)", "attains (64, 32)"]),
+        ("other shapes", "shapes.ckpt", ["fc2.weight: (10, 127) in the file, (10, 128) in the model"]),
+        ("renamed keys", "renamed.ckpt", ["1 missing (fc2.weight), 1 unexpected (net.fc2.weigth)"]),
+        ("integers", "integers.ckpt", ["fc2.weight: (10, 128) integer in the file"]),
+        ("no state", "no_state.ckpt", ["holds no state dict"]),
+        ("torn", "torn.safetensors", ["truncated"]),
+        ("hostile metadata", "metadata.safetensors", ["description that is not understood", "nested too deeply"]),
+        ("folder", "folder.ckpt", ["is a folder"]),
+        ("unreadable", "unreadable.ckpt", ["cannot be read"]),
     )
 ]
 # A rule, and what the message about it must hold.
@@ -147,6 +165,12 @@ RULES: list[tuple[str, list[str]]] = [
     ("{pattern: fc1, method: ADTN, rank: 2, activation: gelu}", ["'gelu'", "leaky_relu"]),
     ("{pattern: fc1, method: TT, rank: 2, in_shape: [3, 3], out_shape: [8, 16]}", ["(3, 3)", "expected 512"]),
 ]  # fmt: skip
+
+
+CONV2 = {
+    "type": "Conv2d", "in_channels": 32, "out_channels": 64, "kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1],
+    "dilation": [1, 1], "groups": 1, "padding_mode": "zeros", "bias": False,
+}  # fmt: skip
 
 
 class Intruder:
@@ -195,8 +219,29 @@ def files(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "unknown_layer": {**ours, "tensorization": {"version": 1, "layers": [{"pattern": "conv9", **conv}]}},
     }
+    changed: dict[str, dict[str, Any]] = {
+        "stride": {"rank": [2, 2], "dense": {**CONV2, "stride": [2, 2]}},
+        "rank": {"rank": [10**9, 2], "dense": CONV2},
+    }
+    for name, entry in changed.items():
+        layer = {"pattern": "conv2", "method": "Tucker", **entry}
+        checkpoints[name] = {**ours, "tensorization": {"version": 1, "layers": [layer]}}
+    state, key = ours["state_dict"], "net.fc2.weight"
+    states: dict[str, Any] = {
+        "shapes": {**state, key: state[key][:, :-1]},
+        "integers": {**state, key: state[key].int()},
+        "renamed": {**{name: value for name, value in state.items() if name != key}, "net.fc2.weigth": state[key]},
+        "no_state": [state],
+    }
+    checkpoints |= {name: {**ours, "state_dict": content} for name, content in states.items()}
+    checkpoints["hostile_net"] = {**ours, "hyper_parameters": {**ours["hyper_parameters"], "num_classes": 10**12}}
     for name, checkpoint in checkpoints.items():
         torch.save(checkpoint, folder / f"{name}.ckpt")
+    assert tnlayers("export", dense, folder / "dense.safetensors") == 0
+    (folder / "torn.safetensors").write_bytes((folder / "dense.safetensors").read_bytes()[:-1])
+    save_file({"weight": torch.zeros(2)}, folder / "metadata.safetensors", {"tnlayers": "[" * 10_000 + "]" * 10_000})
+    (folder / "folder.ckpt").mkdir()
+    (folder / "unreadable.ckpt").symlink_to("/proc/self/mem")
     for part in ("train", "test"):
         (folder / "classless" / part).mkdir(parents=True)
         for place in ("a/0", "a/1", "b/0", "b/1"):
@@ -225,10 +270,14 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_mistakes_are_one_line(
     arguments: list[str], words: list[str], files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal([re.sub("^@", f"{files}/", argument) for argument in arguments], capsys)
+    given = [re.sub("^@", f"{files}/", argument) for argument in arguments]
+    before = {path: path.read_bytes() for path in map(Path, given) if path.is_file() and path.name != "unreadable.ckpt"}
+    message = refusal(given, capsys)
     for word in words:
         assert word.replace("@", f"{files}/") in message
     assert not (files / "intruder").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(files.glob("out.*"))
 
 
 @pytest.mark.parametrize(("rule", "words"), RULES, ids=[rule for rule, _ in RULES])
@@ -347,6 +396,64 @@ def test_report_prints_the_table(
     ]
     errors = [[layer["error"] for layer in report["layers"] if layer["rank"]] for report in (there, then)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_an_exported_file_goes_wherever_a_checkpoint_does(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported, model = tmp_path / "small.safetensors", compressed / "model.ckpt"
+    assert tnlayers("export", model, exported) == 0
+    assert tnlayers("report", exported, "--dense", exported, "--batch", "1") == 0
+    assert "error" in capsys.readouterr().out
+    plain = [*DIGITS, "--model.init_from"]
+    for name, path in (("from_ckpt", model), ("from_exported", exported)):
+        assert tnlayers("test", *plain, path, *output_to(tmp_path / name)) == 0
+        assert tnlayers("predict", *plain, path, *output_to(tmp_path / name / "predictions")) == 0
+    found = [metric(tmp_path / name, "test/accuracy") for name in ("from_ckpt", "from_exported")]
+    tables = [next((tmp_path / name).rglob("predictions.csv")).read_text() for name in ("from_ckpt", "from_exported")]
+    assert found[0] == found[1]
+    assert tables[0] == tables[1]
+    teacher = ["--model.teacher", exported, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+    assert tnlayers("fit", *DIGITS, *teacher, *output_to(tmp_path / "taught")) == 0
+    rules = ["--model.rules", "[{pattern: conv2, method: Tucker, rank: 2}]"]
+    again = ["--checkpoint", exported, "--out", tmp_path / "again"]
+    assert tnlayers("compress", *DIGITS, *rules, *again, *output_to(tmp_path / "logs")) == 0
+
+
+def test_compress_retrain_compress_further(compressed: Path, dense: Path, tmp_path: Path) -> None:
+    """A budget is a fraction of the dense layers each time; what no rule matches stays as it was."""
+    config = ["-c", str(compressed / "config.yaml")]
+    assert tnlayers("fit", *config, *output_to(tmp_path / "one"), "--trainer.max_epochs", "1") == 0
+    (retrained,) = (tmp_path / "one").rglob("last.ckpt")
+    rules = ["--model.rules", "[{pattern: 'conv[234]', method: Tucker, rank: ParamsKept(0.2)}]"]
+    further = ["--checkpoint", retrained, "--out", tmp_path / "two"]
+    assert tnlayers("compress", *config, *rules, *further, *output_to(tmp_path / "logs")) == 0
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (compressed, tmp_path / "two"))
+    assert set(second["accuracy"]) == {"before", "right after"}
+    assert second["totals"]["dense_params"] == first["totals"]["dense_params"]
+    assert second["totals"]["params"] < first["totals"]["params"]
+    layers = {layer["name"]: layer for layer in second["layers"]}
+    convs = [layers[f"conv{n}"] for n in (2, 3, 4)]
+    kept = sum(layer["params"] for layer in convs) / sum(layer["dense_params"] for layer in convs)
+    assert 0.15 < kept <= 0.2
+    assert layers["fc1"]["method"] == "TT"
+    before, after = weights(retrained), weights(tmp_path / "two/model.ckpt")
+    cores = [key for key in before if key.startswith("net.fc1.")]
+    torch.testing.assert_close({key: after[key] for key in cores}, {key: before[key] for key in cores}, rtol=0, atol=0)
+    model = yaml.safe_load((tmp_path / "two/config.yaml").read_text())["model"]
+    assert model["teacher"] == str(dense)  # the first compression's configuration names it
+    again = ["-c", str(tmp_path / "two/config.yaml"), "--trainer.max_epochs", "1"]
+    assert tnlayers("fit", *again, *output_to(tmp_path / "three")) == 0
+    (last,) = (tmp_path / "three").rglob("last.ckpt")
+    net, _ = load_net(last)
+    assert sum(parameter.numel() for parameter in net.parameters()) == second["totals"]["params"]
+
+
+def test_what_was_compressed_teaches_where_no_teacher_is_given(compressed: Path, tmp_path: Path) -> None:
+    model, rules = compressed / "model.ckpt", ["--model.rules", "[{pattern: conv2, method: Tucker, rank: 2}]"]
+    options = ["--checkpoint", model, "--out", tmp_path / "out", *output_to(tmp_path)]
+    assert tnlayers("compress", *DIGITS, *rules, *options) == 0
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["teacher"] == str(model)
 
 
 def test_compress_with_the_default_logger(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,8 +343,8 @@ def test_folders_read_lazily_beyond_the_limit(pictures: Path, monkeypatch: pytes
     memory.setup("test")
     monkeypatch.setattr(folders, "MEMORY_LIMIT", 0)
     lazy.setup("test")
-    assert isinstance(memory.test_dataloader().dataset, Pictures)
-    assert isinstance(lazy.test_dataloader().dataset, PictureFiles)
+    assert isinstance(memory._test, Pictures)
+    assert isinstance(lazy._test, PictureFiles)
     assert fingerprints(lazy.test_dataloader()) == fingerprints(memory.test_dataloader())
     assert len(lazy.calibration_batches(2)) == 2
 

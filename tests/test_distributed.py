@@ -114,13 +114,13 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size
 CPU = ["--trainer.accelerator", "cpu"]
 
 
-def config(folder: Path, **model: object) -> list[str]:
+def config(folder: Path, *callbacks: dict[str, object], **model: object) -> list[str]:
     """Options of a run whose every process leaves its weights in `folder`."""
-    callbacks = [{"class_path": "tests.processes.SaveReplica", "init_args": {"folder": str(folder)}}]
+    save = {"class_path": "tests.processes.SaveReplica", "init_args": {"folder": str(folder)}}
     folder.mkdir(parents=True)
     path = folder / "options.yaml"
     data = {"class_path": "tests.processes.OddDigits", "init_args": {"batch_size": 32}}
-    trainer = {"callbacks": callbacks, "max_epochs": 2, "limit_train_batches": 10}
+    trainer = {"callbacks": [save, *callbacks], "max_epochs": 2, "limit_train_batches": 10}
     path.write_text(yaml.safe_dump({"data": data, "model": {**MODEL, **model}, "trainer": trainer}))
     return ["-c", str(path), *CPU, *output_to(folder)]
 
@@ -187,6 +187,33 @@ def test_two_processes_evaluate_and_resume_as_one(one: Path, tmp_path: Path) -> 
     assert [row["class"] for row in rows] == [row["class"] for row in expected]
     for rank in range(2):
         torch.testing.assert_close(replica(rest, rank), replica(whole, rank), **EXACT)
+
+
+# ---- a cluster
+
+
+@pytest.mark.slow
+def test_requeue_by_slurm(one: Path, tmp_path: Path) -> None:
+    """Its variables, its program and its signal, which meets two processes at different steps; twice the same command."""
+    job, scontrol = tmp_path / "job", tmp_path / "bin/scontrol"
+    usr1 = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGUSR1", "step": 13}}
+    command = [*COMMAND, "fit", *config(job, usr1), *TWO]
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    number = str(os.getpid())  # of which the port is made
+    cluster = {"SLURM_JOB_ID": number, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2"}
+    cluster |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    cluster |= {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    for expected in (143, 0):
+        ranks = [{**cluster, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+        for code, said in [finish(process) for process in [start(command, tmp_path, **rank) for rank in ranks]]:
+            assert code == expected, said
+        assert (job / "replica0.pt").exists() == (expected == 0)
+    assert (tmp_path / "requeued").read_text() == f"requeue {number}\n"
+    assert (job / "hpc_ckpt_1.ckpt").is_file()
+    torch.testing.assert_close(replica(job, 1), replica(job), **EXACT)
+    torch.testing.assert_close(replica(job), replica(one), **FLOAT32)
 
 
 # ---- two nodes

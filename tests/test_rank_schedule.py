@@ -21,11 +21,13 @@ from lightning_modules.ema import EMA
 from lightning_modules.parameters import check_strategy, reset_scores
 from lightning_modules.rank_schedule import RankSchedule
 from lightning_modules.rank_steps import steps_of
+from tests.processes import Watch
 from tests.test_training import METHODS, rules
 from tnlayers import FactorizedLayer, ParamsKept, fraction_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 RULES = [
+    {"pattern": "conv2", "method": "CP", "rank": "ParamsKept(1.0)"},  # dense, until a truncation wants it otherwise
     {"pattern": "conv3", "method": "Tucker", "rank": 24},
     {"pattern": "conv4", "method": "LowRank", "rank": 24},
     {"pattern": "fc1", "method": "TT", "rank": 8},
@@ -34,24 +36,6 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
 }
-
-
-class Watch(Callback):
-    """What an optimizer holds, and which parameters its steps change, epoch by epoch."""
-
-    def __init__(self) -> None:
-        self.still: dict[int, list[str]] = {}
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        now = dict(pl_module.named_parameters())
-        self.still[trainer.current_epoch] = [name for name in now if torch.equal(now[name], self.before[name])]
-        held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        assert [id(p) for p in held] == [id(p) for p in now.values()]
-        assert {id(p) for p in trainer.optimizers[0].state} <= {id(p) for p in held}
 
 
 def classifier(optimizer: str = "Adam", **options: Any) -> ImageClassifier:
@@ -94,10 +78,17 @@ def ranks(model: ImageClassifier) -> dict[str, Any]:
 def test_every_parameter_moves_after_a_truncation(
     method: str, layers: tuple[str, ...], rank: int, optimizer: str, tmp_path: Path
 ) -> None:
-    watch, model = Watch(), classifier(optimizer, rules=rules(method, layers, rank))
+    watch, model = Watch(str(tmp_path)), classifier(optimizer, rules=rules(method, layers, rank))
     fitted(tmp_path, RankSchedule({1: rank // 2 or 1}), watch, model=model, epochs=2)
     assert watch.still == {0: [], 1: []}
     assert all(max(layer.ranks) <= rank // 2 for layer in model.net.modules() if isinstance(layer, FactorizedLayer))
+
+
+def test_a_layer_that_was_left_dense_takes_part(tmp_path: Path) -> None:
+    watch = Watch(str(tmp_path))
+    model = fitted(tmp_path, RankSchedule({1: "ParamsKept(0.1)"}), watch, epochs=2)
+    assert "conv2" in ranks(model)
+    assert watch.still == {0: [], 1: []}
 
 
 def test_other_parameters_keep_their_moments(tmp_path: Path) -> None:
@@ -123,7 +114,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("ema", [False, True], ids=["plain", "EMA"])
 def test_truncation_among_the_trainers_options(options: dict[str, Any], ema: bool, tmp_path: Path) -> None:
-    watch = Watch()
+    watch = Watch(str(tmp_path))
     callbacks = [RankSchedule({1: "ParamsKept(0.2)"}), *([EMA(decay=0.5)] if ema else []), watch]
     model = fitted(tmp_path, *callbacks, epochs=2, **options)
     assert watch.still == {0: [], 1: []}
@@ -142,7 +133,7 @@ def test_compiled_nets_recompile_once_for_each_truncation(tmp_path: Path, monkey
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    watch, model = Watch(), classifier(compile=True)
+    watch, model = Watch(str(tmp_path)), classifier(compile=True)
     fitted(tmp_path, RankSchedule({2: 4}), Count(), watch, model=model, limit_val_batches=0)
     torch._dynamo.reset()
     assert graphs == [1, 1, 2, 2]
@@ -235,7 +226,7 @@ def test_a_range_goes_down_by_equal_factors(tmp_path: Path) -> None:
 
     class Kept(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-            kept.append(fraction_kept(pl_module.net, ParamsKept))
+            kept.append(fraction_kept(pl_module.net, ParamsKept, rules=pl_module.rules))
 
     fitted(tmp_path, RankSchedule({"1-3": "ParamsKept(0.1)"}), Kept(), epochs=4)
     steps = [later / earlier for earlier, later in itertools.pairwise(kept)]

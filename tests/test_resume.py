@@ -1,6 +1,5 @@
 """A run that was stopped in the middle of an epoch ends as one that was not, bit for bit."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import yaml
 
 from tests.commands import output_to, tnlayers
-from tests.processes import COMMAND, finish, replica, start
+from tests.processes import replica
 from tests.tolerances import EXACT
 
 # All that draws random numbers at once: the order, the shifts, and dropout.
@@ -47,43 +46,13 @@ def test_resume_in_the_middle_of_an_epoch(step: int, options: list[str], again: 
     torch.testing.assert_close(replica(rest), replica(whole), **EXACT)
 
 
-@pytest.fixture
-def uninterrupted(tmp_path: Path) -> dict[str, torch.Tensor]:
-    assert tnlayers(*fit(tmp_path / "whole")) == 0
-    return replica(tmp_path / "whole")
-
-
-def preempted(step: int, signals: list[str], folder: Path) -> dict[str, object]:
-    arguments = {"step": step, "signals": signals, "folder": str(folder)}
-    return {"class_path": "tests.processes.Preempted", "init_args": arguments}
-
-
-def test_resume_after_sigterm(uninterrupted: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    stopped, rest = tmp_path / "stopped", tmp_path / "rest"
-    command = fit(stopped, preempted(26, ["SIGTERM"], tmp_path))
-    assert tnlayers(*command) == 143
+def test_resume_after_sigterm(tmp_path: Path) -> None:
+    whole, stopped, rest = tmp_path / "whole", tmp_path / "stopped", tmp_path / "rest"
+    assert tnlayers(*fit(whole)) == 0
+    term = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGTERM", "step": 26}}
+    assert tnlayers(*fit(stopped, term)) == 143
     assert not list(stopped.glob("replica*"))
     (saved,) = stopped.rglob("last.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 26
     assert tnlayers(*fit(rest), "--ckpt_path", saved) == 0
-    torch.testing.assert_close(replica(rest), uninterrupted, **EXACT)
-
-
-@pytest.mark.slow
-def test_requeue_by_slurm(uninterrupted: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """The signals, the variables and the program of a cluster, twice the same command."""
-    scontrol, folder = tmp_path / "bin/scontrol", tmp_path / "job"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
-    scontrol.chmod(0o755)
-    cluster = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
-    cluster |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    command = [*COMMAND, *fit(folder, preempted(26, ["SIGUSR1", "SIGTERM"], tmp_path))]
-    code, said = finish(start(command, tmp_path, **cluster))
-    assert code == 143, said
-    assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
-    assert (folder / "hpc_ckpt_1.ckpt").is_file()
-    assert not list(folder.glob("replica*"))
-    code, said = finish(start(command, tmp_path, **cluster))
-    assert code == 0, said
-    torch.testing.assert_close(replica(folder), uninterrupted, **EXACT)
+    torch.testing.assert_close(replica(rest), replica(whole), **EXACT)

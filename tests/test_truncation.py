@@ -89,6 +89,25 @@ def test_relative_error_is_against_the_present_weights(rank: float) -> None:
         assert float((weight.detach() - before[name]).norm() / before[name].norm()) == pytest.approx(error, rel=1e-4)
 
 
+def test_dense_layers_that_a_rule_matches_share_the_budget() -> None:
+    model = net()
+    rules = [Rule("conv1", None), Rule("*", CP(rank=MacsKept(0.5)))]
+    model.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+    dense, x = model.conv3, torch.randn(1, 32, 8, 8)
+    assert "conv3" not in {rule.pattern for rule in resolve_truncation(model, MacsKept(0.2), X)}
+    resolved = resolve_truncation(model, MacsKept(0.2), X, rules=rules, pattern="conv[23]")
+    errors = truncate(model, resolved)
+    assert {type(rule.factorization) for rule in resolved} == {Tucker, CP}
+    assert fraction_kept(model, MacsKept, X, rules=rules, pattern="conv[23]") <= 0.2
+    assert isinstance(model.conv1, nn.Conv2d)
+    new = model.conv3
+    assert isinstance(new, FactorizedLayer)
+    assert float((new.weight - dense.weight).detach().norm() / dense.weight.detach().norm()) == pytest.approx(
+        errors["conv3"], rel=1e-4
+    )
+    assert new(x).shape == dense(x).shape
+
+
 def test_an_int_lowers_the_bonds_above_it() -> None:
     model = net()
     truncate(model, resolve_truncation(model, 13))

@@ -184,7 +184,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
+        what = f"{path} is a folder" if path.is_dir() else f"no checkpoint at {path}"
+        raise CheckpointError(f"{what}; expected a .pt, .pth, .th, .ckpt or .safetensors file")
     try:
         with open(path, "rb") as file:
             file.read(1)
@@ -204,17 +205,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"{path} was refused: it holds more than tensors and plain values, and loading it could run code; "
                 "save the state_dict alone and try again"
             ) from None
-        raise CheckpointError(f"{path} is not a checkpoint, or it is truncated; copy or save it again") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or it is truncated or damaged; copy or save it again"
+        ) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     return dict(content) if description is None else _described(content, description, path)
 
 
 def _load(path: Path) -> Any:
+    """What torch.load gives, of a file that is whole and no larger in memory than on the disk."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > path.stat().st_size:
                 raise ValueError("torch does not compress; this could fill the memory")
+            if any(part.CRC for part in parts) and archive.testzip():  # torch writes the sums, and does not check them
+                raise ValueError("the contents are not what was written")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of odd pickles that it then refuses
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -133,6 +133,15 @@ def _replaces(method: Factorization | None, kind: type[nn.Module]) -> bool:
     return method is None or kind.__name__ in method.replaces
 
 
+def method_for(model: nn.Module, name: str, rules: Sequence[Rule]) -> Factorization | None:
+    """What the first rule that matches a dense layer would make of it; None if it has to stay dense."""
+    layer = model.get_submodule(name)
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        return None
+    matching = [rule for rule in rules if fits(name, rule.pattern) and _replaces(rule.factorization, type(layer))]
+    return matching[0].factorization if matching and not refusal(model, name) else None
+
+
 def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
     kind = " and ".join(rule.factorization.replaces) if rule.factorization else None
     names = [name for name, module in dense.items() if _replaces(rule.factorization, type(module))]

@@ -1,4 +1,4 @@
-"""Lowering the ranks of a model's factorized layers: ranks are decided first, for all layers together; weights are touched second."""
+"""Lowering the ranks of a model's layers: ranks are decided first, for all layers together; weights are touched second."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,10 @@ from torch import nn
 from tnlayers.budget import candidate_of
 from tnlayers.factorizations import Factorization
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.geometry import NOMINAL_CALLS, Call
+from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.ranks import Candidate, MacsKept, ParamsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
 from tnlayers.rules import Rule, fits
+from tnlayers.surgery import method_for, tensorize
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["fraction_kept", "resolve_truncation", "truncate"]
@@ -18,38 +19,53 @@ __all__ = ["fraction_kept", "resolve_truncation", "truncate"]
 
 @dataclass(frozen=True)
 class _Selected:
-    """A factorized layer, and how it is called."""
+    """A layer whose rank may fall, or a dense one that a rule lets become factorized; and how it is called."""
 
     name: str
-    layer: FactorizedLayer
+    layer: nn.Module
+    method: Factorization
     calls: Sequence[Call]
 
     @property
-    def method(self) -> Factorization:
-        return self.layer.factorization
+    def ranks(self) -> Ranks | None:
+        """What it has now; None if it is dense."""
+        return self.layer.ranks if isinstance(self.layer, FactorizedLayer) else None
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.layer.geometry if isinstance(self.layer, FactorizedLayer) else Geometry(self.layer)
 
     def cost(self, *, by_macs: bool) -> tuple[int, int]:
         """What the layer costs as it is and as a dense one: parameters of the weight, or multiply-accumulates."""
-        geometry, layer = self.layer.geometry, self.layer
-        if not by_macs:
-            return sum(factor.numel() for factor in layer.factors.values()), geometry.num_params
-        macs = geometry.network_macs(layer.network, layer.index_sizes, layer.plan.groups, self.calls)
-        return macs, geometry.macs(self.calls)
+        geometry, layer = self.geometry, self.layer
+        dense = geometry.macs(self.calls) if by_macs else geometry.num_params
+        if not isinstance(layer, FactorizedLayer):
+            return dense, dense
+        if by_macs:
+            return geometry.network_macs(layer.network, layer.index_sizes, layer.plan.groups, self.calls), dense
+        return sum(factor.numel() for factor in layer.factors.values()), dense
 
     def candidate(self, *, by_macs: bool) -> Candidate:
         """For the rank rules: truncations of the present weight from the present rank downward."""
-        dense = self.layer.to_dense()
+        if self.ranks is None:
+            return candidate_of(self.method, self.layer, self.calls, by_macs=by_macs)
+        dense = self.layer.to_dense()  # type: ignore[operator]
         found = candidate_of(self.method, dense, self.calls, by_macs=by_macs)
-        return replace(found, max_ranks=self.layer.ranks, present_cost=self.cost(by_macs=by_macs)[0])
+        return replace(found, max_ranks=self.ranks, present_cost=self.cost(by_macs=by_macs)[0])
 
 
 def resolve_truncation(
-    model: nn.Module, rank: Rank, example_input: Example | None = None, *, pattern: str = "*"
+    model: nn.Module,
+    rank: Rank,
+    example_input: Example | None = None,
+    *,
+    pattern: str = "*",
+    rules: Sequence[Rule] = (),
 ) -> list[Rule]:
-    """One rule for each factorized layer whose rank has to fall: its exact name, integer ranks and plan. The model is not changed.
+    """One rule for each layer whose rank has to fall: its exact name, integer ranks and plan. The model is not changed.
 
-    A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all the layers that the pattern
-    matches, whatever their methods; nothing changes where it is kept already. `RelativeError` is against the present weights,
+    A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all layers that are selected,
+    whatever their methods; nothing changes where it is kept already. `RelativeError` is against the present weights,
     layer by layer. An int lowers every bond that is above it.
 
     Args:
@@ -57,11 +73,12 @@ def resolve_truncation(
         rank: what to truncate to.
         example_input: what the model takes; gives each layer's input size, for plans and for `MacsKept` on convolutions.
         pattern: which layers; `*`, `?` and `[...]` as in file names.
+        rules: layers that an earlier budget left dense take part too, by the method of the first rule that matches them.
 
     Raises:
-        ValueError: no factorized layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
+        ValueError: no layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
     """
-    selected = _select(model, example_input, pattern)
+    selected = _select(model, example_input, pattern, rules)
     for each in selected:
         _check(each, rank)
     by_macs = isinstance(rank, MacsKept)
@@ -76,12 +93,12 @@ def resolve_truncation(
     return [
         _rule(each, ranks, by_macs=by_macs)
         for each, ranks in zip(selected, chosen, strict=True)
-        if ranks not in (None, each.layer.ranks)
+        if ranks is not None and ranks != each.ranks
     ]
 
 
 def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
-    """Lowers the ranks of factorized layers in place, keeping the closest weights.
+    """Lowers the ranks of layers in place, keeping the closest weights; a dense layer becomes a factorized one.
 
     The factors are new Parameters where their shape changes: an optimizer made before holds the old ones
     (`lightning_modules.callbacks.RankSchedule` sees to that during training).
@@ -94,38 +111,52 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
         For each layer's name ||W - W~||_F / ||W||_F against the weight before.
 
     Raises:
-        ValueError: a rule that names no factorized layer, or has a rank above the present one.
+        ValueError: a rule without a method, or one that does not fit its layer.
     """
     errors = {}
     for rule in rules:
-        layer = model.get_submodule(rule.pattern)
-        if not isinstance(layer, FactorizedLayer) or rule.factorization is None:
-            raise ValueError(
-                f"{rule.pattern!r} is a {type(layer).__name__}; expected a factorized layer and its new rank"
-            )
-        errors[rule.pattern] = layer.truncate(rule.factorization.rank)
-        layer.set_plan(rule.factorization.plan)
+        layer, method = model.get_submodule(rule.pattern), rule.factorization
+        if method is None:
+            raise ValueError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
+        if isinstance(layer, FactorizedLayer):
+            errors[rule.pattern] = layer.truncate(method.rank)
+            layer.set_plan(method.plan)
+        else:
+            tensorize(model, [rule])
+            errors[rule.pattern] = model.get_submodule(rule.pattern).decomposition_error  # type: ignore[assignment]
     return errors
 
 
 def fraction_kept(
-    model: nn.Module, by: type[ParamsKept] | type[MacsKept], example_input: Example | None = None, *, pattern: str = "*"
+    model: nn.Module,
+    by: type[ParamsKept] | type[MacsKept],
+    example_input: Example | None = None,
+    *,
+    pattern: str = "*",
+    rules: Sequence[Rule] = (),
 ) -> float:
-    """The fraction of the dense layers' parameters or multiply-accumulates that the factorized layers have now."""
-    costs = [each.cost(by_macs=by is MacsKept) for each in _select(model, example_input, pattern)]
+    """The fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
+    costs = [each.cost(by_macs=by is MacsKept) for each in _select(model, example_input, pattern, rules)]
     return sum(present for present, _ in costs) / sum(dense for _, dense in costs)
 
 
-def _select(model: nn.Module, example_input: Example | None, pattern: str) -> list[_Selected]:
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    found = {name: layer for name, layer in layers.items() if fits(name, pattern)}
+def _select(model: nn.Module, example_input: Example | None, pattern: str, rules: Sequence[Rule]) -> list[_Selected]:
+    methods: dict[str, Factorization] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FactorizedLayer):
+            methods[name] = module.factorization
+        elif (method := method_for(model, name, rules)) is not None:
+            methods[name] = method
+    found = {name: method for name, method in methods.items() if fits(name, pattern)}
     if not found:
-        have = f"its factorized layers are {', '.join(map(repr, layers))}" if layers else "the model has none"
+        have = f"its factorized layers are {', '.join(map(repr, methods))}" if methods else "the model has none"
         raise ValueError(f"pattern {pattern!r} matches no factorized layer; {have}")
+    layers = {name: model.get_submodule(name) for name in found}
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
+    selected = [_Selected(name, layers[name], method, NOMINAL_CALLS) for name, method in found.items()]
     return [
-        _Selected(name, layer, calls_of(layer.geometry, inputs[name]) if name in inputs else NOMINAL_CALLS)
-        for name, layer in found.items()
+        replace(each, calls=calls_of(each.geometry, inputs[each.name])) if each.name in inputs else each
+        for each in selected
     ]
 
 
@@ -140,18 +171,19 @@ def _check(each: _Selected, rank: Rank) -> None:
 
 def _lowered(each: _Selected, rank: Rank) -> Ranks | None:
     """An explicit rank, each bond of it at most the present one."""
-    present = each.layer.ranks
+    present = each.ranks
+    if present is None:
+        return None
     asked = (rank,) * len(present) if isinstance(rank, int) else tuple(rank)  # type: ignore[arg-type]
     if len(asked) != len(present):
         raise ValueError(f"{each.name}: rank {rank!r} has {len(asked)} entries; the layer has {present}")
-    return each.method.clamp(each.layer.geometry.weight_shape, tuple(map(min, asked, present)))
+    return each.method.clamp(each.geometry.weight_shape, tuple(map(min, asked, present)))
 
 
-def _rule(each: _Selected, ranks: Ranks | None, *, by_macs: bool) -> Rule:
+def _rule(each: _Selected, ranks: Ranks, *, by_macs: bool) -> Rule:
     """The layer at its new ranks, computed in the way that is then the best: a plan that was made for larger ranks need not be."""
-    assert ranks is not None
-    geometry, method = each.layer.geometry, replace(each.method, rank=ranks)
+    geometry, method = each.geometry, replace(each.method, rank=ranks)
     if by_macs:
         return Rule(each.name, replace(method, plan=geometry.fewest_macs(method, ranks, each.calls)))
-    device = next(iter(each.layer.factors.values())).device.type
+    device = next(each.layer.parameters()).device.type
     return Rule(each.name, replace(method, plan=geometry.fastest(method, ranks, device, each.calls)))
