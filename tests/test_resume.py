@@ -46,13 +46,14 @@ def test_resume_in_the_middle_of_an_epoch(step: int, options: list[str], again: 
     torch.testing.assert_close(replica(rest), replica(whole), **EXACT)
 
 
-def test_resume_after_sigterm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [21, 26], ids=["last batch of an epoch", "middle"])
+def test_resume_after_sigterm(step: int, tmp_path: Path) -> None:
     whole, stopped, rest = tmp_path / "whole", tmp_path / "stopped", tmp_path / "rest"
     assert tnlayers(*fit(whole)) == 0
-    term = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGTERM", "step": 26}}
+    term = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGTERM", "step": step}}
     assert tnlayers(*fit(stopped, term)) == 143
     assert not list(stopped.glob("replica*"))
     (saved,) = stopped.rglob("last.ckpt")
-    assert torch.load(saved, weights_only=True)["global_step"] == 26
+    assert torch.load(saved, weights_only=True)["global_step"] == step
     assert tnlayers(*fit(rest), "--ckpt_path", saved) == 0
     torch.testing.assert_close(replica(rest), replica(whole), **EXACT)

@@ -111,4 +111,10 @@ class Interruptible(Callback):
     ) -> None:
         # Else gradients would be lost, or the count of the epochs.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not is_last_batch(trainer):
-            trainer.stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)  # type: ignore[attr-defined]
+            self._agree(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agree(trainer)
+
+    def _agree(self, trainer: Trainer) -> None:
+        trainer.stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)  # type: ignore[attr-defined]
