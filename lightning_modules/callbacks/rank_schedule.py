@@ -73,8 +73,14 @@ class RankSchedule(Callback):
                 f"RankSchedule has epoch {late[0]}, and training ends before it: max_epochs {trainer.max_epochs}"
             )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed(trainer, pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before an epoch's first batch: a run that goes on from the last batch of an epoch has no `on_train_epoch_start`."""
+        """A run that goes on from the end of an epoch may have no `on_train_epoch_start`."""
+        self._heed(trainer, pl_module)
+
+    def _heed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         if epoch not in self.steps or epoch in self.applied:
             return
