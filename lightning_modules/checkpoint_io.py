@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 __all__ = ["AtomicCheckpointIO"]
 
-_SUFFIX = ".tmp"  # nothing that looks for checkpoints takes it for one
+_SUFFIX = ".partial"  # nothing that looks for checkpoints takes it for one
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,8 +33,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".*{_SUFFIX}"):
-                left.unlink(missing_ok=True)
+            for left in path.parent.glob(f".*{path.suffix}{_SUFFIX}"):
+                if left.is_file():
+                    left.unlink(missing_ok=True)
             _write(path, content)
         except OSError as error:
             raise OSError(

@@ -190,7 +190,9 @@ class ImageClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self._lr_scheduler is not None:
-            return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+            scheduler = self._lr_scheduler(optimizer)
+            watched = {"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **watched}}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         warmup = max(int(_WARMUP * total), 1)
 

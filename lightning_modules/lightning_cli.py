@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
@@ -27,7 +28,6 @@ from lightning_modules.callbacks import (
     Interruptible,
     PredictionWriter,
     RankSchedule,
-    Requeue,
     RunCheckpoint,
     RunConfig,
 )
@@ -37,7 +37,7 @@ from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
 from lightning_modules.loggers import run_folder
 from lightning_modules.report import new_folder
-from lightning_modules.resume import check_own, check_writable, continue_last
+from lightning_modules.resume import check_new, check_own, check_writable, continue_last
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
 
@@ -135,6 +135,8 @@ class TensorCLI(LightningCLI):
                 logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
             return
         check_writable(config)
+        if self.subcommand == "fit" and not config.get("ckpt_path"):
+            check_new(config)
         if config.get("ckpt_path") == "last":
             continue_last(config, training=self.subcommand == "fit")
         elif config.get("ckpt_path") not in (None, "best", "hpc"):
@@ -291,7 +293,7 @@ def _run(arguments: list[str]) -> int:
             subclass_mode_data=True,
             trainer_class=CompressionTrainer,
             trainer_defaults={
-                "callbacks": [Interruptible(), CompressionLog(), PredictionWriter(), Requeue()],
+                "callbacks": [Interruptible(), CompressionLog(), PredictionWriter()],
                 "logger": {
                     "class_path": "lightning_modules.loggers.CSV",
                     "init_args": {"save_dir": "runs", "name": "logs"},
@@ -308,7 +310,7 @@ def _run(arguments: list[str]) -> int:
             args=None if arguments == sys.argv[1:] else arguments,
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        if path := _restored(error):
+        if not isinstance(error, torch.OutOfMemoryError) and (path := _restored(error)):
             raise CheckpointError(
                 f"{path} cannot be resumed ({type(error).__name__}: {error}); start from its weights instead: "
                 f"--model.init_from {path}"

@@ -16,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
 
-__all__ = ["check_own", "check_writable", "continue_last", "newest_checkpoint"]
+__all__ = ["check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
 
+_NET = ("net", "net_options", "rules")
 _OURS = {"state_dict", "pytorch-lightning_version", "global_step"}
 
 
@@ -27,7 +28,8 @@ class _Saved:
 
     path: Path
     step: int
-    versions: list[Any]
+    versions: dict[str, Any]
+    net: dict[str, Any]
 
     @property
     def order(self) -> tuple[int, bool, float]:
@@ -48,14 +50,28 @@ def continue_last(config: Namespace, *, training: bool) -> None:
         if not training:
             raise FileNotFoundError(f"{said}; train first, or give the path of one")
         rank_zero_info(f"{said}; training starts from the beginning")
-    elif training and len(found.versions) == len(_loggers(config)):
-        for logger, version in zip(_loggers(config), found.versions, strict=True):
-            if isinstance(version, int) or re.fullmatch(r"[\w.-]*\w[\w.-]*", str(version)):
+    elif training:
+        _check_same_net(found, config)
+        for place, logger in enumerate(_loggers(config)):
+            folder = found.path.parents[1].name if place == 0 and not config.model_checkpoint.dirpath else None
+            version = found.versions.get(logger.class_path.rpartition(".")[2], folder)
+            if isinstance(version, int) or (isinstance(version, str) and re.fullmatch(r"[\w.-]*\w[\w.-]*", version)):
                 logger.init_args.version = version
             if logger.class_path.endswith("TensorBoardLogger"):
                 # What was logged later is about to be logged again.
                 logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": found.step}
     config.ckpt_path = str(found.path) if found else None
+
+
+def _check_same_net(found: _Saved, config: Namespace) -> None:
+    """A folder may hold runs of several experiments; the newest is not always the one that was meant."""
+    for key, theirs in found.net.items():
+        ours = config.model.get(key)
+        if (ours or None) != (theirs or None):
+            raise ValueError(
+                f"--ckpt_path last: the newest run, {found.path.parents[1]}, has {key} {theirs} and not {ours}; give the path of the "
+                "checkpoint that you mean, or each experiment a --trainer.default_root_dir of its own"
+            )
 
 
 def newest_checkpoint(folders: list[Path]) -> _Saved | None:
@@ -68,7 +84,10 @@ def newest_checkpoint(folders: list[Path]) -> _Saved | None:
         for path in sorted(files):
             try:
                 content = check_own(path)
-                saved.append(_Saved(path, int(content["global_step"]), list(content.get("logger_versions") or ())))
+                versions, hparams = (content.get(key) for key in ("logger_versions", "hyper_parameters"))
+                net = {key: hparams[key] for key in _NET if key in hparams} if isinstance(hparams, dict) else {}
+                versions = versions if isinstance(versions, dict) else {}
+                saved.append(_Saved(path, int(content["global_step"]), versions, net))
             except (CheckpointError, ValueError) as error:
                 problems.append(str(error))
         if saved:
@@ -90,6 +109,23 @@ def check_own(path: str | Path) -> dict[str, Any]:
     if not content.keys() >= _OURS:
         raise ValueError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
     return content
+
+
+def check_new(config: Namespace) -> None:
+    """Whether a run whose version is given is a new one.
+
+    Raises:
+        FileExistsError: it holds a run, which would be written over.
+    """
+    for logger in _loggers(config):
+        version = logger.init_args.get("version")
+        if version is None or version == "":
+            continue
+        folder = _home(config) / (f"version_{version}" if isinstance(version, int) else str(version))
+        if (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*.ckpt")):
+            raise FileExistsError(
+                f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version"
+            )
 
 
 def check_writable(config: Namespace) -> None:

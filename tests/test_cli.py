@@ -477,6 +477,33 @@ def test_what_was_compressed_teaches_where_no_teacher_is_given(compressed: Path,
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["teacher"] == str(model)
 
 
+def test_last_is_not_another_experiments_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", *DIGITS, *output_to(tmp_path), "--trainer.limit_train_batches", "2", "--ckpt_path", "last"]
+    assert tnlayers(*command, "--trainer.max_epochs", "1") == 0
+    other = ["--trainer.max_epochs", "2", "--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
+    message = refusal([*command, *other], capsys)
+    assert f"the newest run, {tmp_path}/logs/version_0, has rules" in message
+    assert "default_root_dir" in message
+
+
+def test_a_version_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = ["--trainer.logger.init_args.version", "0", "--trainer.max_epochs", "1"]
+    command = ["fit", *DIGITS, *output_to(tmp_path), *version, "--trainer.limit_train_batches", "2"]
+    assert tnlayers(*command) == 0
+    assert "logs/version_0 holds a run already; go on with it by --ckpt_path last" in refusal(command, capsys)
+
+
+def test_a_plateau_is_watched(tmp_path: Path) -> None:
+    plateau = {
+        "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+        "init_args": {"monitor": "val/loss", "patience": 0},
+    }
+    options = ["--model.lr_scheduler", json.dumps(plateau), "--trainer.max_epochs", "4", "--model.optimizer.lr", "0"]
+    assert tnlayers("fit", *DIGITS, *output_to(tmp_path), *options, "--trainer.limit_train_batches", "2") == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["lr_schedulers"][0]["best"] < float("inf")
+
+
 def test_compress_with_the_default_logger(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["-c", str(CONFIGS / "rules/tucker.yaml"), "--checkpoint", str(dense), "--out", "out"]

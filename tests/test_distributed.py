@@ -197,7 +197,7 @@ def test_requeue_by_slurm(one: Path, tmp_path: Path) -> None:
     """Its variables, its program and its signal, which meets two processes at different steps; twice the same command."""
     job, scontrol = tmp_path / "job", tmp_path / "bin/scontrol"
     usr1 = {"class_path": "tests.processes.Signalled", "init_args": {"name": "SIGUSR1", "step": 13}}
-    command = [*COMMAND, "fit", *config(job, usr1), *TWO]
+    command = [*COMMAND, "fit", *config(job, usr1), *TWO, "--ckpt_path", "last"]
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o755)
@@ -211,7 +211,7 @@ def test_requeue_by_slurm(one: Path, tmp_path: Path) -> None:
         assert [code for code, _ in ended] == [expected, 0], ended
         assert (job / "replica0.pt").exists() == (expected == 0)
     assert (tmp_path / "requeued").read_text() == f"requeue {number}\n"
-    assert (job / "hpc_ckpt_1.ckpt").is_file()
+    assert len(list(job.rglob("checkpoints"))) == 1  # it went on in the same folder
     torch.testing.assert_close(replica(job, 1), replica(job), **EXACT)
     torch.testing.assert_close(replica(job), replica(one), **FLOAT32)
 

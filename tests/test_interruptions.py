@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.resume import newest_checkpoint
 from tests.commands import DIGITS, QUIET, tnlayers
-from tests.processes import Forks
+from tests.processes import Forks, finish, start
 
 RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
 STEPS = 21  # of an epoch on the digits
@@ -46,22 +47,41 @@ def reached(folder: Path, epoch: int) -> bool:
 # ---- writing
 
 
+SAVE = """
+import resource, signal, sys, torch
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+content = {"x": torch.ones(10_000)}
+for size in map(int, sys.argv[2:]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        AtomicCheckpointIO().save_checkpoint(content, sys.argv[1])
+    except OSError as error:
+        print(error)
+"""
+
+
 def test_a_save_is_whole_or_not_there(tmp_path: Path) -> None:
-    """Cut off by a limit on the size of files, at any place."""
+    """Over the same name, cut off by a limit on the size of files at several places."""
     path, io = tmp_path / "run" / "last.ckpt", AtomicCheckpointIO()
-    io.save_checkpoint({"x": torch.zeros(1000)}, path)
+    io.save_checkpoint({"x": torch.zeros(10_000)}, path)
     before = path.read_bytes()
-    (path.parent / ".epoch=7.ckpt.tmp").write_text("what a killed process left")
-    (path.parent / ".last.ckpt.tmp").mkdir()  # nobody can write a file of this name
-    with pytest.raises(
-        OSError, match=rf"cannot write the checkpoint {re.escape(str(path))}: .*; .* before it are intact"
-    ):
-        io.save_checkpoint({"x": torch.ones(1000)}, path)
+    sizes = ["0", "100", "20000", str(len(before) - 100)]
+    code, said = finish(start([sys.executable, "-c", SAVE, path, *sizes], tmp_path))
+    assert code == 0, said
+    assert said.count(f"cannot write the checkpoint {path}: File too large") == len(sizes)
     assert path.read_bytes() == before
-    (path.parent / ".last.ckpt.tmp").rmdir()
-    io.save_checkpoint({"x": torch.ones(1000)}, path)
-    assert torch.equal(io.load_checkpoint(path)["x"], torch.ones(1000))
     assert [each.name for each in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".epoch=7.ckpt.partial").write_text("half of one")
+    for name in (".notes.tmp", "old.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".cache.ckpt.partial").mkdir()
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(10)}, tmp_path / "last.ckpt")
+    found = {each.name for each in tmp_path.iterdir()}
+    assert found == {".notes.tmp", "old.partial", ".cache.ckpt.partial", "last.ckpt"}
 
 
 def test_code_is_not_loaded(tmp_path: Path) -> None:

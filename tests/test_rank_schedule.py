@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.ema import EMA
-from lightning_modules.callbacks.followers import check_strategy, reset_scores
+from lightning_modules.callbacks.followers import check_replicas, check_strategy, reset_scores
 from lightning_modules.callbacks.rank_schedule import RankSchedule
 from lightning_modules.callbacks.rank_steps import steps_of
 from lightning_modules.classifier import ImageClassifier
@@ -185,6 +187,32 @@ def test_what_was_best_before_is_forgotten() -> None:
     assert (plateau.num_bad_epochs, plateau.best) == (0, float("inf"))
 
 
+def test_a_truncation_begins_a_new_record_and_is_reported(tmp_path: Path) -> None:
+    """In a real run: the best of before does not stay the best, patience begins anew, and the folder has the report."""
+
+    best = ModelCheckpoint(dirpath=tmp_path / "run/checkpoints", monitor="val/accuracy", mode="max", filename="{epoch}")
+    stop = EarlyStopping(monitor="val/accuracy", mode="max", patience=1)
+    schedule = RankSchedule({3: "ParamsKept(0.006)"})  # after which hardly anything is recognised
+    model = fitted(tmp_path, schedule, CompressionLog(), best, stop, epochs=4)
+    assert Path(best.best_model_path).name == "epoch=3.ckpt"
+    assert "epoch=2.ckpt" in {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert (stop.stopped_epoch, model.trainer.current_epoch) == (0, 4)
+    written = {path.name for path in (tmp_path / "run/truncations/epoch=3").iterdir()}
+    assert {"report.md", "report.json", "layers.png", "spectra.png", "spectra.json"} <= written
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_replicas_that_differ_are_an_error(same: bool) -> None:
+    """Another process's digest, which here is made up."""
+    net = torch.nn.Linear(3, 2)
+    strategy = SimpleNamespace(
+        broadcast=lambda digest: digest if same else "0" * 64, reduce_boolean_decision=lambda value, all: value
+    )
+    trainer: Any = SimpleNamespace(strategy=strategy)
+    with nullcontext() if same else pytest.raises(RuntimeError, match="different weights after a truncation"):
+        check_replicas(trainer, net)
+
+
 # ---- a run that is cut
 
 
@@ -287,6 +315,30 @@ def test_wrong_schedules(schedule: dict[Any, Any], message: str) -> None:
 def test_an_epoch_that_never_comes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="RankSchedule has epoch 9, and training ends before it: max_epochs 2"):
         fitted(tmp_path, RankSchedule({9: 4}), epochs=2)
+
+
+def test_what_is_past_cannot_be_changed(tmp_path: Path) -> None:
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fitted(tmp_path, RankSchedule({1: 8}), saved, epochs=3)
+    for ranks, had in (({1: 4}, "having had 8 there"), ({0: 4, 1: 8}, "having had no truncation there")):
+        with pytest.raises(ValueError, match=f"this run is at epoch 3, {had}"):
+            fitted(tmp_path, RankSchedule(ranks), epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
+    later = fitted(tmp_path, RankSchedule({1: 8, 4: 4}), epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert max(layer.ranks[0] for layer in later.net.modules() if isinstance(layer, FactorizedLayer)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rank", "pattern", "message"),
+    [(8, "nope", "matches no factorized layer"), ("AccuracyDrop(0.1)", "*", "no validation pictures")],
+)
+def test_mistakes_are_said_before_training(rank: Any, pattern: str, message: str, tmp_path: Path) -> None:
+    class Steps(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            pytest.fail("it trained first")
+
+    trainer = trainer_of(tmp_path, RankSchedule({1: rank}, pattern=pattern), Steps(), epochs=2)
+    with pytest.raises(ValueError, match=f"RankSchedule at epoch 1: .*{message}"):
+        trainer.fit(classifier(), datamodule=Digits(val_fraction=0))
 
 
 def test_a_budget_out_of_reach_names_the_epoch(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_ranks_fall_in_two_processes(tmp_path: Path) -> None:
     assert {layer["pattern"] for layer in layers} == {"conv2", "conv3", "conv4", "fc1"}
 
 
-KILLS = 20
+KILLS, TRUNCATED = 20, 11  # an epoch has 11 steps, and the first truncation comes after one
 
 
 def steps_saved(folder: Path) -> int:
@@ -92,29 +92,36 @@ def test_twenty_kills(tmp_path: Path) -> None:
     moments = random.Random(0)
     with Forks() as forks:
 
-        def run(name: str, kill_after: float | None) -> tuple[int, str]:
+        def run(name: str, kill: bool) -> tuple[int, str]:
+            """Every other kill comes soon after a new checkpoint, so that they fall all over the run on any machine."""
             options = [*config(tmp_path / name, ranks, max_epochs=6), *steps, "--ckpt_path", "last"]
+            before = steps_saved(tmp_path / name)
             fork = forks.start(["fit", *options], tmp_path / name)
-            if kill_after is not None:
-                time.sleep(kill_after)
-                with suppress(ProcessLookupError):  # it may have ended by itself
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                if kill and moments.random() < 0.5:
+                    fork.until(lambda: steps_saved(tmp_path / name) > before)
+                    time.sleep(moments.uniform(0, 0.6))
+                    fork.kill()
+                elif kill:
+                    time.sleep(moments.uniform(0.2, 2.5))
                     fork.kill()
             return fork.wait(), fork.said[-3000:]
 
-        code, said = run("whole", None)
+        code, said = run("whole", kill=False)
         assert code == 0, said
         (end,) = (tmp_path / "whole").rglob("last.ckpt")
         expected = read_checkpoint(end)
-        kills = runs = 0
+        kills, runs, places = 0, 0, set[int]()
         while kills < KILLS:
             name, code, saved = f"run{runs}", -1, 0
             while code:
                 last_try = kills >= KILLS
-                code, said = run(name, None if last_try else moments.uniform(0.3, 4.0))
+                code, said = run(name, kill=not last_try)
                 assert code in ((0,) if last_try else (0, -9)), said
                 assert steps_saved(tmp_path / name) >= saved
                 saved = steps_saved(tmp_path / name)
                 kills += code != 0
+                places.add(saved)
             (end,) = (tmp_path / name).rglob("last.ckpt")
             found = read_checkpoint(end)
             assert found["global_step"] == expected["global_step"]
@@ -122,3 +129,6 @@ def test_twenty_kills(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[part], expected[part], **EXACT)
             assert found["tensorization"] == expected["tensorization"]
             runs += 1
+        assert len([step for step in places if step > TRUNCATED]) >= 3, (
+            places
+        )  # checkpoints of truncated nets among them

@@ -14,7 +14,7 @@ from tnlayers.rules import Rule, fits
 from tnlayers.surgery import method_for, tensorize
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
-__all__ = ["fraction_kept", "resolve_truncation", "truncate"]
+__all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def resolve_truncation(
     Raises:
         ValueError: no layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
     """
-    selected = _select(model, example_input, pattern, rules)
-    for each in selected:
-        _check(each, rank)
+    selected = check_truncation(model, rank, example_input, pattern=pattern, rules=rules)
     by_macs = isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
         chosen: list[Ranks | None] = [_lowered(each, rank) for each in selected]
@@ -95,6 +93,28 @@ def resolve_truncation(
         for each, ranks in zip(selected, chosen, strict=True)
         if ranks is not None and ranks != each.ranks
     ]
+
+
+def check_truncation(
+    model: nn.Module,
+    rank: Rank,
+    example_input: Example | None = None,
+    *,
+    pattern: str = "*",
+    rules: Sequence[Rule] = (),
+) -> list[_Selected]:
+    """The layers that a truncation is about.
+
+    Raises:
+        ValueError: there are none, or one cannot be truncated by this rank; see `resolve_truncation`.
+    """
+    selected = _select(model, example_input, pattern, rules)
+    for each in selected:
+        try:
+            _check(each, rank)
+        except ValueError as error:
+            raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
+    return selected
 
 
 def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
@@ -161,22 +181,19 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
 
 
 def _check(each: _Selected, rank: Rank) -> None:
-    try:
-        if each.method.joint:
-            raise ValueError("its parameters make other layers too")
-        each.method.with_rank(rank)
-    except ValueError as error:
-        raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
+    if each.method.joint:
+        raise ValueError("its parameters make other layers too")
+    each.method.with_rank(rank)
+    if isinstance(rank, (tuple, list)) and each.ranks is not None and len(rank) != len(each.ranks):
+        raise ValueError(f"rank {rank!r} has {len(rank)} entries; the layer has {each.ranks}")
 
 
 def _lowered(each: _Selected, rank: Rank) -> Ranks | None:
-    """An explicit rank, each bond of it at most the present one."""
+    """An explicit rank, each bond of it at most the present one; None for a dense layer."""
     present = each.ranks
     if present is None:
         return None
     asked = (rank,) * len(present) if isinstance(rank, int) else tuple(rank)  # type: ignore[arg-type]
-    if len(asked) != len(present):
-        raise ValueError(f"{each.name}: rank {rank!r} has {len(asked)} entries; the layer has {present}")
     return each.method.clamp(each.geometry.weight_shape, tuple(map(min, asked, present)))
 
 

@@ -4,7 +4,6 @@ from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.callbacks.interruptions import Interruptible, RunCheckpoint
 from lightning_modules.callbacks.rank_schedule import RankSchedule
-from lightning_modules.callbacks.requeue import Requeue
 from lightning_modules.callbacks.writers import PredictionWriter, RunConfig
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "Interruptible",
     "PredictionWriter",
     "RankSchedule",
-    "Requeue",
     "RunCheckpoint",
     "RunConfig",
 ]

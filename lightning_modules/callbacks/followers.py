@@ -114,7 +114,8 @@ def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) ->
             module = callback._average_model.module
             assert isinstance(module, ImageClassifier)
             for name in layers:
-                module.net.set_submodule(name, copy.deepcopy(net.get_submodule(name)))
+                device = next(module.net.get_submodule(name).parameters()).device
+                module.net.set_submodule(name, copy.deepcopy(net.get_submodule(name)).to(device))
 
 
 def reset_scores(trainer: Trainer) -> None:

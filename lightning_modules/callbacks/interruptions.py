@@ -2,14 +2,17 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.callbacks.followers import callbacks_of
 from lightning_modules.loggers import CSV
 
 __all__ = ["Interruptible", "RunCheckpoint"]
@@ -18,24 +21,24 @@ __all__ = ["Interruptible", "RunCheckpoint"]
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` for runs that are stopped and go on in the same folder.
 
-    With `save_on_exception` it writes last.ckpt on SIGTERM, which ends training between two steps. Any other exception
+    With `save_on_exception` it writes last.ckpt where a signal ends training, between two steps. Any other exception
     may come in the middle of one (Ctrl-C, memory that runs out) and saves nothing: it could not be resumed exactly.
     """
 
-    _waits = False
+    _save_at_epoch_end = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Not after an epoch's last batch: a run that goes on from there loses count of its epochs, so its end comes first."""
-        self._waits = is_last_batch(trainer)
-        if not self._waits:
+        self._save_at_epoch_end = is_last_batch(trainer)
+        if not self._save_at_epoch_end:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._waits and not self._should_skip_saving_checkpoint(trainer):
+        if self._save_at_epoch_end and not self._should_skip_saving_checkpoint(trainer):
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        self._waits = False
+        self._save_at_epoch_end = False
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -47,7 +50,10 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
             self._save_last_checkpoint(trainer, candidates)
         if saved := self.last_model_path or self._last_checkpoint_saved:
-            rank_zero_info(f"stopped by SIGTERM at step {trainer.global_step}; --ckpt_path last goes on from {saved}")
+            rank_zero_info(f"stopped at step {trainer.global_step}; --ckpt_path last goes on from {saved}")
+        watching = [each for each in callbacks_of(trainer) if isinstance(each, Interruptible)]
+        if trainer.is_global_zero and any(each.requeues for each in watching):
+            _requeue()  # last of all: it may end the job at once
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """last.ckpt is what training ended with, also where checkpoints are saved every so many steps."""
@@ -79,20 +85,33 @@ def _moved(state: Any, before: str | None, after: str) -> Any:
 
 
 class Interruptible(Callback):
-    """SIGTERM is noted, and all processes heed it after the same step; metrics from after a checkpoint are dropped.
+    """SIGTERM, and in a SLURM job SIGUSR1, are noted, and all processes heed them after the same step.
 
-    Lightning's own handler talks to the other processes from within, while they may be talking of a step: that can hang.
+    Training then ends as `RunCheckpoint` says; after SIGUSR1, which a job gets before its time runs out, the job is put into
+    the queue again too. Lightning's own handlers talk to the other processes from within, while they may be talking of a
+    step: that can hang, and what they save may be of the middle of a step.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._sigterm = self._sigusr1 = False
+        self.requeues = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(trainer, "stopping"):
+            raise ValueError(
+                "Interruptible needs lightning_modules.lightning_cli.CompressionTrainer, which stops when it says so"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.strategy.broadcast(trainer.ckpt_path) != trainer.ckpt_path:
+        same = trainer.strategy.broadcast(trainer.ckpt_path) == trainer.ckpt_path
+        if not trainer.strategy.reduce_boolean_decision(same, all=True):
             raise ValueError(
-                f"--ckpt_path last is {trainer.ckpt_path} here and newer elsewhere: another job is writing it"
+                f"--ckpt_path last is not the same in all processes ({trainer.ckpt_path}): another job is writing it"
             )
-        signal.signal(signal.SIGTERM, self._note)  # the trainer puts back the handler of before
+        self._sigterm = self._sigusr1 = self.requeues = trainer.stopping = False  # type: ignore[attr-defined]
+        signal.signal(signal.SIGTERM, self._note_sigterm)  # the trainer puts back the handlers of before
+        if SLURMEnvironment.detect():
+            signal.signal(signal.SIGUSR1, self._note_sigusr1)
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
                 logger.rewind(trainer.global_step)
@@ -103,8 +122,11 @@ class Interruptible(Callback):
         if launcher and isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException):
             launcher.kill(signal.SIGKILL)
 
-    def _note(self, *_: Any) -> None:
-        self._asked = True
+    def _note_sigterm(self, *_: Any) -> None:
+        self._sigterm = True
+
+    def _note_sigusr1(self, *_: Any) -> None:
+        self._sigusr1 = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,4 +139,17 @@ class Interruptible(Callback):
         self._agree(trainer)
 
     def _agree(self, trainer: Trainer) -> None:
-        trainer.stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)  # type: ignore[attr-defined]
+        asked = self._sigterm or self._sigusr1
+        trainer.stopping = trainer.strategy.reduce_boolean_decision(asked, all=False)  # type: ignore[attr-defined]
+        if trainer.stopping:  # type: ignore[attr-defined]
+            self.requeues = trainer.strategy.reduce_boolean_decision(self._sigusr1, all=False)
+
+
+def _requeue() -> None:
+    """Puts this SLURM job into the queue again, as the task of an array that it may be."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"job {job} could not be put into the queue again: {error}; start it by the same command")

@@ -1,6 +1,8 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ class RankSchedule(Callback):
     def __init__(self, ranks: dict[int | str, int | str] | None = None, pattern: str = "*") -> None:
         self.pattern = pattern
         self.steps = steps_of(ranks or {})
-        self.applied: list[int] = []
+        self.applied: dict[int, str] = {}
 
     @property
     def state_key(self) -> str:
@@ -54,10 +56,10 @@ class RankSchedule(Callback):
         return self._generate_state_key(pattern=self.pattern if self.steps else None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"applied": list(self.applied)}
+        return {"applied": dict(self.applied)} if self.steps else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.applied = [int(epoch) for epoch in state_dict["applied"]]
+        self.applied = {int(epoch): str(step) for epoch, step in state_dict["applied"].items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.steps:
@@ -73,6 +75,20 @@ class RankSchedule(Callback):
                 f"RankSchedule has epoch {late[0]}, and training ends before it: max_epochs {trainer.max_epochs}"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What cannot be done is said before training rather than when its epoch comes."""
+        for epoch, step in self.steps.items():
+            if epoch in self.applied or epoch < trainer.current_epoch:
+                if self.applied.get(epoch) != str(step):
+                    raise ValueError(
+                        f"RankSchedule has {step} at epoch {epoch}, and this run is at epoch {trainer.current_epoch}, having "
+                        f"had {self.applied.get(epoch, 'no truncation')} there; change the epochs that are still to come"
+                    )
+                continue
+            assert isinstance(pl_module, ImageClassifier)
+            with _naming(epoch):
+                step.check(pl_module, trainer.datamodule, self.pattern)  # type: ignore[attr-defined]
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._heed(trainer, pl_module)
 
@@ -86,7 +102,7 @@ class RankSchedule(Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         rules = self._decided(trainer, pl_module, self.steps[epoch])
-        self.applied.append(epoch)
+        self.applied[epoch] = str(self.steps[epoch])
         if rules:
             _apply(trainer, pl_module, rules)
         else:
@@ -95,16 +111,25 @@ class RankSchedule(Callback):
     def _decided(self, trainer: Trainer, module: ImageClassifier, step: Step) -> list[Rule]:
         """The same rules in every process: rank 0 decides."""
         rules: list[dict[str, Any]] = []
-        problem = ""
+        problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
-            except ValueError as error:
-                problem = f"RankSchedule at epoch {trainer.current_epoch}: {error}"
-        rules, problem = trainer.strategy.broadcast((rules, problem))
-        if problem:
-            raise ValueError(problem)
+                with _naming(trainer.current_epoch):
+                    rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
+            except Exception as error:  # whatever it is, the other processes must not wait for rules
+                problem = error
+        rules, said = trainer.strategy.broadcast((rules, str(problem) if problem else ""))
+        if said:
+            raise problem or ValueError(said)
         return rules_from_plain(rules)
+
+
+@contextmanager
+def _naming(epoch: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"RankSchedule at epoch {epoch}: {error}") from None
 
 
 def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:

@@ -16,6 +16,7 @@ from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, resolve_truncati
 from tnlayers.ranks import Rank, check_rank
 from tnlayers.rules import rank_from_text
 from tnlayers.tracing import evaluating
+from tnlayers.truncation import check_truncation
 
 __all__ = ["AccuracyDrop", "Step", "steps_of"]
 
@@ -50,6 +51,18 @@ class Step:
 
     def __str__(self) -> str:
         return str(self.rank)
+
+    def check(self, module: ImageClassifier, data: ImageData, pattern: str) -> None:
+        """What can be known before its epoch comes.
+
+        Raises:
+            ValueError: layers that cannot be truncated so, or no validation pictures to judge by.
+        """
+        rank = self.rank
+        if isinstance(rank, AccuracyDrop):
+            next(iter(data.validation_batches()))
+            rank = ParamsKept(1.0)
+        check_truncation(module.net, rank, pattern=pattern, rules=module.rules)
 
     def resolve(self, module: ImageClassifier, data: ImageData, pattern: str) -> list[Rule]:
         net, example, rank = module.net, module.example_input, self.rank

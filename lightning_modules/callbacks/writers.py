@@ -1,6 +1,7 @@
 """When predictions and the configuration are written; what is written comes from elsewhere."""
 
 import csv
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,9 +81,11 @@ class RunConfig(SaveConfigCallback):
         while path.is_file() and path.read_text() != text:
             number += 1
             path = folder / f"config-resumed-{number}.yaml"
-        path.write_text(text)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text)
+        os.replace(partial, path)  # a kill leaves no half of it
         for logger in trainer.loggers:  # again, too: a killed process may not have got it to the disk
             log_config(logger, path.stem.replace("config", "cli", 1), text)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["logger_versions"] = [logger.version for logger in trainer.loggers]
+        checkpoint["logger_versions"] = {type(logger).__name__: logger.version for logger in trainer.loggers}
