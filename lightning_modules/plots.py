@@ -13,6 +13,7 @@ from tnlayers import Summary
 __all__ = ["Spectrum", "plot_accuracy", "plot_layers", "plot_spectra"]
 
 _DENSE, _OURS, _INK = "#c9cfd6", "#1f6fb4", "#333333"
+_BEFORE = "#e08a3c"
 _PANELS, _COLUMNS = 16, 4
 _ZERO = 1e-6  # of the largest singular value: what rounding leaves where a weight has none
 
@@ -23,14 +24,14 @@ class Spectrum:
 
     Attributes:
         values: singular values before, as fractions of the largest.
-        kept: the rank of the same unfolding after.
+        left: singular values after, as fractions of the same.
         before, after: the ranks; () for a dense layer.
         error: of the weight after, relative to that before.
     """
 
     layer: str
     values: tuple[float, ...]
-    kept: int
+    left: tuple[float, ...]
     before: tuple[int, ...]
     after: tuple[int, ...]
     error: float
@@ -106,34 +107,27 @@ def plot_accuracy(summary: Summary, accuracy: dict[str, float]) -> Figure:
 
 
 def plot_spectra(spectra: Sequence[Spectrum]) -> Figure:
-    """What each truncation kept of the singular values of its layer; at most 16 layers, the first ones."""
+    """The singular values of each truncated layer's weight, before and after; at most 16 layers, the first ones."""
     shown = spectra[:_PANELS]
     columns = min(_COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(1 + 2.7 * columns, 0.9 + 1.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    lowest = 1.0
     for axes, spectrum in zip(panels, shown, strict=False):
-        heights = [value for value in spectrum.values if value > _ZERO]
-        places = range(1, len(heights) + 1)
-        for name, color, part in (
-            ("kept", _OURS, slice(spectrum.kept)),
-            ("dropped", _DENSE, slice(spectrum.kept, None)),
-        ):
-            axes.bar(places[part], heights[part], width=1, color=color, label=name)
-        lowest = min([lowest, *heights])
-        axes.set_yscale("log")
+        for name, color, values in (("before", _BEFORE, spectrum.values), ("after", _OURS, spectrum.left)):
+            heights = [value for value in values if value > _ZERO]
+            axes.plot(
+                range(1, len(heights) + 1), heights, color=color, marker=".", markersize=4, linewidth=1, label=name
+            )
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.set_xlim(0.5, len(spectrum.values) + 0.5)
         axes.set_title(_truncation(spectrum), fontsize=8, color=_INK)
         _clean(axes)
-    panels[0].set_ylim(0.5 * lowest, 1.3)
+    panels[0].set_ylim(0, 1.05)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    figure.supylabel("singular value / largest", fontsize=9, color=_INK)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2
-    )
+    figure.supxlabel("singular value of the weight as a matrix, outputs x rest", fontsize=9, color=_INK)
+    figure.supylabel("fraction of the largest", fontsize=9, color=_INK)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 

@@ -75,7 +75,11 @@ def _check_same_net(found: _Saved, config: Namespace) -> None:
 
 
 def newest_checkpoint(folders: list[Path]) -> _Saved | None:
-    """Of the folder that was written to last, the checkpoint of the most steps; None where there is none to be read."""
+    """Of the folder that was written to last, the checkpoint of the most steps; None where there is none.
+
+    Raises:
+        CheckpointError: there are some, and none can be read.
+    """
     runs = [files for folder in folders if (files := list(folder.glob("*.ckpt")))]
     runs.sort(key=lambda files: max(path.stat().st_mtime for path in files), reverse=True)
     problems: list[str] = []
@@ -95,6 +99,8 @@ def newest_checkpoint(folders: list[Path]) -> _Saved | None:
             if problems:
                 rank_zero_warn(f"{'; '.join(problems)}; using {best.path} (step {best.step}) instead")
             return best
+    if problems:
+        raise CheckpointError(f"no checkpoint can be read: {'; '.join(problems)}; to begin anew leave --ckpt_path out")
     return None
 
 
@@ -139,6 +145,12 @@ def check_writable(config: Namespace) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "may not be written to" if place.is_dir() else "is no folder"
         raise OSError(f"the run cannot be kept in {home}: {place} {problem}; give another --trainer.default_root_dir")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the run cannot be kept in {home}: {error.strerror}; give another --trainer.default_root_dir"
+        ) from None
 
 
 def _loggers(config: Namespace) -> list[Namespace]:

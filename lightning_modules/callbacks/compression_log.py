@@ -17,7 +17,6 @@ from tnlayers.linalg import effective_rank, precise, singular_values
 
 __all__ = ["CompressionLog"]
 
-_ZERO = 1e-6  # of the largest singular value; float32 factors leave less than this where there is nothing
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -64,7 +63,8 @@ class CompressionLog(Callback):
             return
         folder = run_folder(trainer) / "truncations" / f"epoch={epoch}"
         summary = summarize(module.net, module.example_input, reference=reference, measure=False)
-        report = Report(f"{module.hparams['net']} truncated at epoch {epoch}", summary, {})
+        note = "error       of this truncation: against the weights right before it"
+        report = Report(f"{module.hparams['net']} truncated at epoch {epoch}", summary, {}, (note,))
         report.write(folder)
         spectra = _spectra(reference, module.net, summary)
         (folder / "spectra.json").write_text(json.dumps({each.layer: each.to_plain() for each in spectra}) + "\n")
@@ -110,13 +110,13 @@ def _spectra(reference: nn.Module, net: nn.Module, summary: Summary) -> list[Spe
         old = reference.get_submodule(name)
         before = old.ranks if isinstance(old, FactorizedLayer) else ()
         if before != layer.ranks:
-            values = singular_values(_unfolded(old))
-            kept = singular_values(_unfolded(layer))
+            values, left = (singular_values(_unfolded(each)) for each in (old, layer))
+            top = values[0].clamp(min=_TINY)
             spectra.append(
                 Spectrum(
                     layer=name,
-                    values=tuple((values / values[0].clamp(min=_TINY)).tolist()),
-                    kept=int((kept > _ZERO * kept[0]).sum()),
+                    values=tuple((values / top).tolist()),
+                    left=tuple((left / top).tolist()),
                     before=before,
                     after=layer.ranks,
                     error=errors[name],

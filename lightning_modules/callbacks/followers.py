@@ -108,7 +108,7 @@ def check_replicas(trainer: Trainer, module: nn.Module) -> None:
 
 
 def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) -> None:
-    """Moving averages start anew in these layers: old and new factors are in different bases, so no average of both means anything."""
+    """Moving averages begin anew: the truncated factors are in another basis, and the other layers' averages belong to the old ones."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             module = callback._average_model.module
@@ -116,6 +116,7 @@ def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) ->
             for name in layers:
                 device = next(module.net.get_submodule(name).parameters()).device
                 module.net.set_submodule(name, copy.deepcopy(net.get_submodule(name)).to(device))
+            module.net.load_state_dict(net.state_dict())
 
 
 def reset_scores(trainer: Trainer) -> None:

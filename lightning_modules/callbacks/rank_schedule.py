@@ -20,7 +20,7 @@ from lightning_modules.callbacks.followers import (
 )
 from lightning_modules.callbacks.rank_steps import Step, steps_of
 from lightning_modules.classifier import ImageClassifier
-from tnlayers import ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
+from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 
 __all__ = ["RankSchedule"]
 
@@ -149,8 +149,9 @@ def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None
         if isinstance(callback, CompressionLog):
             callback.truncated(trainer, module, reference, trainer.current_epoch)
     worst = max(errors, key=errors.__getitem__)
-    kept = fraction_kept(module.net, ParamsKept, rules=module.rules)
+    example = module.example_input
+    params, macs = (fraction_kept(module.net, by, example, rules=module.rules) for by in (ParamsKept, MacsKept))
     rank_zero_info(
-        f"epoch {trainer.current_epoch}: {len(errors)} layers truncated, {kept:.1%} of the dense parameters kept; largest "
-        f"relative error {errors[worst]:.3f} ({worst})"
+        f"epoch {trainer.current_epoch}: truncated {', '.join(errors)}; of the layers under rules {params:.1%} of the parameters "
+        f"and {macs:.1%} of the MACs are left; largest relative error {errors[worst]:.3f} ({worst})"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_modules.classifier import ImageClassifier
@@ -123,7 +124,7 @@ def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern:
     """The truncation to the fewest parameters, by bisection, that costs at most `drop` of the validation accuracy."""
     net, example = module.net, module.example_input
     which: dict[str, Any] = {"pattern": pattern, "rules": module.rules}
-    least = _accuracy(module, net, data) - drop
+    before = right_after = _accuracy(module, net, data)
     high = math.log(fraction_kept(net, ParamsKept, example, **which))
     low, found = high + math.log(_LEAST), list[Rule]()
     for _ in range(_PROBES):
@@ -135,10 +136,12 @@ def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern:
             continue
         smaller = copy.deepcopy(net)
         truncate(smaller, rules)
-        if _accuracy(module, smaller, data) >= least:
-            high, found = middle, rules
+        accuracy = _accuracy(module, smaller, data)
+        if accuracy >= before - drop:
+            high, found, right_after = middle, rules, accuracy
         else:
             low = middle
+    rank_zero_info(f"validation accuracy {before:.2%} before the truncation and {right_after:.2%} right after it")
     return found
 
 
