@@ -101,7 +101,10 @@ class TensorCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The run keeps the configuration as it was given: `last`, not the path that this is now."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # such as two callbacks of a kind of which there may be one
+            raise ValueError(str(error)) from None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
                 callback.config = self._given

@@ -128,6 +128,17 @@ CASES += [
     ("schedule's rank", [*SCHEDULE, "{0: Params(0.5)}"], ["'Params(0.5)' is not understood"]),
     ("schedule too late", [*SCHEDULE, "{9: 4}"], ["epoch 9", "max_epochs 1"]),
     ("schedule without layers", [*SCHEDULE, "{0: 4}"], ["epoch 0", "no factorized layer", "the model has none"]),
+    (
+        "two schedules",
+        [
+            *SCHEDULE,
+            "{0: 4}",
+            "--trainer.callbacks+=lightning_modules.callbacks.RankSchedule",
+            "--trainer.callbacks.ranks",
+            "{0: 2}",
+        ],
+        ["more than one stateful callback", "RankSchedule"],
+    ),
     ("schedule out of reach", [*SCHEDULE, "{0: ParamsKept(0.0001)}", *TUCKER], ["epoch 0", "cannot be reached"]),
 ]
 # The ways in which a checkpoint can reach a command.
