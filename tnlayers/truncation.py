@@ -9,9 +9,10 @@ from tnlayers.budget import candidate_of
 from tnlayers.factorizations import Factorization
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.layers import layer_type
 from tnlayers.ranks import Candidate, MacsKept, ParamsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
 from tnlayers.rules import Rule, fits
-from tnlayers.surgery import method_for, tensorize
+from tnlayers.surgery import method_for, replace_layers
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
@@ -142,8 +143,9 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
             errors[rule.pattern] = layer.truncate(method.rank)
             layer.set_plan(method.plan)
         else:
-            tensorize(model, [rule])
-            errors[rule.pattern] = model.get_submodule(rule.pattern).decomposition_error  # type: ignore[assignment]
+            new = layer_type(method, layer).convert(layer, method)
+            replace_layers(model, {layer: new})
+            errors[rule.pattern] = new.decomposition_error or 0.0
     return errors
 
 
