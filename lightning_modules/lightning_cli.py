@@ -17,7 +17,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -31,6 +30,7 @@ from lightning_modules.callbacks import (
     RunCheckpoint,
     RunConfig,
 )
+from lightning_modules.callbacks.followers import keeps_whole_parameters
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
@@ -69,7 +69,7 @@ class CompressionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         plugins = kwargs.get("plugins") or ()
         given = any(isinstance(each, CheckpointIO) for each in (plugins if isinstance(plugins, list) else [plugins]))
-        if isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)) and not given:
+        if keeps_whole_parameters(self.strategy) and not given:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     @property

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -360,6 +360,11 @@ def test_accuracy_drop_needs_validation_pictures() -> None:
         (
             SimpleNamespace(strategy=FSDPStrategy(), callbacks=[]),
             "under FSDPStrategy, which shards .*--trainer.strategy ddp",
+        ),
+        (
+            # Its constructor asks for the package deepspeed.
+            SimpleNamespace(strategy=DeepSpeedStrategy.__new__(DeepSpeedStrategy), callbacks=[]),
+            "under DeepSpeedStrategy, which shards .*--trainer.strategy ddp",
         ),
         (None, "under StochasticWeightAveraging; average by"),
     ],

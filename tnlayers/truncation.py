@@ -79,7 +79,7 @@ def resolve_truncation(
     Raises:
         ValueError: no layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
     """
-    selected = check_truncation(model, rank, example_input, pattern=pattern, rules=rules)
+    selected = _checked(model, rank, example_input, pattern, rules)
     by_macs = isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
         chosen: list[Ranks | None] = [_lowered(each, rank) for each in selected]
@@ -96,26 +96,13 @@ def resolve_truncation(
     ]
 
 
-def check_truncation(
-    model: nn.Module,
-    rank: Rank,
-    example_input: Example | None = None,
-    *,
-    pattern: str = "*",
-    rules: Sequence[Rule] = (),
-) -> list[_Selected]:
-    """The layers that a truncation is about.
+def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules: Sequence[Rule] = ()) -> None:
+    """What can be known of a truncation long before it comes.
 
     Raises:
-        ValueError: there are none, or one cannot be truncated by this rank; see `resolve_truncation`.
+        ValueError: no layer matches, or one cannot be truncated by this rank; see `resolve_truncation`.
     """
-    selected = _select(model, example_input, pattern, rules)
-    for each in selected:
-        try:
-            _check(each, rank)
-        except ValueError as error:
-            raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
-    return selected
+    _checked(model, rank, None, pattern, rules)
 
 
 def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
@@ -180,6 +167,18 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
         replace(each, calls=calls_of(each.geometry, inputs[each.name])) if each.name in inputs else each
         for each in selected
     ]
+
+
+def _checked(
+    model: nn.Module, rank: Rank, example_input: Example | None, pattern: str, rules: Sequence[Rule]
+) -> list[_Selected]:
+    selected = _select(model, example_input, pattern, rules)
+    for each in selected:
+        try:
+            _check(each, rank)
+        except ValueError as error:
+            raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
+    return selected
 
 
 def _check(each: _Selected, rank: Rank) -> None:

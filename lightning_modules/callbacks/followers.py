@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -22,6 +22,7 @@ __all__ = [
     "follow_average",
     "follow_optimizers",
     "follow_strategy",
+    "keeps_whole_parameters",
     "reset_scores",
 ]
 
@@ -31,13 +32,19 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def keeps_whole_parameters(strategy: Strategy) -> bool:
+    """Whether every process holds all the parameters, as plain tensors. DeepSpeed's strategy is a DDP by inheritance alone."""
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    return whole and not isinstance(strategy, DeepSpeedStrategy)
+
+
 def check_strategy(trainer: Trainer, what: str) -> None:
     """Whether parameters can be replaced during training.
 
     Raises:
         ValueError: the strategy shards them, or averages them in a way that holds on to the old ones.
     """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not keeps_whole_parameters(trainer.strategy):
         raise ValueError(
             f"{what} cannot change ranks under {type(trainer.strategy).__name__}, which shards the parameters; train with "
             "--trainer.strategy ddp, or truncate between runs: tnlayers compress, then fit"
