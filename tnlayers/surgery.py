@@ -20,7 +20,17 @@ from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
-__all__ = ["resolve", "rules_of", "tensorize", "to_dense"]
+__all__ = [
+    "factorize",
+    "method_for",
+    "methods_of",
+    "refusal",
+    "replace_layers",
+    "resolve",
+    "rules_of",
+    "tensorize",
+    "to_dense",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
