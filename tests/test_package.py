@@ -52,6 +52,7 @@ def test_imports_run_downward_only() -> None:
         "network",
         "plan",
         "linalg",
+        "cuts",
         "ranks",
         "factorizations",
         "geometry",

@@ -4,7 +4,7 @@ Legend:
     o, i      output and input channels (features of a linear)
     d, h, w   depth, height and width of the kernel
     m, n      rows and columns of a cut's matrix, m <= n: the shorter side is in the rows
-    k         singular values, k = m
+    k         singular values: of the whole cut, m
 
 A cut is named by the modes on its one side: of a kernel (o, i, h, w), "ih" is the split of i, h from o, w. The bond dimension
 of a cut is how many singular values are kept there. Truncating the cuts of trained kernels, layer by layer, to see what a
@@ -16,13 +16,13 @@ low-rank scheme of Tai et al. the cut ih; the rank of a CP bounds the bond of ev
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from tnlayers.linalg import decomposing, precise, relative_error, unfold
+from tnlayers.linalg import decomposing, fold, left_svd, precise, relative_error, tails, unfold
 
 __all__ = [
     "NormLoss",
@@ -40,8 +40,8 @@ _MODES = {2: "oi", 3: "oiw", 4: "oihw", 5: "oidhw"}
 
 
 def cuts_of(shape: Sequence[int]) -> tuple[str, ...]:
-    """Every cut of a weight of this shape, single modes first: 2^(k-1) - 1 of k modes: seven of a Conv2d kernel, one
-    ("i") of a linear.
+    """Every cut of a weight of this shape, single modes first: 2^(N-1) - 1 of N modes, so seven of a Conv2d
+    kernel and one ("i") of a linear.
 
     Raises:
         ValueError: a shape of fewer than two or more than five modes.
@@ -56,45 +56,69 @@ def cuts_of(shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def cut_label(cut: str, shape: Sequence[int]) -> str:
-    """Both sides of a cut, such as "ih|ow"."""
-    return f"{cut}|{''.join(mode for mode in _modes(shape) if mode not in cut)}"
+    """Both sides of a cut, such as "ih|ow".
+
+    Raises:
+        ValueError: a cut that a weight of this shape does not have.
+    """
+    modes = _modes(shape)
+    return "|".join("".join(modes[axis] for axis in side) for side in _sides(shape, cut))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
-    """A weight as a matrix over a cut.
+    """A weight as a matrix over a cut, as it was when it was split.
 
     Attributes:
-        values: (k,) singular values, descending.
+        values: (k,) singular values in float64, descending.
     """
 
     values: Tensor
-    _basis: Tensor
-    _matrix: Tensor
-    _axes: tuple[int, ...]
-    _weight: Tensor
+    _basis: Tensor = field(repr=False)  # (m, k)
+    _matrix: Tensor = field(repr=False)  # (m, n)
+    _rows: tuple[int, ...] = field(repr=False)
+    _weight: Tensor = field(repr=False)  # its shape, dtype and device are those of what is truncated
 
     def eps(self, bond: int) -> float:
-        """||W - W~|| / ||W|| of the truncation to this bond dimension: sqrt(discarded s^2 / all s^2)."""
-        energies = self.values.square()
-        return math.sqrt(float(energies[bond:].sum() / energies.sum())) if energies.sum() > 0 else 0.0
-
-    def bond(self, eps: float) -> int:
-        """The smallest bond dimension, at least 1, at which the truncation loses at most this."""
-        return next(bond for bond in range(1, len(self.values) + 1) if self.eps(bond) <= eps)
-
-    def truncated(self, bond: int) -> Tensor:
-        """The weight with the bond dimension of this cut: the projection on its leading singular vectors.
+        """||W - W~|| / ||W|| of the truncation to this bond dimension: sqrt(discarded s^2 / all s^2).
 
         Raises:
             ValueError: a bond dimension that the cut does not have.
         """
-        if not 1 <= bond <= len(self.values):
-            raise ValueError(f"bond dimension {bond}: this cut has 1 to {len(self.values)}")
+        self._check(bond)
+        return self._losses()[bond]
+
+    def bond(self, eps: float) -> int:
+        """The smallest bond dimension, at least 1, at which the truncation loses at most this.
+
+        Raises:
+            ValueError: a norm loss below 0.
+        """
+        if not eps >= 0:
+            raise ValueError(f"eps {eps}: expected a norm loss of at least 0, such as 0.3")
+        return next(bond for bond, loss in enumerate(self._losses()) if bond >= 1 and loss <= eps)
+
+    def truncated(self, bond: int) -> Tensor:
+        """The weight with this bond dimension at the cut: the projection on its leading singular vectors.
+
+        Raises:
+            ValueError: a bond dimension that the cut does not have.
+        """
+        self._check(bond)
         with decomposing():
             basis = self._basis[:, :bond]
-            kept = basis @ (basis.mT @ self._matrix)
-            return _fold(kept, self._axes, self._weight.shape).to(self._weight)
+            whole = bond == len(self.values)  # which projects on everything
+            kept = self._matrix.clone() if whole else basis @ (basis.mT @ self._matrix)
+            return fold(kept, self._rows, self._weight.shape).to(self._weight)
+
+    def _losses(self) -> list[float]:
+        """eps at every bond dimension from 0 on."""
+        discarded = tails(self.values.square().tolist())
+        return [math.sqrt(lost / discarded[0]) if lost > 0 else 0.0 for lost in discarded]
+
+    def _check(self, bond: int) -> None:
+        if not 1 <= bond <= len(self.values):
+            raise ValueError(f"bond dimension {bond}: this cut has 1 to {len(self.values)}")
 
 
 def split(weight: Tensor, cut: str) -> Split:
@@ -105,30 +129,34 @@ def split(weight: Tensor, cut: str) -> Split:
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite; it has no spectrum")
-    axes = _rows(weight.shape, cut)
+    rows = _rows(weight.shape, cut)
     with decomposing():
-        matrix = unfold(precise(weight), axes)
-        m, n = matrix.shape
-        # Wide: the left vectors and the values of the small triangle are those of the whole.
-        small = torch.linalg.qr(matrix.mT, mode="r").R.mT if n > 2 * m else matrix
-        basis, values, _ = torch.linalg.svd(small, full_matrices=False)
-    return Split(values, basis, matrix, axes, weight)
+        matrix = unfold(precise(weight).clone(), rows)  # a copy: the weight may be overwritten with what is truncated
+        basis, values = left_svd(matrix)
+    return Split(values, basis, matrix, rows, weight)
 
 
 def truncate_cuts(weight: Tensor, bonds: Sequence[tuple[str, int]]) -> Tensor:
     """The weight truncated along several cuts, one after the other, each time by the singular vectors of what is left.
 
-    The order counts where the sides of two cuts overlap, and there a later truncation may raise the rank of an earlier cut. Those of
-    single modes commute up to the choice of their vectors (sequentially truncated HOSVD, Vannieuwenhoven et al. 2012).
+    Two cuts cross where each side of the one shares modes with each side of the other, as ih and iw do; single modes cross
+    nothing. Cuts that do not cross keep each other's bond dimensions in any order; of two that cross, the later may raise the
+    rank at the earlier again. For single modes (sequentially truncated HOSVD, Vannieuwenhoven et al. 2012) and for the cuts of a
+    train from one end to the other (TT-SVD, Oseledets 2011) the whole is one projection of the weight, and eps^2 is at most the
+    sum of what each cut alone would lose.
 
     Args:
         weight: of any shape that `cuts_of` takes.
         bonds: (cut, bond dimension) in the order in which they are applied; a bond above the attainable changes nothing.
+
+    Raises:
+        ValueError: a cut that this weight does not have, a bond dimension below 1, or values that are not finite.
     """
+    left = precise(weight)
     for cut, bond in bonds:
-        now = split(weight, cut)
-        weight = now.truncated(min(bond, len(now.values)))
-    return weight
+        now = split(left, cut)
+        left = now.truncated(min(bond, len(now.values)))
+    return left.to(weight)
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,7 @@ class NormLoss:
 
     Attributes:
         eps: ||W - W~|| / ||W||.
-        delta: 1 - ||W~|| / ||W||; for projections 1 - sqrt(1 - eps^2).
+        delta: 1 - ||W~|| / ||W||; 1 - sqrt(1 - eps^2) where W~ is a projection of the weight.
     """
 
     eps: float
@@ -148,35 +176,47 @@ def norm_loss(weight: Tensor, truncated: Tensor) -> NormLoss:
     """Both norm losses of a truncated weight; those of a weight of zeros are 0."""
     norm = torch.linalg.vector_norm(precise(weight))
     kept = torch.linalg.vector_norm(precise(truncated))
-    return NormLoss(relative_error(weight, truncated), float(1 - kept / norm) if norm > 0 else 0.0)
+    return NormLoss(relative_error(weight, truncated), 0.0 if norm == 0 else float(1 - kept / norm))
 
 
 def entropy(values: Tensor) -> float:
-    """The entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2); its exponential is the effective rank.
+    """The entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2), 0 of zeros.
+
+    Its exponential is the effective rank.
 
     Args:
         values: (k,) singular values.
     """
-    energies = values.double().square()
-    return float(torch.special.entr(energies / energies.sum()).sum()) if energies.sum() > 0 else 0.0
+    energies = precise(values).square()
+    total = energies.sum()
+    return 0.0 if total == 0 else float(torch.special.entr(energies / total).sum())
 
 
 def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: torch.Generator) -> Tensor:
-    """A weight in float64 with these singular values at a cut, in directions drawn at random: the control of a truncation.
+    """A Gaussian weight whose singular values at a cut are replaced by these: the control of a truncation.
+
+    Both singular bases are uniformly distributed (Haar), as those of a Gaussian matrix are.
 
     Args:
         shape: of the weight.
         cut: where.
-        values: (k,) or fewer.
+        values: (k,) or fewer: the others are 0.
         generator: on the CPU.
+
+    Returns:
+        The weight in float64, on the CPU.
+
+    Raises:
+        ValueError: a cut that a weight of this shape does not have, or more values than it has there.
     """
-    axes = _rows(shape, cut)
-    m = math.prod(shape[axis] for axis in axes)
-    n = math.prod(shape) // m
-    left, right = (
-        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q for size in (m, n)
-    )
-    return _fold((left * values.cpu().double()) @ right.mT, axes, shape)
+    rows = _rows(shape, cut)
+    with decomposing():
+        matrix = unfold(torch.randn(*shape, generator=generator, dtype=torch.float64), rows)
+        m, k = len(matrix), len(values)
+        if k > m:
+            raise ValueError(f"{k} singular values: the cut {cut!r} of a weight of shape {tuple(shape)} has {m}")
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return fold((left[:, :k] * precise(values).cpu()) @ right[:k], rows, shape)
 
 
 def _modes(shape: Sequence[int]) -> str:
@@ -185,16 +225,15 @@ def _modes(shape: Sequence[int]) -> str:
     return _MODES[len(shape)]
 
 
-def _rows(shape: Sequence[int], cut: str) -> tuple[int, ...]:
-    """The axes on the shorter side of a cut."""
+def _sides(shape: Sequence[int], cut: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes on both sides of a cut."""
     modes = _modes(shape)
     if cut not in cuts_of(shape):
         raise ValueError(f"cut {cut!r}: a weight of shape {tuple(shape)} has {', '.join(cuts_of(shape))}")
-    sides = [[axis for axis, mode in enumerate(modes) if (mode in cut) == near] for near in (True, False)]
-    return tuple(min(sides, key=lambda axes: math.prod(shape[axis] for axis in axes)))
+    near = tuple(axis for axis, mode in enumerate(modes) if mode in cut)
+    return near, tuple(axis for axis in range(len(modes)) if axis not in near)
 
 
-def _fold(matrix: Tensor, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The inverse of `unfold`."""
-    order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
-    return matrix.reshape([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(shape))])
+def _rows(shape: Sequence[int], cut: str) -> tuple[int, ...]:
+    """The axes on the shorter side of a cut."""
+    return min(_sides(shape, cut), key=lambda side: math.prod(shape[axis] for axis in side))

@@ -14,8 +14,10 @@ from torch import Tensor
 __all__ = [
     "decomposing",
     "effective_rank",
+    "fold",
     "leading_subspace",
     "left_singular_vectors",
+    "left_svd",
     "precise",
     "relative_error",
     "singular_values",
@@ -51,6 +53,13 @@ def unfold(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.permute(*rows, *columns).reshape(height, -1)
 
 
+def fold(matrix: Tensor, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The tensor of this shape whose unfolding is the matrix: the inverse of `unfold`."""
+    order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
+    back = [order.index(axis) for axis in range(len(shape))]
+    return matrix.reshape([shape[axis] for axis in order]).permute(back).contiguous()
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """(k,) in descending order.
 
@@ -80,12 +89,18 @@ def effective_rank(matrix: Tensor) -> float:
     return float(torch.special.entr(energies / energies.sum()).sum().exp())
 
 
+def left_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The left singular vectors (m, k), the best first, and their values (k,)."""
+    m, n = matrix.shape
+    if n > 2 * m:  # wide: the left vectors and the values of the small triangle are those of the whole
+        matrix = torch.linalg.qr(matrix.mT, mode="r").R.mT
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values
+
+
 def left_singular_vectors(matrix: Tensor) -> Tensor:
     """(m, k), the best first."""
-    m, n = matrix.shape
-    if n > 2 * m:  # wide: the left vectors of the small triangle are those of the whole
-        matrix = torch.linalg.qr(matrix.mT, mode="r").R.mT
-    return torch.linalg.svd(matrix, full_matrices=False).U
+    return left_svd(matrix)[0]
 
 
 def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
