@@ -66,7 +66,7 @@ def tolerance(weight: Tensor) -> dict[str, float]:
 
 
 def matrix_of(weight: Tensor, cut: str) -> np.ndarray:
-    """The cut's side in the rows, whichever is shorter."""
+    """The modes that name the cut in the rows, be they the shorter side or not."""
     array, modes = weight.detach().double().numpy(), MODES[weight.dim()]
     near = [modes.index(mode) for mode in cut]
     far = [axis for axis in range(len(modes)) if axis not in near]
@@ -296,7 +296,7 @@ def test_cuts_are_those_of_the_train_and_of_the_low_rank_scheme(
 
 @of_four_modes
 def test_tucker_is_at_least_as_good_as_the_cuts_o_and_i(weight: Tensor) -> None:
-    """HOOI goes on from this truncation; its loss is at most 1 / sqrt(2) of it, as two cuts lose at most twice the best."""
+    """HOOI goes on from this truncation, whose eps^2 is at most twice that of the best: the sum over two cuts."""
     weight = weight.double()
     ranks = attained(Tucker(1), weight)
     cuts = norm_loss(weight, truncate_cuts(weight, list(zip("oi", ranks, strict=True)))).eps

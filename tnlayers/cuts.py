@@ -4,7 +4,7 @@ Legend:
     o, i      output and input channels (features of a linear)
     d, h, w   depth, height and width of the kernel
     m, n      rows and columns of a cut's matrix, m <= n: the shorter side is in the rows
-    k         singular values: of the whole cut, m
+    k         singular values; a cut has m
 
 A cut is named by the modes on its one side: of a kernel (o, i, h, w), "ih" is the split of i, h from o, w. The bond dimension
 of a cut is how many singular values are kept there. Truncating the cuts of trained kernels, layer by layer, to see what a
@@ -40,8 +40,9 @@ _MODES = {2: "oi", 3: "oiw", 4: "oihw", 5: "oidhw"}
 
 
 def cuts_of(shape: Sequence[int]) -> tuple[str, ...]:
-    """Every cut of a weight of this shape, single modes first: 2^(N-1) - 1 of N modes, so seven of a Conv2d
-    kernel and one ("i") of a linear.
+    """Every cut of a weight of this shape, single modes first.
+
+    N modes have 2^(N-1) - 1 cuts: a Conv2d kernel seven, a linear one ("i").
 
     Raises:
         ValueError: a shape of fewer than two or more than five modes.
