@@ -95,6 +95,29 @@ class CompressionTrainer(Trainer):
             found.report.show(Console())
         self.resolved_rules = found.rules
 
+    def study(
+        self,
+        model: ImageClassifier,
+        datamodule: ImageData,
+        checkpoint: str,
+        out: str = "runs/study",
+        protocol: Protocol = Protocol(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Truncates a trained net's layers along every cut, alone and together, and retrains: how compressible is it?
+
+        Args:
+            model: the net, and how it is retrained; its rules are not used.
+            datamodule: gives the test pictures to evaluate on and the training pictures.
+            checkpoint: of the dense net: .pt, .pth, .th, .ckpt or .safetensors.
+            out: a folder for study.jsonl, report.md, report.html, rules.yaml and the plots; a study that is there goes on.
+            protocol: what is measured.
+        """
+        subject = Subject(model, datamodule, self, checkpoint, protocol)
+        with progress_bar(Console(stderr=True)) as progress:
+            rows = run_study(subject, Path(out) / "study.jsonl", progress)
+        for line in write_report(rows, Path(out)):
+            Console().print(line, highlight=False, soft_wrap=True)
+
 
 class TensorCLI(LightningCLI):
     """LightningCLI with `compress`, and without what bites: no options from checkpoints, no abbreviated options."""
@@ -112,7 +135,8 @@ class TensorCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "compress": {"model", "datamodule"}}
+        ours = dict.fromkeys(("compress", "study"), {"model", "datamodule"})
+        return {**LightningCLI.subcommands(), **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")

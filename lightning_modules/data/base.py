@@ -162,8 +162,28 @@ class ImageData(LightningDataModule):
         self.setup("fit")
         if not self._val:
             raise ValueError("there are no validation pictures; hold some out: --data.val_fraction 0.1")
-        for pictures, labels in DataLoader(self._val, **self._reading()):
-            yield normalise(pictures, self.mean, self.std), labels
+        yield from self._plain_batches(self._val)
+
+    def test_batches(self, n: int | None = None, seed: int = 0) -> Iterator[Batch]:
+        """Test pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
+
+        Args:
+            n: how many, drawn at random; None for all.
+            seed: of that draw.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        self.setup("test")
+        assert self._test is not None
+        if n is not None and not 1 <= n <= len(self._test):
+            raise ValueError(f"cannot draw {n} test pictures: there are {len(self._test)}")
+        order = torch.randperm(len(self._test), generator=torch.Generator().manual_seed(seed))
+        yield from self._plain_batches(Subset(self._test, sorted(order[:n].tolist())))
+
+    def _plain_batches(self, pictures: PictureSet | Subset[Batch]) -> Iterator[Batch]:
+        for chosen, labels in DataLoader(pictures, **self._reading()):
+            yield normalise(chosen, self.mean, self.std), labels
 
     def _evaluation_loader(self, pictures: PictureSet | Subset[Batch] | None) -> DataLoader[Batch]:
         assert pictures is not None, "setup() comes before the loaders"

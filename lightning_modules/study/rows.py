@@ -87,6 +87,10 @@ class Study:
     protocol: Protocol
     version: int = 1
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.kind,)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -108,6 +112,10 @@ class Layer:
     macs: int
     bonds: dict[str, int]
     entropy: dict[str, float]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.kind, self.name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Accuracy of a net with other weights in its layers."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.data.pictures import Batch
+from lightning_modules.study.forward import FromLayer
+
+__all__ = ["Score", "score", "scores_of_layer", "weights"]
+
+
+@dataclass
+class Score:
+    """Sums over pictures so far."""
+
+    correct: int = 0
+    total_loss: float = 0.0
+    pictures: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.pictures
+
+    @property
+    def loss(self) -> float:
+        """The mean cross-entropy."""
+        return self.total_loss / self.pictures
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.correct += int((logits.argmax(1) == labels).sum())
+        self.total_loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        self.pictures += len(labels)
+
+
+@torch.no_grad()
+def score(net: nn.Module, batches: Iterable[Batch]) -> Score:
+    """Of the net as it is, in evaluation mode."""
+    found = Score()
+    for pictures, labels in batches:
+        found.add(net(pictures), labels)
+    return found
+
+
+@torch.no_grad()
+def scores_of_layer(
+    forward: FromLayer,
+    layer: str,
+    module: nn.Module,
+    candidates: Sequence[Tensor],
+    batches: Iterable[Batch],
+    tick: Callable[[], None],
+) -> list[Score]:
+    """Of the net with each of the candidates as one layer's weight; what lies before the layer is computed once a batch.
+
+    Args:
+        forward: of the net.
+        layer: the layer's name, and `module` the layer.
+        candidates: weights of its shape.
+        batches: pictures and labels, on its device.
+        tick: called after each forward pass.
+    """
+    found = [Score() for _ in candidates]
+    for pictures, labels in batches:
+        state = forward.before(layer, pictures)
+        for candidate, result in zip(candidates, found, strict=True):
+            with weights({module: candidate}):
+                result.add(forward.after(state), labels)
+            tick()
+    return found
+
+
+@contextmanager
+def weights(replaced: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Within it, layers have other weights; after it, their own again."""
+    own = {module: _weight(module).clone() for module in replaced}
+    try:
+        _write(replaced)
+        yield
+    finally:
+        _write(own)
+
+
+@torch.no_grad()
+def _write(values: Mapping[nn.Module, Tensor]) -> None:
+    for module, value in values.items():
+        _weight(module).copy_(value)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.detach()

@@ -1,0 +1,88 @@
+"""From truncated cuts to the factorizations that have just these ranks, and the choice of one for each layer."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lightning_modules.study.rows import CUT_SETS, Layer, Row, Single, Study
+from tnlayers import MPS, TT, Factorization, LowRank, Rule, Tucker
+from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+
+__all__ = ["REALISED", "factorization_of", "fewer_params", "recommend"]
+
+REALISED = {CUT_SETS["Tucker-2"]: "Tucker", CUT_SETS["MPS"]: "MPS", ("ih",): "LowRank"}
+"""Cuts of a Conv2d kernel -> the method whose ranks are their bond dimensions."""
+
+
+def factorization_of(module: nn.Module, cuts: Sequence[str], bonds: Sequence[int]) -> Factorization | None:
+    """The factorization of a layer whose weight has these bond dimensions at these cuts; None if no method makes them low rank."""
+    geometry = Geometry(module)
+    if geometry.groups > 1:
+        return None  # the ranks of a grouped convolution are those of each group
+    shape = geometry.weight_shape
+    method: Factorization
+    match REALISED.get(tuple(cuts)):
+        case "Tucker":
+            method = Tucker(rank=tuple(bonds))
+        case "MPS":
+            method = MPS(rank=tuple(bonds))
+        case "LowRank":
+            method = LowRank(rank=bonds[0])
+        case None if tuple(cuts) == ("i",) and len(shape) == 2:
+            # Two cores, of which one has all inputs and the other all outputs: a product of two matrices.
+            method = TT(rank=bonds[0], in_shape=(1, shape[1]), out_shape=(shape[0], 1))
+        case _:
+            return None
+    return method.with_rank(method.clamp(shape, tuple(bonds)))
+
+
+def fewer_params(module: nn.Module, method: Factorization) -> bool:
+    """Whether the factors have fewer parameters than the layer's weight."""
+    return _params(Geometry(module), method) < Geometry(module).num_params
+
+
+def recommend(rows: Iterable[Row], modules: dict[str, nn.Module]) -> list[Rule]:
+    """For each layer the factorization with the fewest multiply-accumulates of those whose truncation stayed within the tolerance.
+
+    Args:
+        rows: of a study whose single layers are all measured.
+        modules: name -> the dense layer.
+    """
+    rows = list(rows)
+    study = next(row for row in rows if isinstance(row, Study))
+    least = study.accuracy - study.protocol.tolerance
+    rules = []
+    for layer in (row for row in rows if isinstance(row, Layer)):
+        module = modules[layer.name]
+        good = [row for row in rows if isinstance(row, Single) and row.layer == layer.name]
+        good = [row for row in good if not row.control and row.accuracy >= least]
+        methods = [factorization_of(module, row.cuts, row.bonds) for row in good]
+        cheaper = [method for method in methods if method and _saves(module, method)]
+        if cheaper:
+            rules.append(Rule(layer.name, min(cheaper, key=lambda method: _cost(Geometry(module), method))))
+        else:
+            rules.append(Rule(layer.name, None, "no factorization that saves is within the tolerance"))
+    return rules
+
+
+def _saves(module: nn.Module, method: Factorization) -> bool:
+    geometry = Geometry(module)
+    return _cost(geometry, method)[0] < geometry.macs(_calls(geometry)) and fewer_params(module, method)
+
+
+def _cost(geometry: Geometry, method: Factorization) -> tuple[int, int]:
+    """Multiply-accumulates, at a nominal size of the picture, and parameters."""
+    ranks = method.ranks(geometry.weight_shape)
+    calls = _calls(geometry)
+    partition = geometry.fewest_macs(method, ranks, calls)
+    macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), partition, calls)
+    return macs, _params(geometry, method)
+
+
+def _params(geometry: Geometry, method: Factorization) -> int:
+    network = geometry.network(method)
+    return network.num_params(geometry.sizes(method, method.ranks(geometry.weight_shape)))
+
+
+def _calls(geometry: Geometry) -> Sequence[Call]:
+    return NOMINAL_CALLS if geometry.axes else (Call(1, ()),)

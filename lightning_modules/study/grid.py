@@ -1,0 +1,95 @@
+"""What a study truncates: for every layer its cuts, alone and several at once, at bond dimensions found from norm losses."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.study.rows import CUT_SETS
+from tnlayers.cuts import NormLoss, Split, cuts_of, norm_loss, random_weight, split, truncate_cuts
+
+__all__ = ["CONTROLS", "Kernel", "Trial"]
+
+CONTROLS = ("random weight", "random error")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A truncation of one layer, or its control; see `Single`."""
+
+    layer: str
+    cuts: tuple[str, ...]
+    bonds: tuple[int, ...]
+    control: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return ("single", self.layer, self.cuts, self.bonds, self.control)
+
+
+class Kernel:
+    """A layer's weight as it was trained, and its truncations.
+
+    Attributes:
+        weight: (o, i, h, w), or (o, i) of a linear.
+        splits: cut -> its spectrum.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        assert isinstance(module.weight, Tensor)
+        self.weight = module.weight.detach().clone()
+        self.splits: dict[str, Split] = {cut: split(self.weight, cut) for cut in cuts_of(self.weight.shape)}
+
+    def cut_sets(self) -> list[tuple[str, ...]]:
+        """Every cut alone, then those sets of several that this weight has."""
+        return [*((cut,) for cut in self.splits), *(cuts for cuts in CUT_SETS.values() if self.has(cuts))]
+
+    def has(self, cuts: Sequence[str]) -> bool:
+        return all(cut in self.splits for cut in cuts)
+
+    def bonds(self, cuts: Sequence[str], eps: float) -> tuple[int, ...]:
+        """For each cut the smallest bond dimension that loses at most `eps` there."""
+        return tuple(self.splits[cut].bond(eps) for cut in cuts)
+
+    def whole(self, cuts: Sequence[str]) -> tuple[int, ...]:
+        return tuple(len(self.splits[cut].values) for cut in cuts)
+
+    def trials(self, losses: Sequence[float]) -> list[Trial]:
+        """Each once, with the controls of the first cut; those that truncate nothing are left out."""
+        found: dict[tuple[tuple[str, ...], tuple[int, ...], str], None] = {}
+        for cuts in self.cut_sets():
+            for eps in losses:
+                bonds = self.bonds(cuts, eps)
+                if bonds != self.whole(cuts):
+                    controls = CONTROLS if cuts == self.cut_sets()[0] else ()
+                    found |= {(cuts, bonds, control): None for control in ("", *controls)}
+        return [Trial(self.name, *what) for what in found]
+
+    def truncated(self, cuts: Sequence[str], bonds: Sequence[int]) -> Tensor:
+        first, *others = zip(cuts, bonds, strict=True)
+        return truncate_cuts(self.splits[first[0]].truncated(first[1]), others)
+
+    def attempt(self, trial: Trial, seed: int) -> tuple[Tensor, NormLoss]:
+        """The weight that a trial puts in place of the layer's, and what of its norm is lost.
+
+        A random weight is truncated like the layer's own and loses as much.
+        """
+        truncated = self.truncated(trial.cuts, trial.bonds)
+        if not trial.control:
+            return truncated, norm_loss(self.weight, truncated)
+        (cut,), (bond,) = trial.cuts, trial.bonds
+        values, shape = self.splits[cut].values, self.weight.shape
+        generator = torch.Generator().manual_seed(_seed(seed, *map(str, trial.key)))
+        if trial.control == "random weight":
+            drawn = random_weight(shape, cut, values[:bond], generator).to(self.weight)
+            return drawn, norm_loss(self.weight, truncated)
+        drawn = self.weight + random_weight(shape, cut, values[bond:], generator).to(self.weight)
+        return drawn, norm_loss(self.weight, drawn)
+
+
+def _seed(*parts: object) -> int:
+    """A seed that depends on what it is for alone, so that a study that goes on draws what it would have drawn."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])

@@ -1,0 +1,72 @@
+"""The file that a study writes its rows to: it only grows, and a study that was killed goes on after its last whole line."""
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
+
+__all__ = ["Journal", "read_rows"]
+
+_MAY_DIFFER = ("accuracy", "loss")  # by rounding, where a study goes on in another machine
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a study.jsonl; a last line that a kill tore off is left out.
+
+    Raises:
+        ValueError: another line that is no row of a study.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                rows.append(row_from_plain(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}, is not a row of a study: {error}") from None
+    return rows
+
+
+class Journal:
+    """The rows of a study so far, and where the next ones go.
+
+    Args:
+        path: a study.jsonl, new or begun.
+        study: what its rows are of.
+
+    Raises:
+        ValueError: it is begun, and of another study.
+    """
+
+    def __init__(self, path: Path, study: Study) -> None:
+        self._path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self.rows = read_rows(path)
+        if not self.rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.add(study)
+        elif difference := _difference(self.rows[0], study):
+            raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
+
+    def add(self, row: Row) -> None:
+        """The row is on the disk when this returns."""
+        with open(self._path, "a") as file:
+            file.write(json.dumps(row_to_plain(row)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+
+    def has(self, key: tuple[object, ...]) -> bool:
+        return any(row.key == key for row in self.rows)
+
+
+def _difference(begun: Row, study: Study) -> str:
+    """What differs between two studies; empty if nothing does."""
+    if not isinstance(begun, Study):
+        return "its first line does not say of which"
+    names = [field.name for field in fields(Study) if field.name not in _MAY_DIFFER]
+    pairs = [(name, getattr(begun, name), getattr(study, name)) for name in names]
+    return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if old != new)

@@ -1,0 +1,83 @@
+"""A few epochs of training on, and the accuracy after each."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageData
+from lightning_modules.data.pictures import Batch
+from lightning_modules.study.evaluation import score
+from tnlayers.tracing import evaluating
+
+__all__ = ["retrain"]
+
+
+def retrain(
+    model: ImageClassifier,
+    net: nn.Module,
+    data: ImageData,
+    like: Trainer,
+    epochs: int,
+    seed: int,
+    batches: Callable[[], Iterable[Batch]],
+    tick: Callable[[], None],
+) -> tuple[float, ...]:
+    """Trains a net in place and returns its accuracy before the first epoch and after each.
+
+    Args:
+        model: how to train: loss, teacher, optimizer.
+        net: what to train instead of the model's own net.
+        data: the training pictures.
+        like: the trainer whose device, precision, clipping and accumulation are taken over; it stays as it is.
+        epochs: the whole schedule, warm-up and cosine.
+        seed: of shuffles, shifts and dropout.
+        batches: gives the pictures and labels to evaluate on, on the device.
+        tick: called after each epoch.
+    """
+    student = copy.copy(model)
+    student._modules = dict(model._modules)
+    student.net = net
+    accuracies = [_accuracy(net, batches())]
+
+    class Evaluate(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            accuracies.append(_accuracy(net, batches()))
+            tick()
+
+    if epochs:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
+    return tuple(accuracies)
+
+
+def _accuracy(net: nn.Module, batches: Iterable[Batch]) -> float:
+    with evaluating(net):
+        return score(net, batches).accuracy
+
+
+def _trainer(like: Trainer, epochs: int, callback: Callback) -> Trainer:
+    device = like.strategy.root_device
+    place: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    if device.type != "cpu":
+        place = {"accelerator": "gpu" if device.type == "cuda" else device.type, "devices": [device.index or 0]}
+    return Trainer(
+        **place,
+        precision=like.precision,
+        gradient_clip_val=like.gradient_clip_val,
+        accumulate_grad_batches=like.accumulate_grad_batches,
+        limit_train_batches=like.limit_train_batches,
+        limit_val_batches=0,
+        max_epochs=epochs,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

@@ -1,0 +1,196 @@
+"""The net under study, and how each of a study's rows is measured on it."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageData
+from lightning_modules.data.pictures import Batch
+from lightning_modules.study.evaluation import score, scores_of_layer, weights
+from lightning_modules.study.factors import factorization_of, fewer_params
+from lightning_modules.study.forward import FromLayer
+from lightning_modules.study.grid import Kernel, Trial
+from lightning_modules.study.retraining import retrain
+from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Single, Study
+from tnlayers import Rule, resolve, summarize, tensorize, to_dense
+from tnlayers.cuts import entropy
+from tnlayers.rules import fits
+
+__all__ = ["Subject"]
+
+Tick = Callable[[], None]
+
+
+class Subject:
+    """A trained dense net, its layers and the pictures to measure on.
+
+    Args:
+        model: a classifier with a fresh net; it is changed.
+        data: the pictures.
+        trainer: says where to compute and how to train; it stays as it is.
+        checkpoint: of the net; a tensorized one is made dense.
+        protocol: what will be measured.
+
+    Attributes:
+        kernels: name -> the weight of each layer that is studied, in the order in which the net calls them.
+        modules: name -> the layer.
+
+    Raises:
+        ValueError: no layer fits the protocol's pattern, or there are several processes.
+    """
+
+    def __init__(
+        self, model: ImageClassifier, data: ImageData, trainer: Trainer, checkpoint: str | Path, protocol: Protocol
+    ) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"a study runs in one process and here are {trainer.world_size}: give --trainer.devices 1")
+        model.load(checkpoint)
+        to_dense(model.net)
+        self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
+        self._device = trainer.strategy.root_device
+        self._net = model.net.to(self._device).eval()
+        self._example = next(self._batches())[0][:2]
+        with torch.no_grad():
+            self._forward = FromLayer(self._net, self._example)
+        names = [name for name in self._forward.layers if fits(name, protocol.layers)]
+        if not names:
+            raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
+        self.modules = {name: self._net.get_submodule(name) for name in names}
+        self.kernels = {name: Kernel(name, module) for name, module in self.modules.items()}
+        self._macs = {layer.name: layer.macs for layer in summarize(self._net, self._example, measure=False).layers}
+        self._checkpoint = Path(checkpoint)
+        self._dense = score(self._net, self._batches())
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self._dense.pictures // self._data.batch_size)
+
+    @property
+    def epoch_cost(self) -> float:
+        """What an epoch of training takes, in evaluations: forward, twice that backward, and the evaluation after it."""
+        trained = len(self._data.train_dataloader().dataset)  # type: ignore[arg-type]
+        return 3 * trained / self._dense.pictures + 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each layer the fraction of a forward pass that is left where it goes on from there."""
+        macs = [self._macs[name] for name in self._forward.layers]
+        left = [sum(macs[place:]) / sum(macs) if self._forward.splits else 1.0 for place in range(len(macs))]
+        return dict(zip(self._forward.layers, left, strict=True))
+
+    @property
+    def cut_sets(self) -> list[tuple[str, ...]]:
+        """Every cut alone, and sets of several, that some layer has."""
+        return list(dict.fromkeys(cuts for kernel in self.kernels.values() for cuts in kernel.cut_sets()))
+
+    def study(self) -> Study:
+        dense = self._dense
+        return Study(
+            net=str(self._model.hparams["net"]),
+            checkpoint=self._checkpoint.name,
+            sha256=hashlib.sha256(self._checkpoint.read_bytes()).hexdigest(),
+            data=type(self._data).__name__,
+            pictures=dense.pictures,
+            classes=self._data.num_classes,
+            accuracy=dense.accuracy,
+            loss=dense.loss,
+            protocol=self.protocol,
+        )
+
+    def layer(self, name: str) -> Layer:
+        kernel = self.kernels[name]
+        return Layer(
+            name=name,
+            shape=tuple(kernel.weight.shape),
+            params=kernel.weight.numel(),
+            macs=self._macs[name],
+            bonds={cut: len(split.values) for cut, split in kernel.splits.items()},
+            entropy={cut: entropy(split.values) for cut, split in kernel.splits.items()},
+        )
+
+    def singles(self, name: str, trials: Sequence[Trial], tick: Tick) -> Iterator[Single]:
+        """One layer truncated in each of these ways; `tick` is called after every batch of pictures."""
+        attempts = [self.kernels[name].attempt(trial, self.protocol.seed) for trial in trials]
+        found = scores_of_layer(
+            self._forward, name, self.modules[name], [weight for weight, _ in attempts], self._batches(), tick
+        )
+        for trial, (_, lost), result in zip(trials, attempts, found, strict=True):
+            yield Single(
+                trial.layer,
+                trial.cuts,
+                trial.bonds,
+                trial.control,
+                lost.eps,
+                lost.delta,
+                result.accuracy,
+                result.loss,
+            )
+
+    def joint(self, cuts: tuple[str, ...], target: float) -> Joint:
+        bonds = self._bonds(cuts, target)
+        truncated = self._truncated(cuts, bonds)
+        with weights({self.modules[name]: weight for name, weight in truncated.items()}):
+            result = score(self._net, self._batches())
+        before = [self.kernels[name].weight.double() for name in truncated]
+        after = [weight.double() for weight in truncated.values()]
+        norm = _norm(before)
+        return Joint(
+            cuts=cuts,
+            target=target,
+            bonds=bonds,
+            eps=_norm([new - old for new, old in zip(after, before, strict=True)]) / norm,
+            delta=1 - _norm(after) / norm,
+            accuracy=result.accuracy,
+            loss=result.loss,
+        )
+
+    def retrained(self, cuts: tuple[str, ...], target: float, what: str, tick: Tick) -> Retrained:
+        """A joint truncation, trained on as it is ("dense") or as factors, where those have fewer parameters ("factors")."""
+        bonds = self._bonds(cuts, target)
+        net = copy.deepcopy(self._net)
+        with torch.no_grad():
+            for name, weight in self._truncated(cuts, bonds).items():
+                net.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
+        methods = {name: factorization_of(self.modules[name], cuts, found) for name, found in bonds.items()}
+        rules = [
+            Rule(name, method)
+            for name, method in methods.items()
+            if method and bonds[name] != self.kernels[name].whole(cuts) and fewer_params(self.modules[name], method)
+        ]
+        factorized = tensorize(copy.deepcopy(net), resolve(net, rules, self._example))
+        totals = summarize(factorized, self._example, measure=False).totals
+        trained = factorized if what == "factors" else net
+        return Retrained(cuts, target, what, self._retrain(trained, tick), totals.params_kept, totals.macs_kept)
+
+    def recommendation(self, rules: Sequence[Rule], tick: Tick) -> Recommendation:
+        resolved = resolve(self._net, rules, self._example)
+        net = tensorize(copy.deepcopy(self._net), resolved)
+        totals = summarize(net, self._example, measure=False).totals
+        plain = tuple(rule.to_plain() for rule in resolved)
+        return Recommendation(plain, self._retrain(net, tick), totals.params_kept, totals.macs_kept)
+
+    def _retrain(self, net: nn.Module, tick: Tick) -> tuple[float, ...]:
+        protocol = self.protocol
+        return retrain(self._model, net, self._data, self._trainer, protocol.epochs, protocol.seed, self._batches, tick)
+
+    def _bonds(self, cuts: tuple[str, ...], target: float) -> dict[str, tuple[int, ...]]:
+        return {name: kernel.bonds(cuts, target) for name, kernel in self.kernels.items() if kernel.has(cuts)}
+
+    def _truncated(self, cuts: tuple[str, ...], bonds: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return {name: self.kernels[name].truncated(cuts, found) for name, found in bonds.items()}
+
+    def _batches(self) -> Iterator[Batch]:
+        for pictures, labels in self._data.test_batches(self.protocol.pictures, self.protocol.seed):
+            placed = pictures.to(self._device).contiguous(memory_format=torch.channels_last)
+            yield placed, labels.to(self._device)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
