@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from lightning_modules.study.findings import CONTROLS, Measured
+from lightning_modules.study.findings import CONTROLS, Depth, Measured
 from lightning_modules.study.plots import STYLES, Cell, Level, Line, Panel, Style, heatmap, over_layers, small_multiples
 from lightning_modules.study.rows import CUT_SETS, Joint, Layer, Retrained, Single
 
@@ -84,22 +83,19 @@ def entropy(measured: Measured) -> list[Figure]:
     return heatmap(rows, _labels(measured, cuts), "entropy / ln(bond dimension)")
 
 
-def depth(measured: Measured) -> list[Figure]:
-    """The norm loss tolerated, over the layers in order."""
-    lines, values = [], dict[int, list[float]]()
-    for cut in measured.cuts():
-        tolerated = [
-            (place, layer.name, measured.tolerated_eps(layer.name, cut)) for place, layer in enumerate(measured.layers)
-        ]
-        found = [(place, name, eps) for place, name, eps in tolerated if eps is not None]
-        for place, _, eps in found:
-            values.setdefault(place, []).append(eps)
-        hollow = tuple(index for index, (_, name, _) in enumerate(found) if measured.bottomless(name, cut))
-        points = tuple((float(place), eps) for place, _, eps in found)
-        lines.append(Line(measured.label([cut]), STYLES.get(cut, _OTHER), points, hollow=hollow))
-    mean = tuple((float(place), fmean(eps)) for place, eps in sorted(values.items()))
-    lines.append(Line("mean of the cuts", _OTHER, mean, bold=True))
+def depth(measured: Measured, trend: Depth) -> list[Figure]:
+    """The norm loss tolerated, over the layers in order, and the means that the trend is of."""
     names = [layer.name for layer in measured.layers]
+    lines = []
+    for cut in measured.cuts():
+        tolerated = [(place, measured.tolerated_eps(name, cut)) for place, name in enumerate(names)]
+        points = tuple((float(place), eps) for place, eps in tolerated if eps is not None)
+        hollow = tuple(index for index, (place, _) in enumerate(points) if measured.bottomless(names[int(place)], cut))
+        lines.append(Line(measured.label([cut]), STYLES.get(cut, _OTHER), points, hollow=hollow))
+    if len(trend.cuts) > 1:
+        label = "their mean" if len(trend.cuts) == len(lines) else f"mean of {', '.join(trend.cuts)}"
+        means = tuple((float(names.index(name)), mean) for name, mean in zip(trend.layers, trend.means, strict=True))
+        lines.append(Line(label, _OTHER, means, bold=True))
     return [over_layers(names, lines, "norm loss tolerated", "bond 1 is tolerated: the cut can take no more")]
 
 

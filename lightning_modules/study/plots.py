@@ -108,7 +108,7 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
         low = min(low, level.chance)
     margin = 0.06 * (high - low)
     figures = []
-    for shown in _pages(panels, _PANELS):
+    for shown in _pages(panels, _PANELS, _COLUMNS):
         columns = min(_COLUMNS, len(shown))
         rows = math.ceil(len(shown) / columns)
         figure = Figure(
@@ -219,9 +219,10 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _pages(items: Sequence[_Item], most: int) -> list[Sequence[_Item]]:
-    """Of nearly the same length."""
-    size = math.ceil(len(items) / math.ceil(len(items) / most)) if items else 1
+def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence[_Item]]:
+    """Of nearly the same length, in whole rows."""
+    even = math.ceil(len(items) / max(1, math.ceil(len(items) / most)))
+    size = max(1, math.ceil(even / columns)) * columns
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,5 +125,6 @@ def _rules(measured: Measured) -> str:
         f"Kept of the whole net: {found.params_kept:.1%} of the parameters, {found.macs_kept:.1%} of the MACs.",
         f"tnlayers compress -c <experiment.yaml> -c rules.yaml --checkpoint {study.checkpoint} --out runs/compressed",
     ]
-    body = yaml.safe_dump({"model": {"rules": [*found.rules]}}, sort_keys=False, default_flow_style=None, width=140)
-    return "".join(f"# {line}\n" for line in head) + body
+    rules = [yaml.safe_dump(rule, sort_keys=False, default_flow_style=True, width=math.inf) for rule in found.rules]
+    lines = [*(f"# {line}\n" for line in head), "model:\n", "  rules:\n" if rules else "  rules: []\n"]
+    return "".join([*lines, *(f"    - {rule}" for rule in rules)])

@@ -88,7 +88,10 @@ def _bonds(measured: Measured) -> Section:
 
 
 def _depth(measured: Measured) -> Section:
-    return Section("Norm loss tolerated, by depth", (depth_sentence(measured),), "depth", pictures.depth(measured))
+    trend = measured.depth()
+    assert trend is not None
+    picture = pictures.depth(measured, trend)
+    return Section("Norm loss tolerated, by depth", (depth_sentence(measured),), "depth", picture)
 
 
 def _several(measured: Measured) -> Section:
