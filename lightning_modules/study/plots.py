@@ -1,0 +1,265 @@
+"""What the pictures of a study are drawn with: small multiples of lines, and a table of cells coloured by value."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from lightning_modules.plots import _INK, _clean
+
+__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "Style", "heatmap", "over_layers", "png", "small_multiples"]
+
+_Item = TypeVar("_Item")
+_DPI = 110
+_PANELS, _COLUMNS = 20, 4
+_ROWS = 36  # of a heatmap on one page
+
+
+@dataclass(frozen=True)
+class Style:
+    color: str
+    dashes: Literal["-", "--", ":"] = "-"
+    marker: str = "o"
+
+
+STYLES = {
+    "o": Style("#1f6fb4"),
+    "i": Style("#e08a3c"),
+    "h": Style("#3a9d5d"),
+    "w": Style("#3a9d5d", "--", "s"),
+    "oi": Style("#777777"),
+    "ih": Style("#8e5bb5"),
+    "iw": Style("#8e5bb5", "--", "s"),
+    "Tucker-2": Style("#b5234b", "-", "D"),
+    "Tucker": Style("#d4739b", "--", "D"),
+    "MPS": Style("#12838f", "-", "^"),
+    "truncation": Style("#1f6fb4"),
+    "random error": Style("#e08a3c", "--", "s"),
+    "random weight": Style("#999999", ":", "^"),
+    "factors": Style("#1f6fb4"),
+    "dense": Style("#e08a3c", "--", "s"),
+}
+"""By cut, name of a set of cuts, control, or what is retrained. The twins h and w, and ih and iw, share a colour."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    Attributes:
+        label: in the legend, once however many lines have it.
+        points: (x, y).
+        large: the index of a point that is drawn large.
+        hollow: of points that are drawn hollow.
+        bold: without markers, thick.
+    """
+
+    label: str
+    style: Style
+    points: tuple[tuple[float, float], ...]
+    large: int | None = None
+    hollow: tuple[int, ...] = ()
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of a heatmap: a value from 0, pale, to 1, dark, and what is written there."""
+
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """What accuracies are to be seen against, in percent."""
+
+    dense: float
+    tolerance: float
+    chance: float
+
+
+def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: str = "") -> list[Figure]:
+    """Accuracies, one panel beside the other with the same axes; as many pages as it takes to keep them readable.
+
+    Args:
+        panels: those without lines are left out; at least one has some.
+        x_label: of all of them.
+        level: drawn in every panel; chance only where the accuracies come near it.
+        mark: what the large points are, for the legend.
+    """
+    panels = [panel for panel in panels if panel.lines]
+    heights = [y for panel in panels for line in panel.lines for _, y in line.points]
+    widths = [x for panel in panels for line in panel.lines for x, _ in line.points]
+    low, high = min([*heights, level.dense - 5 * level.tolerance]), max([*heights, level.dense])
+    if low < level.chance + 0.25 * (high - low):
+        low = min(low, level.chance)
+    margin = 0.06 * (high - low)
+    figures = []
+    for shown in _pages(panels, _PANELS, _COLUMNS):
+        columns = min(_COLUMNS, len(shown))
+        rows = math.ceil(len(shown) / columns)
+        figure = Figure(
+            figsize=(max(1 + 2.5 * columns, 7), 1.3 + max(1.75, 2.6 - 0.4 * rows) * rows), layout="constrained"
+        )
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for axes, panel in zip(grid, shown, strict=False):
+            _draw(axes, panel, level)
+        for place, axes in enumerate(grid):
+            axes.set_visible(place < len(shown))
+            axes.xaxis.set_tick_params(labelbottom=place + columns >= len(shown))
+        grid[0].set_ylim(low - margin, high + margin)
+        grid[0].set_xlim(0, 1.03 * max(widths))
+        grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=max(widths) > 1))
+        figure.supxlabel(x_label, fontsize=9, color=_INK)
+        figure.supylabel("test accuracy (%)", fontsize=9, color=_INK)
+        _legend(figure, panels, level, mark, chance=low - margin < level.chance)
+        figures.append(figure)
+    return figures
+
+
+def heatmap(rows: Mapping[str, Sequence[Cell | None]], columns: Sequence[str], title: str) -> list[Figure]:
+    """A table whose cells are coloured by their values; on as many pages as it takes.
+
+    Args:
+        rows: name -> a cell, or None for a blank one, in each of the columns; rows without any cell are left out.
+        columns: their names.
+        title: what the colour says.
+    """
+    rows = {name: cells for name, cells in rows.items() if any(cells)}
+    figures = []
+    for names in _pages(list(rows), _ROWS):
+        shown = [rows[name] for name in names]
+        figure = Figure(figsize=(2.6 + 0.85 * max(len(columns), 4), 1.1 + 0.26 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        values = [[math.nan if cell is None else cell.value for cell in line] for line in shown]
+        colours = colormaps["Blues"]
+        image = axes.imshow(values, cmap=colours, vmin=0, vmax=1.25, aspect="auto")  # the darkest blues hide text
+        for y, line in enumerate(shown):
+            for x, cell in enumerate(line):
+                if cell is not None:
+                    ink = "white" if cell.value > 0.75 else _INK
+                    axes.text(x, y, cell.text, ha="center", va="center", fontsize=8, color=ink)
+        axes.set_xticks(range(len(columns)), columns, fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, colors=_INK)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([x + 0.5 for x in range(len(columns) - 1)], minor=True)
+        axes.set_yticks([y + 0.5 for y in range(len(names) - 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="minor", length=0)
+        bar = figure.colorbar(
+            image, ax=axes, shrink=min(1.0, 6 / max(len(names), 1)), ticks=[0, 0.5, 1], boundaries=None
+        )
+        bar.ax.set_ylim(0, 1)
+        bar.ax.tick_params(labelsize=8, colors=_INK)
+        bar.outline.set_visible(False)
+        bar.set_label(title, fontsize=8, color=_INK)
+        figures.append(figure)
+    return figures
+
+
+def over_layers(layers: Sequence[str], lines: Sequence[Line], y_label: str, hollow: str) -> Figure:
+    """A line for each cut over the layers in order.
+
+    Args:
+        layers: their names, in order; a point's x is a layer's place.
+        lines: with values between 0 and 1.
+        y_label: what they are.
+        hollow: what hollow markers say, for the legend.
+    """
+    figure = Figure(figsize=(max(8.0, min(14.0, 2 + 0.36 * len(layers))), 4.6), layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        x, y = zip(*line.points, strict=True)
+        style = line.style
+        marker = "" if line.bold else style.marker
+        axes.plot(
+            x,
+            y,
+            style.dashes,
+            color=style.color,
+            marker=marker,
+            markersize=4,
+            linewidth=3 if line.bold else 1,
+            label=line.label,
+        )
+        empty = [x[place] for place in line.hollow], [y[place] for place in line.hollow]
+        axes.plot(*empty, style.marker, color=style.color, markersize=4, markerfacecolor="white")
+    axes.set_xticks(range(len(layers)), layers, rotation=90)
+    axes.set_ylim(0, 1.08 * max([y for line in lines for _, y in line.points] + [0.1]))
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_ylabel(y_label, fontsize=9, color=_INK)
+    axes.grid(axis="y", color="#e6e9ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _clean(axes)
+    handles, _ = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], marker="o", color=_INK, markerfacecolor="white", linestyle="", label=hollow))
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence[_Item]]:
+    """Of nearly the same length, in whole rows."""
+    even = math.ceil(len(items) / max(1, math.ceil(len(items) / most)))
+    size = max(1, math.ceil(even / columns)) * columns
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _draw(axes: Axes, panel: Panel, level: Level) -> None:
+    axes.axhspan(level.dense - level.tolerance, level.dense, color="#cfe3cf", linewidth=0)
+    axes.axhline(level.dense, color=_INK, linewidth=0.7)
+    axes.axhline(level.chance, color=_INK, linewidth=0.7, linestyle=":")
+    for line in panel.lines:
+        style = line.style
+        x, y = zip(*line.points, strict=True)
+        axes.plot(x, y, style.dashes, color=style.color, marker=style.marker, markersize=2.5, linewidth=1.1)
+        if line.large is not None:
+            axes.plot(
+                x[line.large],
+                y[line.large],
+                style.marker,
+                color=style.color,
+                markersize=6,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+            )
+    axes.set_title(panel.title, fontsize=8, color=_INK)
+    _clean(axes)
+
+
+def _legend(figure: Figure, panels: Sequence[Panel], level: Level, mark: str, chance: bool) -> None:
+    styles = {line.label: line.style for panel in panels for line in panel.lines}
+    handles = [
+        Line2D([], [], color=style.color, linestyle=style.dashes, marker=style.marker, markersize=4, label=label)
+        for label, style in styles.items()
+    ]
+    if mark:
+        handles.append(Line2D([], [], color=_INK, marker="o", markersize=7, linestyle="", label=mark))
+    handles.append(Line2D([], [], color=_INK, linewidth=0.7, label=f"dense, {level.dense:.1f} %"))
+    band = f"at most {level.tolerance:g} points less"
+    handles.append(Line2D([], [], color="#cfe3cf", linewidth=6, label=band))
+    if chance:
+        handles.append(Line2D([], [], color=_INK, linewidth=0.7, linestyle=":", label=f"chance, {level.chance:g} %"))
+    columns = 4 if figure.get_figwidth() < 9 else 6
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)

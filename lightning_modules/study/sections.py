@@ -1,0 +1,192 @@
+"""The sections of a study's report as data: headings, paragraphs, tables and pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from lightning_modules.study import pictures
+from lightning_modules.study.findings import CONTROLS, Measured, points
+from lightning_modules.study.rows import CUT_SETS
+from lightning_modules.study.sentences import (
+    control_sentence,
+    depth_sentence,
+    joint_sentence,
+    most_tolerant,
+    opening,
+    recommendation_sentence,
+    retraining_sentence,
+    several_sentence,
+)
+
+__all__ = ["Section", "Table", "sections"]
+
+_RESTS_ON = {"LowRank": ("ih",), "Tucker": CUT_SETS["Tucker-2"], "MPS": CUT_SETS["MPS"]}
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    Attributes:
+        paragraphs: what is code stands between backticks.
+        name: of the picture's file, without its ending.
+        picture: its pages.
+        listed: the paragraphs are the items of a list.
+    """
+
+    heading: str
+    paragraphs: tuple[str, ...]
+    name: str = ""
+    picture: Sequence[Figure] = ()
+    table: Table | None = None
+    listed: bool = False
+
+
+def sections(measured: Measured) -> list[Section]:
+    """Those for which there are rows."""
+    parts: list[tuple[Callable[[Measured], Section], object]] = [
+        (_short, True),
+        (_single, measured.cuts()),
+        (_bonds, measured.cuts()),
+        (_depth, measured.depth()),
+        (_several, measured.sets()),
+        (_controls, any(control for _, _, control in measured.singles)),
+        (_joint, measured.joints),
+        (_retrained, measured.retrained),
+        (_spectra, measured.layers),
+        (_recommended, measured.recommendation),
+    ]
+    return [section(measured) for section, rows in parts if rows]
+
+
+def _short(measured: Measured) -> Section:
+    return Section("In short", tuple(opening(measured)), listed=True)
+
+
+def _single(measured: Measured) -> Section:
+    text = (
+        "Each layer is truncated alone, at one cut, to smaller and smaller bond dimensions. A cut is named by the modes of the kernel on "
+        "its two sides: outputs o, inputs i, height h, width w. The large point of a line is the largest norm loss up to which all "
+        f"truncations lose at most {points(measured.study.protocol.tolerance)}."
+    )
+    picture = pictures.truncations(measured, [(cut,) for cut in measured.cuts()])
+    return Section("Accuracy against norm loss", (most_tolerant(measured), text), "single", picture)
+
+
+def _bonds(measured: Measured) -> Section:
+    text = (
+        "The smallest bond dimension such that it and every larger one that was measured are tolerated, of the bond dimension at which "
+        "the cut is whole. Pale: most can go. Only what was measured counts, so a smaller one in between may be tolerated too."
+    )
+    return Section("The bond dimension that each cut needs", (text,), "bonds", pictures.bonds(measured))
+
+
+def _depth(measured: Measured) -> Section:
+    trend = measured.depth()
+    assert trend is not None
+    picture = pictures.depth(measured, trend)
+    return Section("Norm loss tolerated, by depth", (depth_sentence(measured),), "depth", picture)
+
+
+def _several(measured: Measured) -> Section:
+    sets = measured.sets()
+    names = "; ".join(f"{measured.label(cuts)} ({', '.join(cuts)})" for cuts in sets)
+    text = (
+        f"Each layer is truncated alone, at several cuts one after the other: {names}. The table has the largest norm loss tolerated and "
+        "the bond dimensions there."
+    )
+    rows = []
+    for layer in measured.layers:
+        curves = [measured.curve(layer.name, *cuts) for cuts in sets]
+        if any(curves):
+            found = [measured.tolerated(curve) for curve in curves]
+            cells = [f"{row.eps:.2f} at {', '.join(map(str, row.bonds))}" if row else "" for row in found]
+            rows.append(
+                (layer.name, *(cell or ("none" if curve else "") for cell, curve in zip(cells, curves, strict=True)))
+            )
+    table = Table(("layer", *(measured.label(cuts) for cuts in sets)), tuple(rows))
+    picture = pictures.truncations(measured, sets)
+    return Section("Several cuts at once", (several_sentence(measured), text), "several", picture, table)
+
+
+def _controls(measured: Measured) -> Section:
+    cuts = dict.fromkeys(measured.label(cuts) for _, cuts, control in measured.singles if control)
+    text = (
+        f"Measured at {', '.join(cuts)}. Random error: what a truncation takes is taken in random directions instead. Random weight: the "
+        "layer's weight is one with the same singular values in random directions, truncated likewise."
+    )
+    said = [sentence for name in CONTROLS if (sentence := control_sentence(measured, name))]
+    return Section("Controls", (*said, text), "controls", pictures.controls(measured))
+
+
+def _joint(measured: Measured) -> Section:
+    text = "Every cut of every layer is truncated to the smallest bond dimension that loses at most the same norm."
+    return Section("All layers at once", (joint_sentence(measured), text), "joint", pictures.joint(measured))
+
+
+def _retrained(measured: Measured) -> Section:
+    text = (
+        "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves. "
+        "Kept, of the whole net, is what the factors keep."
+    )
+    rows = tuple(
+        (
+            measured.label(row.cuts),
+            f"{row.target:g}",
+            row.weights,
+            f"{row.accuracy[0]:.1%}",
+            f"{row.accuracy[-1]:.1%}",
+            f"{row.params_kept:.0%}",
+            f"{row.macs_kept:.0%}",
+        )
+        for row in measured.retrained
+    )
+    header = ("cuts", "norm loss", "trained", "before", "after", "parameters kept", "MACs kept")
+    return Section(
+        "What retraining brings back",
+        (retraining_sentence(measured), text),
+        "retrained",
+        pictures.retrained(measured),
+        Table(header, rows),
+    )
+
+
+def _spectra(measured: Measured) -> Section:
+    text = (
+        "The entanglement entropy of each cut of the trained weights, as a fraction of the largest that its bond dimension allows. "
+        "Dark: the singular values are nearly equal, and a truncation takes much of the norm."
+    )
+    return Section("Spectra of the trained weights", (text,), "entropy", pictures.entropy(measured))
+
+
+def _recommended(measured: Measured) -> Section:
+    study, found = measured.study, measured.recommendation
+    assert found is not None
+    how = (
+        "For each layer the cheapest factorization whose truncation, alone, is tolerated. The table has the norm loss and the points "
+        "lost that this rests on."
+    )
+    caution = (
+        f"All figures are of the same {study.pictures:,} test pictures, and so was the choice: confirm the accuracy on pictures that had "
+        "no part in it."
+    )
+    use = (
+        "To use it: `tnlayers compress -c <experiment.yaml> -c rules.yaml "
+        f"--checkpoint {study.checkpoint} --out runs/compressed`, and then retrain."
+    )
+    rows = []
+    for rule in found.rules:
+        rank = rule.get("rank", ())
+        ranks = tuple(rank) if isinstance(rank, (list, tuple)) else (rank,)
+        curve = measured.curve(rule["pattern"], *_RESTS_ON.get(rule["method"], ("i",)))
+        row = next((row for row in curve if row.bonds == ranks), None)
+        figures = (f"{row.eps:.2f}", f"{100 * measured.lost(row.accuracy):.1f}") if row else ("", "")
+        rows.append((rule["pattern"], rule["method"], ", ".join(map(str, ranks)), *figures))
+    table = Table(("layer", "method", "rank", "norm loss", "points lost"), tuple(rows))
+    return Section("Recommendation", (recommendation_sentence(measured), how, caution, use), table=table)

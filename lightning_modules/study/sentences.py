@@ -1,0 +1,220 @@
+"""What a study says, in sentences: computed from its rows, and the opposite where the rows say so."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from lightning_modules.study.findings import CONTROLS, Measured, effect, points, standard_error
+from lightning_modules.study.rows import Joint, Retrained, Single
+
+__all__ = [
+    "about",
+    "control_sentence",
+    "depth_sentence",
+    "joint_sentence",
+    "most_tolerant",
+    "opening",
+    "recommendation_sentence",
+    "retraining_sentence",
+    "several_sentence",
+]
+
+_SAME = 0.02  # norm losses that differ by less are called the same
+_TREND = 0.2  # rank correlations below it are called none
+
+
+def opening(measured: Measured) -> list[str]:
+    """The study's answer; the sentences of what was not measured yet are left out."""
+    found = [
+        about(measured),
+        most_tolerant(measured),
+        depth_sentence(measured),
+        " ".join(filter(None, (several_sentence(measured), joint_sentence(measured)))),
+        " ".join(filter(None, (control_sentence(measured, name) for name in CONTROLS))),
+        retraining_sentence(measured),
+        recommendation_sentence(measured),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def about(measured: Measured) -> str:
+    study = measured.study
+    tolerance = study.protocol.tolerance
+    return (
+        f"{study.net} from {study.checkpoint} has an accuracy of {study.accuracy:.2%} on {study.pictures:,} test pictures of {study.data} "
+        f"(standard error {points(standard_error(study))}). Tolerated means at most {points(tolerance)} lost, "
+        f"{tolerance * study.pictures:.0f} of these pictures."
+    )
+
+
+def most_tolerant(measured: Measured) -> str:
+    """Which cuts and layers tolerate most and least, by the mean of what their curves tolerate."""
+    cells = {
+        (layer.name, cut): eps
+        for layer in measured.layers
+        for cut in measured.cuts()
+        if (eps := measured.tolerated_eps(layer.name, cut)) is not None
+    }
+    if not cells:
+        return ""
+    by_layer, by_cut = (
+        sorted(
+            ((fmean(eps for at, eps in cells.items() if at[side] == name), name) for name in _names(cells, side)),
+            reverse=True,
+        )
+        for side in (0, 1)
+    )
+    bonds = {layer.name: layer.bonds for layer in measured.layers}
+    single = sum(measured.bottomless(*at) for at in cells)
+    text = f"One layer and one cut at a time, the norm loss tolerated is {fmean(cells.values()):.2f} in the mean"
+    if len(by_layer) > 1:
+        text += f": most in {by_layer[0][1]} ({by_layer[0][0]:.2f}), least in {by_layer[-1][1]} ({by_layer[-1][0]:.2f})"
+    if len(by_cut) > 1:
+        most, least = by_cut[0], by_cut[-1]
+        text += f"; of the cuts most at {measured.label([most[1]])} ({most[0]:.2f}), least at {measured.label([least[1]])} ({least[0]:.2f})"
+    largest = max(bonds[layer][cut] for layer, cut in cells)
+    todo = sum(any(bond > 1 for bond in layer.bonds.values()) for layer in measured.layers) - len(by_layer)
+    if todo:
+        text += f"; {todo} {'layer is' if todo == 1 else 'layers are'} not measured yet"
+    if single and largest > 1:
+        text += f". In {single} of {len(cells)} cases even bond dimension 1 is tolerated"
+    return text + "."
+
+
+def depth_sentence(measured: Measured) -> str:
+    """The first layer against the last third, and the trend over all."""
+    depth = measured.depth()
+    if depth is None:
+        return ""
+    step = depth.last - depth.first
+    verdict = "about as much" if abs(step) < _SAME else "more" if step > 0 else "less"
+    than = "as" if verdict == "about as much" else "than"
+    last = f"the last {depth.deep} layers" if depth.deep > 1 else f"the last, {depth.layers[-1]}"
+    over = f"averaged over {len(depth.cuts)} cuts" if len(depth.cuts) > 1 else f"at {measured.label(depth.cuts)}"
+    text = (
+        f"Deep layers tolerate {verdict} norm loss {than} the first: {over}, "
+        f"{depth.first:.2f} in {depth.layers[0]} and {depth.last:.2f} in {last}"
+    )
+    if depth.correlation is None:
+        return text + "; all layers tolerate the same."
+    trend = "no trend" if abs(depth.correlation) < _TREND else "rising" if depth.correlation > 0 else "falling"
+    join = "but" if {verdict, trend} in ({"more", "falling"}, {"less", "rising"}) else "and"
+    how = "there is no clear trend" if trend == "no trend" else f"it is {trend} with depth"
+    return f"{text}; {join} over all {len(depth.means)} layers {how} (rank correlation {depth.correlation:+.2f})."
+
+
+def several_sentence(measured: Measured) -> str:
+    """The largest norm loss that several cuts of one layer take within the tolerance, or that there is none."""
+    rows = [
+        row for (_, cuts, control), curve in measured.singles.items() if len(cuts) > 1 and not control for row in curve
+    ]
+    return _best(measured, "several cuts of one layer at once", [row for row in rows if row.eps > 0])
+
+
+def joint_sentence(measured: Measured) -> str:
+    rows = [row for curve in measured.joints.values() for row in curve if row.eps > 0]
+    return _best(measured, "all layers at once", rows)
+
+
+def control_sentence(measured: Measured, name: str) -> str:
+    """What a control says about the truncations beside it."""
+    control = measured.control(name)
+    if control is None:
+        return ""
+    n, within = (
+        len(control.pairs),
+        [sum(measured.within(pair[side].accuracy) for pair in control.pairs) for side in (0, 1)],
+    )
+    counts = f"of {n} truncations {within[0]} are tolerated and of their controls {within[1]}"
+    gain = f"the control keeps {points(abs(control.gain))} {'less' if control.gain > 0 else 'more'} in the mean"
+    better = control.better > control.worse and control.gain > 0
+    if name == "random error":
+        verdict = (
+            "the singular directions that a truncation takes matter less than others: its norm loss alone does not explain the accuracy"
+            if better
+            else "what a truncation takes is no less harmful than another error of its size: no sign that its directions matter"
+        )
+        return f"An error of equal norm in random directions: {counts}; {gain}, so {verdict}."
+    if within == [0, 0]:
+        verdict = "the question is open"
+    elif within[1] == 0:
+        verdict = "what is tolerated is owed to the trained directions, not to the shape of the spectrum"
+    elif better:
+        verdict = "the trained directions matter, but some layers do not need theirs"
+    else:
+        verdict = "the trained directions do not matter: that a truncation is tolerated says nothing about what the net has learned"
+    return f"A random weight with the same singular values: {counts}; {gain}, so {verdict}."
+
+
+def retraining_sentence(measured: Measured) -> str:
+    """What retraining brings back of the truncations that lost more than the tolerance."""
+    broken = [row for row in measured.retrained if len(row.accuracy) > 1 and not measured.within(row.accuracy[0])]
+    if not broken:
+        return "No truncation that was retrained had lost more than is tolerated." if measured.retrained else ""
+    epochs = max(len(row.accuracy) for row in broken) - 1
+    counts = []
+    for weights in ("dense", "factors"):
+        rows = [row for row in broken if row.weights == weights]
+        if rows:
+            num_back = sum(measured.within(row.accuracy[-1]) for row in rows)
+            counts.append(f"{num_back} of {len(rows)} as {weights}{' weights' if weights == 'dense' else ''}")
+    back = [row for row in broken if measured.within(row.accuracy[-1])]
+    text = (
+        f"{epochs} {'epoch' if epochs == 1 else 'epochs'} of retraining bring back what broke: {' and '.join(counts)}"
+    )
+    if back:
+        return (
+            f"{text}; the deepest fall that is undone is {_fall(measured, min(back, key=lambda row: row.accuracy[0]))}."
+        )
+    return f"{text}; the nearest is {_fall(measured, max(broken, key=lambda row: row.accuracy[-1]))}."
+
+
+def recommendation_sentence(measured: Measured) -> str:
+    found = measured.recommendation
+    if found is None:
+        return ""
+    text = (
+        f"Recommended: {found.params_kept:.0%} of the parameters and {found.macs_kept:.0%} of the MACs kept; "
+        f"accuracy {found.accuracy[0]:.2%} right after ({effect(measured.lost(found.accuracy[0]))})"
+    )
+    if len(found.accuracy) > 1:
+        epochs = len(found.accuracy) - 1
+        text += (
+            f", {found.accuracy[-1]:.2%} after {epochs} {'epoch' if epochs == 1 else 'epochs'} of retraining "
+            f"({effect(measured.lost(found.accuracy[-1]))})"
+        )
+    return text + "."
+
+
+def _best(measured: Measured, what: str, rows: Sequence[Single | Joint]) -> str:
+    if not rows:
+        return ""
+    good = [row for row in rows if measured.within(row.accuracy)]
+    if not good:
+        mildest = max(rows, key=lambda row: (row.accuracy, row.eps))
+        return (
+            f"No truncation of {what} is tolerated, of {len(rows)}; the best, {_where(measured, mildest)} at norm loss {mildest.eps:.2f}, "
+            f"has {effect(measured.lost(mildest.accuracy))}."
+        )
+    best = max(good, key=lambda row: (row.eps, row.accuracy))
+    return (
+        f"Of {len(rows)} truncations of {what} {len(good)} are tolerated; the largest norm loss of them is {best.eps:.2f}, "
+        f"{_where(measured, best)} ({effect(measured.lost(best.accuracy))})."
+    )
+
+
+def _where(measured: Measured, row: Single | Joint) -> str:
+    if isinstance(row, Joint):
+        return measured.label(row.cuts)
+    bonds = ", ".join(f"{cut} {bond}" for cut, bond in zip(row.cuts, row.bonds, strict=True))
+    return f"{row.layer} as {measured.label(row.cuts)} ({bonds})"
+
+
+def _fall(measured: Measured, row: Retrained) -> str:
+    return (
+        f"{measured.label(row.cuts)} at {row.target:g} of all layers, {row.accuracy[0]:.1%} before and {row.accuracy[-1]:.1%} after "
+        f"({'dense weights' if row.weights == 'dense' else f'factors, {row.params_kept:.0%} of the parameters'})"
+    )
+
+
+def _names(cells: dict[tuple[str, str], float], side: int) -> list[str]:
+    return list(dict.fromkeys(at[side] for at in cells))

@@ -1,0 +1,170 @@
+"""The report of a truncation study: what it says is what the rows say, and the same rows give the same bytes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from lightning_modules.study.findings import Measured, rank_correlation
+from lightning_modules.study.report import summary, write_report
+from lightning_modules.study.rows import (
+    Joint,
+    Layer,
+    Protocol,
+    Recommendation,
+    Retrained,
+    Row,
+    Single,
+    Study,
+    row_from_plain,
+    row_to_plain,
+)
+from tnlayers import rules_from_plain
+
+NAMES = ("conv1", "conv2", "conv3")
+STUDY = Study("net", "dense.ckpt", "0" * 64, "Pictures", 400, 10, 0.9, 0.3, Protocol())
+LAYERS = [Layer(name, (8, 8, 3, 3), 576, 576, {"o": 8, "i": 8}, {"o": 1.5, "i": 2.0}) for name in NAMES]
+RULES = (
+    {"pattern": "conv1", "method": "dense", "reason": "nothing is tolerated"},
+    {"pattern": "conv2", "method": "Tucker", "rank": [4, 4]},
+)
+
+
+def single(layer: str, cuts: str, bonds: tuple[int, ...], eps: float, accuracy: float, control: str = "") -> Single:
+    return Single(layer, tuple(cuts), bonds, control, eps, 0.0, accuracy, 0.5)
+
+
+def curve(layer: str, cut: str, tolerated: float) -> list[Row]:
+    """Bond dimensions 6, 4 and 2 at norm losses up to 0.8, whose accuracy breaks down past `tolerated`."""
+    losses = {6: 0.2, 4: 0.5, 2: 0.8}
+    return [single(layer, cut, (bond,), eps, 0.895 if eps <= tolerated else 0.4) for bond, eps in losses.items()]
+
+
+def by_depth(*tolerated: float) -> list[Row]:
+    return [row for name, eps in zip(NAMES, tolerated, strict=True) for cut in "oi" for row in curve(name, cut, eps)]
+
+
+BASE: list[Row] = [STUDY, *LAYERS, *by_depth(0.2, 0.5, 0.8)]
+SEVERAL = single("conv2", "oi", (4, 4), 0.6, 0.892)
+ERROR = single("conv2", "o", (4,), 0.5, 0.7, "random error")
+WEIGHT = single("conv2", "o", (4,), 0.5, 0.1, "random weight")
+JOINT = Joint(("o", "i"), 0.3, dict.fromkeys(NAMES, (4, 4)), 0.35, 0.06, 0.891, 0.5)
+FACTORS = Retrained(("o", "i"), 0.7, "factors", (0.2, 0.6, 0.895), 0.3, 0.4)
+DENSE = Retrained(("o", "i"), 0.7, "dense", (0.2, 0.6, 0.7), 0.3, 0.4)
+RECOMMENDATION = Recommendation(RULES, (0.85, 0.905), 0.48, 0.5)
+WHOLE = [*BASE, SEVERAL, ERROR, WEIGHT, JOINT, FACTORS, DENSE, RECOMMENDATION]
+
+
+def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
+    """The row with another accuracy, of a retrained one the last."""
+    plain = row_to_plain(row)
+    plain["accuracy"] = [*row.accuracy[:-1], accuracy] if isinstance(row, Retrained) else accuracy
+    return row_from_plain(json.loads(json.dumps(plain)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (BASE, "accuracy of 90.00% on 400 test pictures of Pictures (standard error 1.5 points)"),
+        (BASE, "most in conv3 (0.80), least in conv1 (0.20)"),
+        (BASE, "Deep layers tolerate more norm loss than the first: averaged over 2 cuts, 0.20 in conv1 and 0.80 in the last, conv3"),
+        (BASE, "and over all 3 layers it is rising with depth (rank correlation +1.00)"),
+        ([STUDY, *LAYERS, *by_depth(0.8, 0.5, 0.2)], "Deep layers tolerate less norm loss than the first"),
+        ([STUDY, *LAYERS, *by_depth(0.8, 0.5, 0.2)], "falling with depth (rank correlation -1.00)"),
+        ([STUDY, *LAYERS, *by_depth(0.5, 0.2, 0.5)], "Deep layers tolerate about as much norm loss as the first"),
+        ([STUDY, *LAYERS, *by_depth(0.5, 0.5, 0.5)], "all layers tolerate the same"),
+        ([STUDY, *LAYERS, *curve("conv1", "o", 0.5)], "2 layers are not measured yet"),
+        ([*BASE, SEVERAL], "1 are tolerated; the largest norm loss of them is 0.60, conv2 as Tucker-2 (o 4, i 4) (0.8 points lost)"),
+        ([*BASE, lost(SEVERAL, 0.905)], "(0.5 points gained)"),
+        ([*BASE, lost(SEVERAL, 0.88)], "No truncation of several cuts of one layer at once is tolerated, of 1"),
+        ([*BASE, JOINT], "the largest norm loss of them is 0.35, Tucker-2 (0.9 points lost)"),
+        ([*BASE, lost(JOINT, 0.5)], "No truncation of all layers at once is tolerated, of 1"),
+        ([*BASE, ERROR], "the control keeps 19.5 points less in the mean, so the singular directions that a truncation takes matter less"),
+        ([*BASE, lost(ERROR, 0.9)], "is no less harmful than another error of its size"),
+        ([*BASE, WEIGHT], "1 are tolerated and of their controls 0; the control keeps 79.5 points less"),
+        ([*BASE, lost(WEIGHT, 0.9)], "the trained directions do not matter"),
+        ([*BASE, FACTORS, DENSE], "0 of 1 as dense weights and 1 of 1 as factors; the deepest fall that is undone is Tucker-2 at 0.7"),
+        ([*BASE, lost(FACTORS, 0.8), DENSE], "0 of 1 as factors; the nearest is Tucker-2 at 0.7 of all layers, 20.0% before and 80.0%"),
+        (WHOLE, "48% of the parameters and 50% of the MACs kept; accuracy 85.00% right after (5 points lost), 90.50% after 1 epoch"),
+    ],
+)  # fmt: skip
+def test_sentences_say_what_the_rows_say(rows: list[Row], expected: str) -> None:
+    assert expected in " ".join(summary(rows))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "bond", "eps"),
+    [
+        ((0.90, 0.895, 0.89), 2, 0.8),
+        ((0.90, 0.895, 0.80), 4, 0.5),
+        ((0.90, 0.80, 0.895), 6, 0.2),  # a smaller bond dimension that is tolerated again does not count
+        ((0.80, 0.895, 0.895), 8, 0.0),
+    ],
+)
+@pytest.mark.parametrize("order", [list, lambda rows: rows[::-1]])
+def test_tolerated_bond(
+    accuracies: tuple[float, ...], bond: int, eps: float, order: Callable[[list[Row]], list[Row]]
+) -> None:
+    rows: list[Row] = [
+        single("conv1", "o", (size,), at, accuracy)
+        for size, at, accuracy in zip((6, 4, 2), (0.2, 0.5, 0.8), accuracies, strict=True)
+    ]
+    measured = Measured.of([STUDY, *LAYERS, *order(rows)])
+    assert measured.tolerated_bond(LAYERS[0], "o") == bond
+    assert measured.tolerated_eps("conv1", "o") == eps
+    assert measured.tolerated_bond(LAYERS[0], "i") is None
+
+
+@pytest.mark.parametrize(
+    ("y", "expected"), [((1, 2, 4), 1), ((4, 2, 1), -1), ((1, 2, 2), 3**0.5 / 2), ((5, 5, 5), None)]
+)
+def test_rank_correlation(y: tuple[float, ...], expected: float | None) -> None:
+    found = rank_correlation((1, 2, 3), y)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_written_twice_is_the_same(tmp_path: Path) -> None:
+    again = [row_from_plain(json.loads(json.dumps(row_to_plain(row)))) for row in WHOLE]
+    write_report(WHOLE, tmp_path / "a")
+    write_report(again, tmp_path / "b")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert files.keys() >= {"report.md", "report.html", "rules.yaml"}
+    plain = yaml.safe_load(files["rules.yaml"])["model"]["rules"]
+    assert [rule.to_plain() for rule in rules_from_plain(plain)] == list(RULES)
+
+
+def test_markdown_and_html_say_the_same(tmp_path: Path) -> None:
+    write_report(WHOLE, tmp_path)
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == re.findall(r"<h2>(.*?)</h2>", page)
+    assert len(headings) == 10
+    assert all(sentence in text for sentence in summary(WHOLE))
+    pictures = re.findall(r"\]\((.*?)\)", text)
+    assert len(pictures) == page.count('src="data:image/png;base64,') == len(set(pictures)) == 8
+    assert len(re.findall(r"^\| ", text, re.MULTILINE)) == page.count("<tr>") + page.count("<table>")
+    assert "<script" not in page
+    assert "o|ihw" in text
+    for name in pictures:
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert picture.info.keys() <= {"dpi"}
+
+
+@pytest.mark.parametrize("done", [1, 1 + len(NAMES), len(BASE) - 8, len(BASE), len(WHOLE) - 2])
+def test_a_study_that_is_not_finished(done: int, tmp_path: Path) -> None:
+    write_report(WHOLE[:done], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Recommend" not in text
+    assert not (tmp_path / "rules.yaml").exists()
+    assert ("Accuracy against norm loss" in text) == (done > 1 + len(NAMES))
+
+
+def test_rows_without_their_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape("without the study's own first")):
+        write_report(LAYERS, tmp_path)
