@@ -16,6 +16,7 @@ Train networks with tensorized layers, or compress trained ones and retrain them
 
   quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in less than a minute
   compress     a checkpoint in; a smaller one, its configuration and a report out
+  study        how compressible a trained net is: every cut of every layer truncated, measured and retrained
   fit          train: from scratch, or a compressed checkpoint
   test         accuracy on the test pictures
   validate     accuracy on the validation pictures
@@ -60,7 +61,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    if name in ("fit", "validate", "test", "predict", "compress", "-c", "--config"):
+    if name in ("fit", "validate", "test", "predict", "compress", "study", "-c", "--config"):
         from lightning_modules.lightning_cli import run
 
         return run
@@ -70,7 +71,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         return run_plain
     import difflib
 
-    known = ("quickstart", "compress", "fit", "test", "validate", "predict", "report", "export", "methods")
+    known = ("quickstart", "compress", "study", "fit", "test", "validate", "predict", "report", "export", "methods")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
     raise ValueError(f"unknown command {name!r}{hint}")

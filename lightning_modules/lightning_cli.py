@@ -36,8 +36,13 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
 from lightning_modules.loggers import run_folder
+from lightning_modules.progress import progress_bar
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_new, check_own, check_writable, continue_last
+from lightning_modules.study.report import summary, write_report
+from lightning_modules.study.rows import Protocol
+from lightning_modules.study.run import run_study
+from lightning_modules.study.subject import Subject
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
 
@@ -115,7 +120,8 @@ class CompressionTrainer(Trainer):
         subject = Subject(model, datamodule, self, checkpoint, protocol)
         with progress_bar(Console(stderr=True)) as progress:
             rows = run_study(subject, Path(out) / "study.jsonl", progress)
-        for line in write_report(rows, Path(out)):
+        write_report(rows, Path(out))
+        for line in summary(rows):
             Console().print(line, highlight=False, soft_wrap=True)
 
 
@@ -135,8 +141,8 @@ class TensorCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        ours = dict.fromkeys(("compress", "study"), {"model", "datamodule"})
-        return {**LightningCLI.subcommands(), **ours}
+        ours = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "compress": ours, "study": ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -153,12 +159,13 @@ class TensorCLI(LightningCLI):
         config = self.config[self.subcommand]
         self._log_under_root(config)
         self._given = config.clone()
-        if self.subcommand == "compress":
+        if self.subcommand in ("compress", "study"):
             read_checkpoint(config.checkpoint)
-            new_folder(config.out)
+            if self.subcommand == "compress":
+                new_folder(config.out)
             logger = config.trainer.logger
             if isinstance(logger, Namespace) and logger.class_path.endswith(("CSVLogger", "loggers.CSV")):
-                # All that compress writes is in one folder.
+                # All that the command writes is in one folder.
                 logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
             return
         check_writable(config)

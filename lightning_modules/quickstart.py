@@ -1,9 +1,5 @@
 """The main job on data that is always there: train a dense CNN, compress it, retrain it, report."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +10,7 @@ from rich.console import Console
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import Compression, accuracy_on_test, compress
 from lightning_modules.data import Digits
+from lightning_modules.quiet import quiet
 
 __all__ = ["run_quickstart"]
 
@@ -31,7 +28,7 @@ def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
     out = _unused(out)
     seed_everything(seed, verbose=False)
     data = Digits(batch_size=64, val_fraction=0)
-    with _quiet():
+    with quiet():
         console.print(f"[bold]1[/] training a dense CNN on scikit-learn's digits, {_EPOCHS} epochs")
         dense = _classifier(data)
         _trainer(out, "dense", _EPOCHS).fit(dense, datamodule=data)
@@ -83,17 +80,3 @@ def _unused(out: Path) -> Path:
         folder = out.with_name(f"{out.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Only what matters here: Lightning's notes on devices and workers are for longer runs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

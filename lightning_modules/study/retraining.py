@@ -1,7 +1,6 @@
 """A few epochs of training on, and the accuracy after each."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
+from lightning_modules.quiet import quiet
 from lightning_modules.study.evaluation import score
 from tnlayers.tracing import evaluating
 
@@ -42,7 +42,7 @@ def retrain(
     """
     student = copy.copy(model)
     student._modules = dict(model._modules)
-    student.net = net
+    student.net = net.train()
     accuracies = [_accuracy(net, batches())]
 
     class Evaluate(Callback):
@@ -51,7 +51,7 @@ def retrain(
             tick()
 
     if epochs:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(), quiet():
             torch.manual_seed(seed)
             _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
     return tuple(accuracies)

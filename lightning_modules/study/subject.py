@@ -75,6 +75,7 @@ class Subject:
     @property
     def epoch_cost(self) -> float:
         """What an epoch of training takes, in evaluations: forward, twice that backward, and the evaluation after it."""
+        self._data.setup("fit")
         trained = len(self._data.train_dataloader().dataset)  # type: ignore[arg-type]
         return 3 * trained / self._dense.pictures + 1
 
