@@ -20,8 +20,8 @@ install: $(VENV)/.installed  ## make the environment in .venv
 quickstart: install  ## train, compress and retrain a CNN on the embedded digits (less than a minute)
 	$(BIN)/tnlayers quickstart
 
-test: install  ## run every test
-	$(BIN)/python -m pytest
+test: install  ## run every test, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install  ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -41,7 +41,7 @@ def start(command: Sequence[object], folder: Path, **environment: str) -> "subpr
     )
 
 
-def finish(process: "subprocess.Popen[str]", timeout: float = 90) -> tuple[int, str]:
+def finish(process: "subprocess.Popen[str]", timeout: float = 240) -> tuple[int, str]:
     """The exit code and the last of what a process said; none of its processes outlives the timeout."""
     try:
         said, _ = process.communicate(timeout=timeout)
@@ -86,7 +86,7 @@ class Forks:
         job = [[str(argument) for argument in arguments], str(folder), largest_file, environment]
         assert self._server.stdin is not None
         self._server.stdin.write(f"{json.dumps(job)}\n".encode())
-        self.running = Fork(int(self.answer(60)), folder / "said.txt", self)
+        self.running = Fork(int(self.answer(180)), folder / "said.txt", self)
         return self.running
 
     def answer(self, timeout: float) -> str:
@@ -108,13 +108,13 @@ class Fork:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 180) -> int:
         """The exit code; minus the signal's number where one has ended it."""
         code = int(self._forks.answer(timeout))
         self._forks.running = None
         return code
 
-    def until(self, happened: Callable[[], object], timeout: float = 60) -> Self:
+    def until(self, happened: Callable[[], object], timeout: float = 180) -> Self:
         """Waits for something that the command does."""
         end = time.monotonic() + timeout
         while not happened():

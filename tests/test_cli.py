@@ -289,7 +289,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        warnings.simplefilter("ignore", DeprecationWarning)  # a process does not show them
+        for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", hidden)  # as in a process: it does not show them
         assert tnlayers(*arguments) == 2
     assert [str(warning.message) for warning in said] == []
     lines = capsys.readouterr().err.splitlines()
