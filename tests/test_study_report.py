@@ -9,7 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from lightning_modules.study import pictures
 from lightning_modules.study.findings import Measured, rank_correlation
+from lightning_modules.study.plots import STYLES, Level, Line, Panel, small_multiples
 from lightning_modules.study.report import summary, write_report
 from lightning_modules.study.rows import (
     Joint,
@@ -78,11 +80,11 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         ([STUDY, *LAYERS, *by_depth(0.5, 0.2, 0.5)], "Deep layers tolerate about as much norm loss as the first"),
         ([STUDY, *LAYERS, *by_depth(0.5, 0.5, 0.5)], "all layers tolerate the same"),
         ([STUDY, *LAYERS, *curve("conv1", "o", 0.5)], "2 layers are not measured yet"),
-        ([*BASE, SEVERAL], "1 are tolerated; the largest norm loss of them is 0.60, conv2 as Tucker-2 (o 4, i 4) (0.8 points lost)"),
+        ([*BASE, SEVERAL], "1 are tolerated; the largest norm loss of them is 0.60, by conv2 as Tucker-2 (o 4, i 4) (0.8 points lost)"),
         ([*BASE, lost(SEVERAL, 0.905)], "(0.5 points gained)"),
-        ([*BASE, lost(SEVERAL, 0.88)], "No truncation of several cuts of one layer at once is tolerated, of 1"),
-        ([*BASE, JOINT], "the largest norm loss of them is 0.35, Tucker-2 (0.9 points lost)"),
-        ([*BASE, lost(JOINT, 0.5)], "No truncation of all layers at once is tolerated, of 1"),
+        ([*BASE, lost(SEVERAL, 0.88)], "Of 1 truncations of several cuts of one layer at once none is tolerated"),
+        ([*BASE, JOINT], "the largest norm loss of them is 0.35, by Tucker-2 (0.9 points lost)"),
+        ([*BASE, lost(JOINT, 0.5)], "Of 1 truncations of all layers at once none is tolerated"),
         ([*BASE, ERROR], "the control keeps 19.5 points less in the mean, so the singular directions that a truncation takes matter less"),
         ([*BASE, lost(ERROR, 0.9)], "is no less harmful than another error of its size"),
         ([*BASE, WEIGHT], "1 are tolerated and of their controls 0; the control keeps 79.5 points less"),
@@ -145,12 +147,12 @@ def test_markdown_and_html_say_the_same(tmp_path: Path) -> None:
     assert headings == re.findall(r"<h2>(.*?)</h2>", page)
     assert len(headings) == 10
     assert all(sentence in text for sentence in summary(WHOLE))
-    pictures = re.findall(r"\]\((.*?)\)", text)
-    assert len(pictures) == page.count('src="data:image/png;base64,') == len(set(pictures)) == 8
+    shown = re.findall(r"\]\((.*?)\)", text)
+    assert len(shown) == page.count('src="data:image/png;base64,') == len(set(shown)) == 8
     assert len(re.findall(r"^\| ", text, re.MULTILINE)) == page.count("<tr>") + page.count("<table>")
     assert "<script" not in page
     assert "o|ihw" in text
-    for name in pictures:
+    for name in shown:
         with Image.open(tmp_path / name) as picture:
             picture.load()
             assert picture.info.keys() <= {"dpi"}
@@ -168,3 +170,19 @@ def test_a_study_that_is_not_finished(done: int, tmp_path: Path) -> None:
 def test_rows_without_their_study(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape("without the study's own first")):
         write_report(LAYERS, tmp_path)
+
+
+def test_panels_mark_what_is_tolerated() -> None:
+    (figure,) = pictures.truncations(Measured.of(BASE), [("o",), ("i",)])
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title().split()[0] for axes in panels] == list(NAMES)
+    marked = [[line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1] for axes in panels]
+    assert marked == [[0.2, 0.2], [0.5, 0.5], [0.8, 0.8]]
+
+
+@pytest.mark.parametrize(("num_layers", "pages"), [(1, [1]), (20, [20]), (21, [12, 9]), (54, [20, 20, 14])])
+def test_many_layers_take_several_pages(num_layers: int, pages: list[int]) -> None:
+    line = Line("o|ihw", STYLES["o"], ((0, 90), (0.5, 80)), large=1)
+    panels = [Panel(f"layer{place}", (line,)) for place in range(num_layers)]
+    figures = small_multiples([*panels, Panel("not measured", ())], "norm loss", Level(90, 1, 10))
+    assert [sum(axes.get_visible() for axes in figure.axes) for figure in figures] == pages

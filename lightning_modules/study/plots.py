@@ -106,7 +106,7 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
     low, high = min([*heights, level.dense - 5 * level.tolerance]), max([*heights, level.dense])
     if low < level.chance + 0.25 * (high - low):
         low = min(low, level.chance)
-    margin = 0.06 * (high - low)
+    margin = 0.06 * max(high - low, 1)
     figures = []
     for shown in _pages(panels, _PANELS, _COLUMNS):
         columns = min(_COLUMNS, len(shown))
@@ -122,7 +122,7 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
             axes.xaxis.set_tick_params(labelbottom=place + columns >= len(shown))
         grid[0].set_ylim(low - margin, high + margin)
         grid[0].set_xlim(0, 1.03 * max(widths))
-        grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=max(widths) > 1))
+        grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=all(x == int(x) for x in widths)))
         figure.supxlabel(x_label, fontsize=9, color=_INK)
         figure.supylabel("test accuracy (%)", fontsize=9, color=_INK)
         _legend(figure, panels, level, mark, chance=low - margin < level.chance)

@@ -58,7 +58,7 @@ def sections(measured: Measured) -> list[Section]:
         (_several, measured.sets()),
         (_controls, any(control for _, _, control in measured.singles)),
         (_joint, measured.joints),
-        (_retrained, measured.retrained),
+        (_retrained, any(len(row.accuracy) > 1 for row in measured.retrained)),
         (_spectra, measured.layers),
         (_recommended, measured.recommendation),
     ]
@@ -132,8 +132,8 @@ def _joint(measured: Measured) -> Section:
 
 def _retrained(measured: Measured) -> Section:
     text = (
-        "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves. "
-        "Kept, of the whole net, is what the factors keep."
+        "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves, "
+        "which keep that much of the whole net's parameters and MACs."
     )
     rows = tuple(
         (
@@ -142,8 +142,7 @@ def _retrained(measured: Measured) -> Section:
             row.weights,
             f"{row.accuracy[0]:.1%}",
             f"{row.accuracy[-1]:.1%}",
-            f"{row.params_kept:.0%}",
-            f"{row.macs_kept:.0%}",
+            *((f"{row.params_kept:.0%}", f"{row.macs_kept:.0%}") if row.weights == "factors" else ("", "")),
         )
         for row in measured.retrained
     )
@@ -180,13 +179,22 @@ def _recommended(measured: Measured) -> Section:
         "To use it: `tnlayers compress -c <experiment.yaml> -c rules.yaml "
         f"--checkpoint {study.checkpoint} --out runs/compressed`, and then retrain."
     )
+    reasons: dict[str, list[str]] = {}
+    for rule in found.rules:
+        if rule["method"] == "dense":
+            reasons.setdefault(rule.get("reason", ""), []).append(rule["pattern"])
+    dense = [f"Dense: {', '.join(names)}{reason and f' ({reason})'}." for reason, names in reasons.items()]
     rows = []
     for rule in found.rules:
         rank = rule.get("rank", ())
         ranks = tuple(rank) if isinstance(rank, (list, tuple)) else (rank,)
         curve = measured.curve(rule["pattern"], *_RESTS_ON.get(rule["method"], ("i",)))
-        row = next((row for row in curve if row.bonds == ranks), None)
+        # Ranks are clamped to what the other ranks of the layer let them attain, and may be below the bond dimensions measured.
+        enough = [row for row in curve if all(bond >= size for bond, size in zip(row.bonds, ranks, strict=False))]
+        row = enough[-1] if enough else None
         figures = (f"{row.eps:.2f}", f"{100 * measured.lost(row.accuracy):.1f}") if row else ("", "")
         rows.append((rule["pattern"], rule["method"], ", ".join(map(str, ranks)), *figures))
     table = Table(("layer", "method", "rank", "norm loss", "points lost"), tuple(rows))
-    return Section("Recommendation", (recommendation_sentence(measured), how, caution, use), table=table)
+    return Section(
+        "Recommendation", (recommendation_sentence(measured), " ".join([how, *dense]), caution, use), table=table
+    )

@@ -76,7 +76,7 @@ def most_tolerant(measured: Measured) -> str:
     if todo:
         text += f"; {todo} {'layer is' if todo == 1 else 'layers are'} not measured yet"
     if single and largest > 1:
-        text += f". In {single} of {len(cells)} cases even bond dimension 1 is tolerated"
+        text += f". In {single} of {len(cells)} cases even bond dimension 1 is tolerated, and the cut can take no more"
     return text + "."
 
 
@@ -120,11 +120,8 @@ def control_sentence(measured: Measured, name: str) -> str:
     control = measured.control(name)
     if control is None:
         return ""
-    n, within = (
-        len(control.pairs),
-        [sum(measured.within(pair[side].accuracy) for pair in control.pairs) for side in (0, 1)],
-    )
-    counts = f"of {n} truncations {within[0]} are tolerated and of their controls {within[1]}"
+    within = [sum(measured.within(pair[side].accuracy) for pair in control.pairs) for side in (0, 1)]
+    counts = f"of {len(control.pairs)} truncations {within[0]} are tolerated and of their controls {within[1]}"
     gain = f"the control keeps {points(abs(control.gain))} {'less' if control.gain > 0 else 'more'} in the mean"
     better = control.better > control.worse and control.gain > 0
     if name == "random error":
@@ -147,24 +144,23 @@ def control_sentence(measured: Measured, name: str) -> str:
 
 def retraining_sentence(measured: Measured) -> str:
     """What retraining brings back of the truncations that lost more than the tolerance."""
-    broken = [row for row in measured.retrained if len(row.accuracy) > 1 and not measured.within(row.accuracy[0])]
+    rows = [row for row in measured.retrained if len(row.accuracy) > 1]
+    broken = [row for row in rows if not measured.within(row.accuracy[0])]
     if not broken:
-        return "No truncation that was retrained had lost more than is tolerated." if measured.retrained else ""
-    epochs = max(len(row.accuracy) for row in broken) - 1
-    counts = []
-    for weights in ("dense", "factors"):
-        rows = [row for row in broken if row.weights == weights]
-        if rows:
-            num_back = sum(measured.within(row.accuracy[-1]) for row in rows)
-            counts.append(f"{num_back} of {len(rows)} as {weights}{' weights' if weights == 'dense' else ''}")
+        return "No truncation that was retrained had lost more than is tolerated." if rows else ""
     back = [row for row in broken if measured.within(row.accuracy[-1])]
+    counts = [
+        f"{sum(row.weights == weights for row in back)} of {sum(row.weights == weights for row in broken)} as {name}"
+        for weights, name in (("dense", "dense weights"), ("factors", "factors"))
+        if any(row.weights == weights for row in broken)
+    ]
+    epochs = _epochs(max(len(row.accuracy) for row in broken) - 1)
     text = (
-        f"{epochs} {'epoch' if epochs == 1 else 'epochs'} of retraining bring back what broke: {' and '.join(counts)}"
+        f"After {epochs} of retraining what had lost too much is within the tolerance again in {' and '.join(counts)}"
     )
     if back:
-        return (
-            f"{text}; the deepest fall that is undone is {_fall(measured, min(back, key=lambda row: row.accuracy[0]))}."
-        )
+        deepest = min(back, key=lambda row: (row.accuracy[0], row.weights == "dense", row.params_kept))
+        return f"{text}; the deepest fall that is undone is {_fall(measured, deepest)}."
     return f"{text}; the nearest is {_fall(measured, max(broken, key=lambda row: row.accuracy[-1]))}."
 
 
@@ -177,12 +173,13 @@ def recommendation_sentence(measured: Measured) -> str:
         f"accuracy {found.accuracy[0]:.2%} right after ({effect(measured.lost(found.accuracy[0]))})"
     )
     if len(found.accuracy) > 1:
-        epochs = len(found.accuracy) - 1
-        text += (
-            f", {found.accuracy[-1]:.2%} after {epochs} {'epoch' if epochs == 1 else 'epochs'} of retraining "
-            f"({effect(measured.lost(found.accuracy[-1]))})"
-        )
+        after = found.accuracy[-1]
+        text += f", {after:.2%} after {_epochs(len(found.accuracy) - 1)} of retraining ({effect(measured.lost(after))})"
     return text + "."
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def _best(measured: Measured, what: str, rows: Sequence[Single | Joint]) -> str:
@@ -192,13 +189,13 @@ def _best(measured: Measured, what: str, rows: Sequence[Single | Joint]) -> str:
     if not good:
         mildest = max(rows, key=lambda row: (row.accuracy, row.eps))
         return (
-            f"No truncation of {what} is tolerated, of {len(rows)}; the best, {_where(measured, mildest)} at norm loss {mildest.eps:.2f}, "
-            f"has {effect(measured.lost(mildest.accuracy))}."
+            f"Of {len(rows)} truncations of {what} none is tolerated; the best is {_where(measured, mildest)} at norm loss "
+            f"{mildest.eps:.2f} ({effect(measured.lost(mildest.accuracy))})."
         )
     best = max(good, key=lambda row: (row.eps, row.accuracy))
     return (
         f"Of {len(rows)} truncations of {what} {len(good)} are tolerated; the largest norm loss of them is {best.eps:.2f}, "
-        f"{_where(measured, best)} ({effect(measured.lost(best.accuracy))})."
+        f"by {_where(measured, best)} ({effect(measured.lost(best.accuracy))})."
     )
 
 
