@@ -39,6 +39,7 @@ from lightning_modules.loggers import run_folder
 from lightning_modules.progress import progress_bar
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_new, check_own, check_writable, continue_last
+from lightning_modules.study.log import log_study
 from lightning_modules.study.report import summary, write_report
 from lightning_modules.study.rows import Protocol
 from lightning_modules.study.run import run_study
@@ -121,6 +122,7 @@ class CompressionTrainer(Trainer):
         with progress_bar(Console(stderr=True)) as progress:
             rows = run_study(subject, Path(out) / "study.jsonl", progress)
         write_report(rows, Path(out))
+        log_study(self.loggers, rows, Path(out))
         for line in summary(rows):
             Console().print(line, highlight=False, soft_wrap=True)
 
@@ -212,6 +214,20 @@ class TensorCLI(LightningCLI):
         Console().print(
             f"written     {out}/: model.ckpt, config.yaml, report.md, report.json, plots\n"
             f"retrain     tnlayers fit -c {out}/config.yaml",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def after_study(self) -> None:
+        given = yaml.safe_load(self._parser("study").dump(self._given, skip_unset=False))
+        out = Path(given["out"])
+        for key in ("checkpoint", "out", "config", "protocol"):
+            given.pop(key, None)
+        given["model"]["rules"] = yaml.safe_load((out / "rules.yaml").read_text())["model"]["rules"]
+        (out / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+        Console().print(
+            f"written     {out}/: study.jsonl, report.md, report.html, rules.yaml, config.yaml, plots\n"
+            f"compress    tnlayers compress -c {out}/config.yaml --checkpoint {self._given.checkpoint} --out {out}/compressed",
             highlight=False,
             soft_wrap=True,
         )

@@ -79,7 +79,7 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
     """All parts in their order: layers one by one, all together, retraining, and what follows from them."""
     protocol = subject.protocol
     for name in subject.kernels:
-        yield _Work(f"{name}, spectra", (("layer", name),), 0, 1, partial(_layer, subject, name))
+        yield _Work("spectra", (("layer", name),), 0, 1, partial(_layer, subject, name))
     for name, kernel in subject.kernels.items():
         trials = kernel.trials(protocol.losses)
         if trials:

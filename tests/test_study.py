@@ -1,0 +1,353 @@
+"""The truncation study: what it measures is what a net that was truncated by hand has, and a killed one goes on."""
+
+import copy
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules import build_net
+from lightning_modules.data import Digits
+from lightning_modules.study.factors import REALISED, factorization_of, recommend
+from lightning_modules.study.forward import FromLayer
+from lightning_modules.study.grid import Kernel
+from lightning_modules.study.journal import Journal, read_rows
+from lightning_modules.study.rows import (
+    CUT_SETS,
+    Joint,
+    Layer,
+    Protocol,
+    Recommendation,
+    Retrained,
+    Row,
+    Single,
+    Study,
+    row_from_plain,
+    row_to_plain,
+)
+from tests.commands import CONFIGS, QUIET, tnlayers
+from tests.processes import Forks
+from tests.tolerances import EXACT, FLOAT64
+from tnlayers import load_checkpoint, tensorize
+from tnlayers.rules import Rule
+
+SMALL = {"losses": "[0.3, 0.6]", "retrain": "[0.6]", "epochs": "1", "pictures": "120", "layers": "[cf]*[124]"}
+
+
+def study(dense: Path, out: Path, **protocol: str) -> list[str]:
+    """The command of a small study on the digits."""
+    options = [part for name, value in (SMALL | protocol).items() for part in (f"--protocol.{name}", value)]
+    config = str(CONFIGS / "experiment/digits_study.yaml")
+    few = ["--trainer.limit_train_batches", "3", *QUIET]
+    return ["study", "-c", config, "--checkpoint", str(dense), "--out", str(out), *few, *options]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a trained four-layer CNN."""
+    folder = tmp_path_factory.mktemp("dense")
+    experiment = ["-c", CONFIGS / "experiment/digits.yaml", "-c", CONFIGS / "rules/dense.yaml"]
+    assert tnlayers("fit", *experiment, "--trainer.max_epochs", "4", "--trainer.default_root_dir", folder, *QUIET) == 0
+    (path,) = folder.rglob("last.ckpt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that nothing interrupted, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Forks() as forks:
+        fork = forks.start(study(dense, folder / "out"), folder)
+        assert fork.wait() == 0, fork.said
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def rows(whole: Path) -> list[Row]:
+    return read_rows(whole / "study.jsonl")
+
+
+# ---- a forward pass that goes on from a layer
+
+
+class Twice(nn.Module):
+    """Calls one layer twice, works in place on what the layer was given, and branches around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.head = nn.Hardswish(inplace=True), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.twice(x) + self.act(x)
+        x = self.twice(x) + x
+        return self.head(x.mean((2, 3)))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        return self.head(-x if x.sum() > 0 else x)
+
+
+NETS = [
+    ("resnet20", True),
+    ("torchvision/mobilenet_v3_small", True),
+    ("torchvision/densenet121", True),
+    (Twice, True),
+    (Untraceable, False),
+]
+
+
+@pytest.mark.parametrize(("net", "splits"), NETS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_forward_goes_on_from_a_layer(net: str | type[nn.Module], splits: bool) -> None:
+    """Also when the layer's weight was changed in between, and again from the same state."""
+    shape = (3, 32, 32)
+    built = build_net(net, num_classes=10, input_shape=shape) if isinstance(net, str) else net()
+    built.eval()
+    pictures = torch.randn(3, *shape)
+    with torch.no_grad():
+        forward = FromLayer(built, pictures)
+        assert forward.splits == splits
+        for name in {forward.layers[0], forward.layers[len(forward.layers) // 2], forward.layers[-1]}:
+            before = forward.before(name, pictures)
+            built.get_submodule(name).weight.mul_(0.5)
+            for _ in range(2):
+                torch.testing.assert_close(forward.after(before), built(pictures), **EXACT)
+
+
+# ---- what is truncated
+
+
+def test_trials_of_a_kernel() -> None:
+    """Every cut and set of cuts, each bond dimension once, the smallest that loses at most as much; none that loses nothing."""
+    module = nn.Conv2d(8, 6, 3)
+    kernel, losses = Kernel("conv", module), (0.1, 0.5, 0.9)
+    trials = kernel.trials(losses)
+    assert len({trial.key for trial in trials}) == len(trials)
+    assert {trial.cuts for trial in trials} == {
+        ("o",),
+        ("i",),
+        ("h",),
+        ("w",),
+        ("oi",),
+        ("ih",),
+        ("iw",),
+        *CUT_SETS.values(),
+    }
+    weight = module.weight.detach().double().numpy()
+    values = np.linalg.svd(weight.reshape(6, -1), compute_uv=False)
+    lost = [math.sqrt((values[bond:] ** 2).sum() / (values**2).sum()) for bond in range(7)]
+    expected = {next(bond for bond in range(1, 7) if lost[bond] <= eps) for eps in losses} - {6}
+    assert {trial.bonds[0] for trial in trials if trial.cuts == ("o",) and not trial.control} == expected
+    assert {trial.control for trial in trials if trial.cuts == ("o",)} == {"", "random weight", "random error"}
+    assert not [trial for trial in trials if trial.control and trial.cuts != ("o",)]
+
+
+def test_controls_lose_as_much_norm() -> None:
+    module = nn.Conv2d(8, 6, 3)
+    kernel = Kernel("conv", module)
+    for trial in kernel.trials((0.3, 0.6)):
+        if trial.control:
+            (cut,), (bond,) = trial.cuts, trial.bonds
+            drawn, lost = kernel.attempt(trial, 0)
+            again, _ = kernel.attempt(trial, 0)
+            other, _ = kernel.attempt(trial, 1)
+            torch.testing.assert_close(again, drawn, **EXACT)
+            assert not torch.equal(other, drawn)
+            assert lost.eps == pytest.approx(kernel.splits[cut].eps(bond), rel=1e-5)
+            spectrum = torch.linalg.svdvals(drawn.flatten(1).double())
+            if trial.control == "random weight":
+                torch.testing.assert_close(spectrum[:bond], kernel.splits[cut].values[:bond], rtol=1e-5, atol=1e-6)
+                assert spectrum[bond:].max() < 1e-5
+
+
+@pytest.mark.parametrize("cuts", [*REALISED, ("i",)], ids=" ".join)
+def test_factors_have_the_ranks_of_the_cuts(cuts: tuple[str, ...]) -> None:
+    """A weight that is truncated there is represented exactly."""
+    module = nn.Linear(12, 7).double() if cuts == ("i",) else nn.Conv2d(8, 6, 3).double()
+    kernel = Kernel("layer", module)
+    bonds = kernel.bonds(cuts, 0.5)
+    weight = kernel.truncated(cuts, bonds)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    method = factorization_of(module, cuts, bonds)
+    assert method is not None
+    (made,) = tensorize(nn.Sequential(module), [Rule("0", method)])
+    torch.testing.assert_close(made.weight, weight, **FLOAT64)
+
+
+def test_no_factors_for_cuts_of_no_method() -> None:
+    assert factorization_of(nn.Conv2d(8, 6, 3), ("h",), (1,)) is None
+    assert factorization_of(nn.Conv2d(8, 6, 3, groups=2), ("ih",), (2,)) is None
+
+
+# ---- what is measured
+
+
+def test_a_study_measures_what_a_net_truncated_by_hand_has(dense: Path, rows: list[Row]) -> None:
+    """By whole forward passes, and singular values of numpy."""
+    net = build_net("cnn4", num_classes=10, input_shape=(1, 8, 8))
+    load_checkpoint(dense, net)
+    net.eval()
+    batches = list(Digits(batch_size=64, val_fraction=0).test_batches(120))
+
+    def accuracy(of: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(int((of(x).argmax(1) == y).sum()) for x, y in batches) / 120
+
+    begun = rows[0]
+    assert isinstance(begun, Study)
+    assert begun.accuracy == accuracy(net)
+    assert begun.pictures == 120
+    by_hand = [row for row in rows if isinstance(row, Single) and row.cuts == ("o",) and not row.control]
+    assert {row.layer for row in by_hand} == {"conv1", "conv2", "conv4"}
+    for row in by_hand:
+        changed = copy.deepcopy(net)
+        weight = changed.get_submodule(row.layer).weight
+        left, values, right = np.linalg.svd(weight.detach().double().flatten(1).numpy(), full_matrices=False)
+        (bond,) = row.bonds
+        kept = torch.as_tensor((left[:, :bond] * values[:bond]) @ right[:bond])
+        with torch.no_grad():
+            weight.copy_(kept.reshape(weight.shape))
+        assert row.accuracy == pytest.approx(accuracy(changed), abs=1 / 120 + 1e-9)  # one picture may be on the edge
+        assert row.eps == pytest.approx(math.sqrt((values[bond:] ** 2).sum() / (values**2).sum()), rel=1e-5)
+        assert row.delta == pytest.approx(1 - math.sqrt(1 - row.eps**2), abs=1e-6)
+
+
+def test_a_study_is_complete(rows: list[Row]) -> None:
+    layers = [row.name for row in rows if isinstance(row, Layer)]
+    assert layers == ["conv1", "conv2", "conv4", "fc1", "fc2"]
+    joint = {(row.cuts, row.target) for row in rows if isinstance(row, Joint)}
+    cuts = {("o",), ("i",), ("h",), ("w",), ("oi",), ("ih",), ("iw",), *CUT_SETS.values()}
+    assert joint == {(each, eps) for each in cuts for eps in (0.3, 0.6)}
+    retrained = {(row.cuts, row.weights): row for row in rows if isinstance(row, Retrained)}
+    assert set(retrained) == {(each, weights) for each in REALISED for weights in ("dense", "factors")}
+    for each in REALISED:  # the same net before it is trained, as it was measured among the joint truncations
+        (measured,) = (row for row in rows if isinstance(row, Joint) and row.cuts == each and row.target == 0.6)
+        for weights in ("dense", "factors"):
+            accuracy = retrained[each, weights].accuracy
+            assert len(accuracy) == 2
+            assert accuracy[0] == pytest.approx(measured.accuracy, abs=1 / 120 + 1e-9)
+    assert isinstance(rows[-1], Recommendation)
+    assert [row_from_plain(json.loads(json.dumps(row_to_plain(row)))) for row in rows] == rows
+
+
+def test_the_recommendation_is_the_cheapest_that_is_tolerated(rows: list[Row], dense: Path) -> None:
+    begun, last = rows[0], rows[-1]
+    assert isinstance(begun, Study)
+    assert isinstance(last, Recommendation)
+    net = build_net("cnn4", num_classes=10, input_shape=(1, 8, 8))
+    modules = {row.name: net.get_submodule(row.name) for row in rows if isinstance(row, Layer)}
+    assert [rule["pattern"] for rule in last.rules] == list(modules)
+    assert {rule["method"] for rule in last.rules} & {"Tucker", "MPS", "LowRank", "TT"}
+    strict = [replace(begun, accuracy=2.0), *rows[1:]]  # which no row comes near
+    assert {rule.factorization for rule in recommend(strict, modules)} == {None}
+
+
+def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[Row], tmp_path: Path) -> None:
+    options = ["-c", whole / "config.yaml", "--checkpoint", dense, "--out", tmp_path / "out", *QUIET]
+    assert tnlayers("compress", *options) == 0
+    last, report = rows[-1], json.loads((tmp_path / "out/report.json").read_text())
+    assert isinstance(last, Recommendation)
+    asked = {rule["pattern"]: rule["method"] for rule in last.rules}
+    assert {layer["name"]: layer["method"] for layer in report["layers"] if layer["name"] in asked} == asked
+    assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
+
+
+# ---- the journal
+
+
+def test_a_torn_line_is_cut_off(whole: Path, rows: list[Row], tmp_path: Path) -> None:
+    path, begun = tmp_path / "study.jsonl", rows[0]
+    assert isinstance(begun, Study)
+    content = (whole / "study.jsonl").read_bytes()
+    lines = content.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    journal = Journal(path, begun)
+    assert journal.rows == rows[:5]
+    for row in rows[5:]:
+        journal.add(row)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) -> None:
+    begun = rows[0]
+    assert isinstance(begun, Study)
+    path = tmp_path / "study.jsonl"
+    Journal(path, begun)
+    Journal(path, replace(begun, accuracy=0.5, loss=9.0))  # measured elsewhere
+    with pytest.raises(ValueError, match=f"another study: its sha256 is {begun.sha256}, not ffff; give another --out"):
+        Journal(path, replace(begun, sha256="ffff"))
+    with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
+        Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
+    path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
+    with pytest.raises(ValueError, match="line 1, is not a row of a study"):
+        read_rows(path)
+
+
+PROTOCOLS = [
+    ({"losses": (0.3, 1.2)}, "losses [0.3, 1.2]: expected norm losses between 0 and 1"),
+    ({"losses": ()}, "losses is empty"),
+    ({"retrain": (0.0,)}, "retrain [0.0]: expected norm losses between 0 and 1"),
+    ({"epochs": -1}, "epochs is -1; expected at least 0"),
+    ({"pictures": 0}, "pictures is 0; expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), PROTOCOLS, ids=lambda value: str(value)[:20])
+def test_a_protocol_that_cannot_be(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Protocol(**values)  # type: ignore[arg-type]
+
+
+MISTAKES = [
+    ({"layers": "nothing"}, "layers 'nothing' fits none of conv1, conv2"),
+    ({"pictures": "1000"}, "cannot draw 1000 test pictures: there are 360"),
+    ({"losses": "[2]"}, "losses [2"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "message"), MISTAKES, ids=lambda value: str(value)[:20])
+def test_mistakes_are_one_line(
+    protocol: dict[str, str], message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert tnlayers(*study(dense, tmp_path / "out", **protocol)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tnlayers: error")]
+    assert message in line
+
+
+# ---- kill -9
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on(dense: Path, whole: Path, tmp_path: Path) -> None:
+    """Among the layers, among the joint truncations and while it retrains; then every file is the uninterrupted one's."""
+    path, expected = tmp_path / "out/study.jsonl", (whole / "study.jsonl").read_bytes()
+    kinds = [json.loads(line)["kind"] for line in expected.splitlines()]
+    with Forks() as forks:
+        for kind in ("single", "joint", "retrained"):
+            place = kinds.index(kind) + 2
+            fork = forks.start(study(dense, tmp_path / "out"), tmp_path)
+            fork.until(lambda place=place: path.exists() and path.read_bytes().count(b"\n") >= place)
+            fork.kill()
+            assert fork.wait() == -9
+            assert path.read_bytes() != expected
+        fork = forks.start(study(dense, tmp_path / "out"), tmp_path)
+        assert fork.wait() == 0, fork.said
+    files = {path.name for path in whole.iterdir() if path.is_file()}
+    assert {"study.jsonl", "report.md", "report.html", "rules.yaml"} < files
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
