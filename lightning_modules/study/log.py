@@ -23,8 +23,10 @@ def log_study(loggers: Iterable[Logger], rows: Sequence[Row], folder: Path) -> N
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, float]:
-    metrics = {"study/accuracy_dense": row.accuracy for row in rows if isinstance(row, Study)}
+    metrics: dict[str, float] = {}
     for row in rows:
+        if isinstance(row, Study):
+            metrics["study/accuracy_dense"] = row.accuracy
         if isinstance(row, Recommendation):
             metrics |= {
                 "study/recommended/accuracy_right_after": row.accuracy[0],
