@@ -123,13 +123,16 @@ def control_sentence(measured: Measured, name: str) -> str:
     within = [sum(measured.within(pair[side].accuracy) for pair in control.pairs) for side in (0, 1)]
     counts = f"of {len(control.pairs)} truncations {within[0]} are tolerated and of their controls {within[1]}"
     gain = f"the control keeps {points(abs(control.gain))} {'less' if control.gain > 0 else 'more'} in the mean"
-    better = control.better > control.worse and control.gain > 0
+    least = measured.study.protocol.tolerance
+    better = control.better > control.worse and control.gain > least
+    worse = control.better < control.worse and control.gain < -least
     if name == "random error":
-        verdict = (
-            "the singular directions that a truncation takes matter less than others: its norm loss alone does not explain the accuracy"
-            if better
-            else "what a truncation takes is no less harmful than another error of its size: no sign that its directions matter"
-        )
+        if better:
+            verdict = "the directions that a truncation takes matter less than others: its norm loss alone does not explain the accuracy"
+        elif worse:
+            verdict = "a truncation does more harm than other errors of its size: small singular values are no sign of what is dispensable"
+        else:
+            verdict = "a truncation does about as much harm as other errors of its size: its directions make little difference"
         return f"An error of equal norm in random directions: {counts}; {gain}, so {verdict}."
     if within == [0, 0]:
         verdict = "the question is open"
