@@ -8,6 +8,7 @@ from lightning_modules.study.rows import Joint, Retrained, Single
 
 __all__ = [
     "about",
+    "bonds_sentence",
     "control_sentence",
     "depth_sentence",
     "joint_sentence",
@@ -80,6 +81,19 @@ def most_tolerant(measured: Measured) -> str:
     return text + "."
 
 
+def bonds_sentence(measured: Measured) -> str:
+    """The mean fraction of its bond dimension that each cut needs, the least first."""
+    needed: dict[str, list[float]] = {}
+    for layer in measured.layers:
+        for cut in measured.cuts():
+            bond = measured.tolerated_bond(layer, cut)
+            if bond is not None:
+                needed.setdefault(cut, []).append(bond / layer.bonds[cut])
+    means = sorted((fmean(fractions), cut) for cut, fractions in needed.items())
+    listed = ", ".join(f"{mean:.0%} at {measured.label([cut])}" for mean, cut in means)
+    return f"Needed in the mean over the layers, of the bond dimension: {listed}."
+
+
 def depth_sentence(measured: Measured) -> str:
     """The first layer against the last third, and the trend over all."""
     depth = measured.depth()
@@ -130,7 +144,7 @@ def control_sentence(measured: Measured, name: str) -> str:
         if better:
             verdict = "the directions that a truncation takes matter less than others: its norm loss alone does not explain the accuracy"
         elif worse:
-            verdict = "a truncation does more harm than other errors of its size: small singular values are no sign of what is dispensable"
+            verdict = "a truncation does more harm than other errors of its size: what is tolerated is not owed to its choice of directions"
         else:
             verdict = "a truncation does about as much harm as other errors of its size: its directions make little difference"
         return f"An error of equal norm in random directions: {counts}; {gain}, so {verdict}."
