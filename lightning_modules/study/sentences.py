@@ -151,11 +151,13 @@ def control_sentence(measured: Measured, name: str) -> str:
     if within == [0, 0]:
         verdict = "the question is open"
     elif within[1] == 0:
-        verdict = "what is tolerated is owed to the trained directions, not to the shape of the spectrum"
+        verdict = "the spectrum alone makes no layer tolerant: what was trained matters"
     elif better:
-        verdict = "the trained directions matter, but some layers do not need theirs"
+        verdict = "what was trained matters, but some layers can do without it"
     else:
-        verdict = "the trained directions do not matter: that a truncation is tolerated says nothing about what the net has learned"
+        verdict = (
+            "what was trained in these layers does not matter, and that a truncation is tolerated says nothing about it"
+        )
     return f"A random weight with the same singular values: {counts}; {gain}, so {verdict}."
 
 
