@@ -89,7 +89,7 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         ([*BASE, lost(ERROR, 0.95)], "a truncation does more harm than other errors of its size"),
         ([*BASE, lost(ERROR, 0.895)], "a truncation does about as much harm as other errors of its size"),
         ([*BASE, WEIGHT], "1 are tolerated and of their controls 0; the control keeps 79.5 points less"),
-        ([*BASE, lost(WEIGHT, 0.9)], "the trained directions do not matter"),
+        ([*BASE, lost(WEIGHT, 0.9)], "what was trained in these layers does not matter"),
         ([*BASE, FACTORS, DENSE], "0 of 1 as dense weights and 1 of 1 as factors; the deepest fall that is undone is Tucker-2 at 0.7"),
         ([*BASE, lost(FACTORS, 0.8), DENSE], "0 of 1 as factors; the nearest is Tucker-2 at 0.7 of all layers, 20.0% before and 80.0%"),
         (WHOLE, "48% of the parameters and 50% of the MACs kept; accuracy 85.00% right after (5 points lost), 90.50% after 1 epoch"),

@@ -17,6 +17,7 @@ from lightning_modules.plots import _INK, _clean
 __all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "Style", "heatmap", "over_layers", "png", "small_multiples"]
 
 _Item = TypeVar("_Item")
+_BAND = "#cfe3cf"
 _DPI = 110
 _PANELS, _COLUMNS = 20, 4
 _ROWS = 36  # of a heatmap on one page
@@ -92,7 +93,9 @@ class Level:
 
 
 def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: str = "") -> list[Figure]:
-    """Accuracies, one panel beside the other with the same axes; as many pages as it takes to keep them readable.
+    """Accuracies against the dense net's, one panel beside the other with the same axes, on as many pages as keep them readable.
+
+    The scale is linear within the tolerance and logarithmic beyond: the loss of one point and that of fifty are both to be seen.
 
     Args:
         panels: those without lines are left out; at least one has some.
@@ -101,31 +104,32 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
         mark: what the large points are, for the legend.
     """
     panels = [panel for panel in panels if panel.lines]
-    heights = [y for panel in panels for line in panel.lines for _, y in line.points]
+    gains = [y - level.dense for panel in panels for line in panel.lines for _, y in line.points]
     widths = [x for panel in panels for line in panel.lines for x, _ in line.points]
-    low, high = min([*heights, level.dense - 5 * level.tolerance]), max([*heights, level.dense])
-    if low < level.chance + 0.25 * (high - low):
-        low = min(low, level.chance)
-    margin = 0.06 * max(high - low, 1)
+    linear = max(level.tolerance, 0.1)
+    low, high = 1.5 * min([*gains, -linear]), max([*gains, 0.5 * linear])
+    ticks = [-factor * linear for factor in (1000, 300, 100, 30, 10, 3, 1, 0) if -factor * linear >= low]
     figures = []
     for shown in _pages(panels, _PANELS, _COLUMNS):
         columns = min(_COLUMNS, len(shown))
         rows = math.ceil(len(shown) / columns)
-        figure = Figure(
-            figsize=(max(1 + 2.5 * columns, 7), 1.3 + max(1.75, 2.6 - 0.4 * rows) * rows), layout="constrained"
-        )
+        height = 1.3 + max(1.75, 2.6 - 0.4 * rows) * rows
+        figure = Figure(figsize=(max(1 + 2.5 * columns, 7), height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        grid[0].set_yscale("symlog", linthresh=linear, linscale=0.6)
         for axes, panel in zip(grid, shown, strict=False):
             _draw(axes, panel, level)
         for place, axes in enumerate(grid):
             axes.set_visible(place < len(shown))
             axes.xaxis.set_tick_params(labelbottom=place + columns >= len(shown))
-        grid[0].set_ylim(low - margin, high + margin)
+        grid[0].set_ylim(low, 1.2 * high)
+        grid[0].set_yticks(ticks, [f"{tick:+g}" if tick else "dense" for tick in ticks])
+        grid[0].set_yticks([], minor=True)
         grid[0].set_xlim(0, 1.03 * max(widths))
         grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=all(x == int(x) for x in widths)))
         figure.supxlabel(x_label, fontsize=9, color=_INK)
-        figure.supylabel("test accuracy (%)", fontsize=9, color=_INK)
-        _legend(figure, panels, level, mark, chance=low - margin < level.chance)
+        figure.supylabel("points against the dense net", fontsize=9, color=_INK)
+        _legend(figure, panels, level, mark, chance=low < level.chance - level.dense)
         figures.append(figure)
     return figures
 
@@ -227,12 +231,12 @@ def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence
 
 
 def _draw(axes: Axes, panel: Panel, level: Level) -> None:
-    axes.axhspan(level.dense - level.tolerance, level.dense, color="#cfe3cf", linewidth=0)
-    axes.axhline(level.dense, color=_INK, linewidth=0.7)
-    axes.axhline(level.chance, color=_INK, linewidth=0.7, linestyle=":")
+    axes.axhspan(-level.tolerance, 0, color=_BAND, linewidth=0)
+    axes.axhline(0, color=_INK, linewidth=0.7)
+    axes.axhline(level.chance - level.dense, color=_INK, linewidth=0.7, linestyle=":")
     for line in panel.lines:
         style = line.style
-        x, y = zip(*line.points, strict=True)
+        x, y = zip(*((x, y - level.dense) for x, y in line.points), strict=True)
         axes.plot(x, y, style.dashes, color=style.color, marker=style.marker, markersize=2.5, linewidth=1.1)
         if line.large is not None:
             axes.plot(
@@ -257,8 +261,8 @@ def _legend(figure: Figure, panels: Sequence[Panel], level: Level, mark: str, ch
     if mark:
         handles.append(Line2D([], [], color=_INK, marker="o", markersize=7, linestyle="", label=mark))
     handles.append(Line2D([], [], color=_INK, linewidth=0.7, label=f"dense, {level.dense:.1f} %"))
-    band = f"at most {level.tolerance:g} points less"
-    handles.append(Line2D([], [], color="#cfe3cf", linewidth=6, label=band))
+    band = f"tolerated, down to -{level.tolerance:g}"
+    handles.append(Line2D([], [], color=_BAND, linewidth=6, label=band))
     if chance:
         handles.append(Line2D([], [], color=_INK, linewidth=0.7, linestyle=":", label=f"chance, {level.chance:g} %"))
     columns = 4 if figure.get_figwidth() < 9 else 6

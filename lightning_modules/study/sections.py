@@ -9,6 +9,7 @@ from lightning_modules.study import pictures
 from lightning_modules.study.findings import CONTROLS, Measured, points
 from lightning_modules.study.rows import CUT_SETS
 from lightning_modules.study.sentences import (
+    bonds_sentence,
     control_sentence,
     depth_sentence,
     joint_sentence,
@@ -73,7 +74,7 @@ def _single(measured: Measured) -> Section:
     text = (
         "Each layer is truncated alone, at one cut, to smaller and smaller bond dimensions. A cut is named by the modes of the kernel on "
         "its two sides: outputs o, inputs i, height h, width w. The large point of a line is the largest norm loss up to which all "
-        f"truncations lose at most {points(measured.study.protocol.tolerance)}."
+        f"truncations lose at most {points(measured.study.protocol.tolerance)}. The scale of the points is logarithmic beyond that."
     )
     picture = pictures.truncations(measured, [(cut,) for cut in measured.cuts()])
     return Section("Accuracy against norm loss", (most_tolerant(measured), text), "single", picture)
@@ -84,7 +85,9 @@ def _bonds(measured: Measured) -> Section:
         "The smallest bond dimension such that it and every larger one that was measured are tolerated, of the bond dimension at which "
         "the cut is whole. Pale: most can go. Only what was measured counts, so a smaller one in between may be tolerated too."
     )
-    return Section("The bond dimension that each cut needs", (text,), "bonds", pictures.bonds(measured))
+    return Section(
+        "The bond dimension that each cut needs", (bonds_sentence(measured), text), "bonds", pictures.bonds(measured)
+    )
 
 
 def _depth(measured: Measured) -> Section:

@@ -8,6 +8,7 @@ from lightning_modules.study.rows import Joint, Retrained, Single
 
 __all__ = [
     "about",
+    "bonds_sentence",
     "control_sentence",
     "depth_sentence",
     "joint_sentence",
@@ -80,6 +81,19 @@ def most_tolerant(measured: Measured) -> str:
     return text + "."
 
 
+def bonds_sentence(measured: Measured) -> str:
+    """The mean fraction of its bond dimension that each cut needs, the least first."""
+    needed: dict[str, list[float]] = {}
+    for layer in measured.layers:
+        for cut in measured.cuts():
+            bond = measured.tolerated_bond(layer, cut)
+            if bond is not None:
+                needed.setdefault(cut, []).append(bond / layer.bonds[cut])
+    means = sorted((fmean(fractions), cut) for cut, fractions in needed.items())
+    listed = ", ".join(f"{mean:.0%} at {measured.label([cut])}" for mean, cut in means)
+    return f"Needed in the mean over the layers, of the bond dimension: {listed}."
+
+
 def depth_sentence(measured: Measured) -> str:
     """The first layer against the last third, and the trend over all."""
     depth = measured.depth()
@@ -130,18 +144,20 @@ def control_sentence(measured: Measured, name: str) -> str:
         if better:
             verdict = "the directions that a truncation takes matter less than others: its norm loss alone does not explain the accuracy"
         elif worse:
-            verdict = "a truncation does more harm than other errors of its size: small singular values are no sign of what is dispensable"
+            verdict = "a truncation does more harm than other errors of its size: what is tolerated is not owed to its choice of directions"
         else:
             verdict = "a truncation does about as much harm as other errors of its size: its directions make little difference"
         return f"An error of equal norm in random directions: {counts}; {gain}, so {verdict}."
     if within == [0, 0]:
         verdict = "the question is open"
     elif within[1] == 0:
-        verdict = "what is tolerated is owed to the trained directions, not to the shape of the spectrum"
+        verdict = "the spectrum alone makes no layer tolerant: what was trained matters"
     elif better:
-        verdict = "the trained directions matter, but some layers do not need theirs"
+        verdict = "what was trained matters, but some layers can do without it"
     else:
-        verdict = "the trained directions do not matter: that a truncation is tolerated says nothing about what the net has learned"
+        verdict = (
+            "what was trained in these layers does not matter, and that a truncation is tolerated says nothing about it"
+        )
     return f"A random weight with the same singular values: {counts}; {gain}, so {verdict}."
 
 
