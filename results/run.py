@@ -11,6 +11,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,7 @@ RESULTS = Path(__file__).parent
 
 
 def result_path(results: Path, experiment: Experiment, variant: Variant, seed: int) -> Path:
-    return results / experiment.name / f"{variant.name.replace(' ', '_').lower()}_seed{seed}.json"
+    return results / experiment.name / f"{re.sub(r'[^a-z0-9]+', '_', variant.name.lower())}_seed{seed}.json"
 
 
 def run(
