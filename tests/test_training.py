@@ -7,6 +7,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from lightning_modules.callbacks import Freeze
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, metric, output_to, tnlayers
@@ -189,3 +190,27 @@ def test_every_checkpoint_of_a_fit_is_plain(dense: Path) -> None:
         content = torch.load(path, weights_only=True)
         assert content["hyper_parameters"]["net"] == "cnn4"
         assert content["tensorization"]["version"] == 1
+
+
+# ---- a part of the net
+
+
+def test_frozen_modules_stay_as_they_are(tmp_path: Path) -> None:
+    rules = ["--model.rules", "[{pattern: fc1, method: TT, rank: 4}]"]
+    frozen = ["--trainer.callbacks+=lightning_modules.callbacks.Freeze", '--trainer.callbacks.patterns=["*1", "conv2"]']
+    command = [*EXPERIMENT, *rules, *frozen, *output_to(tmp_path), "--trainer.limit_train_batches", "3"]
+    states = []
+    for epochs in (1, 2):  # the second goes on with what the first saved
+        more = ["--trainer.max_epochs", str(epochs), "--ckpt_path", "last"]
+        assert tnlayers("fit", *command, *more) == 0
+        (last,) = tmp_path.rglob("last.ckpt")
+        states.append(torch.load(last, weights_only=True)["state_dict"])
+    for name in states[0]:
+        moved = not torch.equal(states[0][name], states[1][name])
+        assert moved == (name.split(".")[1] not in ("conv1", "bn1", "fc1", "conv2")), name
+
+
+def test_freezing_what_is_not_there_says_what_is() -> None:
+    model = ImageClassifier()
+    with pytest.raises(ValueError, match="no module is called 'features'; expected one of conv1, bn1"):
+        Freeze(["features"]).setup(Trainer(logger=False), model, "fit")

@@ -1,0 +1,98 @@
+"""Writes the tables of results/README.md anew, from the JSONs alone: `python -m results.tables`."""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from results.experiments import EXPERIMENTS, Experiment
+from results.run import RESULTS, result_path
+
+_MARKED = re.compile(r"(<!-- runs of (\w+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
+_HEADINGS = (
+    "variant",
+    "weights kept, convolutions",
+    "weights kept, linears",
+    "parameters",
+    "fewer",
+    "MACs kept",
+    "training accuracy",
+    "test accuracy",
+    "against dense",
+    "seeds",
+)
+
+
+def tables(text: str, results: Path) -> str:
+    """The text with what is between its markers written anew."""
+    return _MARKED.sub(lambda found: found[1] + section(EXPERIMENTS[found[2]], results) + found[3], text)
+
+
+def section(experiment: Experiment, results: Path) -> str:
+    """A line on the runs and a row for each variant that has some, as Markdown."""
+    runs = {
+        variant.name: [
+            json.loads(path.read_text())
+            for seed in range(variant.seeds)
+            if (path := result_path(results, experiment, variant, seed)).exists()
+        ]
+        for variant in experiment.variants
+    }
+    done = [run for found in runs.values() for run in found]
+    if not done:
+        return "No run is finished yet.\n"
+    reference = [run["test"]["accuracy"] for run in runs[experiment.variants[0].name]]
+    rows = [_row(name, found, reference) for name, found in runs.items() if found]
+    lines = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_sentence(done, len(experiment.runs()))}\n\n{table}\n"
+
+
+def _sentence(runs: Sequence[dict[str, Any]], planned: int) -> str:
+    epochs = " to ".join(str(number) for number in sorted({run["epochs"] for run in runs}))
+    versions = "; ".join(sorted({f"torch {run['environment']['torch']}, {_machine(run)}" for run in runs}))
+    return f"{runs[0]['data']}; {epochs} epochs; {len(runs)} of {planned} runs. {versions}."
+
+
+def _machine(run: dict[str, Any]) -> str:
+    return run["environment"]["gpu"] or run["environment"]["machine"]
+
+
+def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float]) -> list[str]:
+    first = runs[0]  # the counts are the same for every seed
+    totals, accuracies = first["totals"], [run["test"]["accuracy"] for run in runs]
+    against = 100 * (statistics.mean(accuracies) - statistics.mean(reference)) if reference else None
+    return [
+        name,
+        *(_kept(first, dimensions) for dimensions in (4, 2)),
+        f"{totals['params']:,}",
+        f"{totals['dense_params'] / totals['params']:.2f}x",
+        f"{totals['macs'] / totals['dense_macs']:.1%}",
+        _spread([run["train"][-1]["accuracy"] for run in runs]),
+        _spread(accuracies),
+        "" if against is None or accuracies == list(reference) else f"{against:+.2f}",
+        str(len(runs)),
+    ]
+
+
+def _kept(run: dict[str, Any], dimensions: int) -> str:
+    """Weights of the layers whose dense weight has so many dimensions, biases aside."""
+    layers = [layer for layer in run["layers"] if len(layer["weight_shape"]) == dimensions]
+    return f"{100 * sum(layer['weights'] for layer in layers) / sum(layer['dense_weights'] for layer in layers):.3g} %"
+
+
+def _spread(fractions: Sequence[float]) -> str:
+    """Percent: the mean, and the standard deviation where there are several."""
+    mean = f"{100 * statistics.mean(fractions):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
+
+
+def main() -> None:
+    readme = RESULTS / "README.md"
+    readme.write_text(tables(readme.read_text(), RESULTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The experiments' runner and tables, on the digits, and the tables that are in results/README.md."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from results import run as runner
+from results.experiments import EXPERIMENTS, Experiment, Variant
+from results.tables import section, tables
+from tests.commands import QUIET
+
+ROOT = Path(__file__).parents[1]
+TINY = Experiment("digits", "scikit-learn's digits", (Variant("low rank", seeds=2),))
+LOW_RANK = ROOT / "configs/rules/lowrank.yaml"
+
+
+def run_tiny(folder: Path) -> Path:
+    """Seed 0 of the tiny experiment, one epoch of it; the path of its JSON."""
+    (variant,) = TINY.variants
+    variant = Variant(variant.name, ("-c", str(LOW_RANK)), variant.seeds)
+    handed = ["--trainer.max_epochs", "1", *QUIET]
+    runner.run(TINY, variant, 0, handed=handed, results=folder / "results", runs=folder / "runs")
+    return folder / "results/digits/low_rank_seed0.json"
+
+
+def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = run_tiny(tmp_path)
+    result = json.loads(path.read_text())
+    assert (result["variant"], result["seed"], result["data"]) == ("low rank", 0, "scikit-learn's digits")
+    assert result["command"] == f"tnlayers fit -c configs/experiment/digits.yaml -c {LOW_RANK} --seed_everything 0"
+    assert result["epochs"] == len(result["train"]) == 1
+    assert 0 < result["test"]["accuracy"] < 1
+    assert "torch" in result["environment"]
+    widths = [(3 * 3 * 1, 32), (3 * 3 * 32, 64), (3 * 3 * 64, 64), (3 * 3 * 64, 128)]
+    assert result["convolutions"]["dense_weights"] == sum(rows * columns for rows, columns in widths)
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    (rank,) = layers["conv4"]["rank"]
+    assert layers["conv4"]["weights"] == rank * 3 * (64 + 128)
+    assert layers["fc1"]["weights"] == layers["fc1"]["dense_weights"] == 4 * 128 * 128  # biases aside
+
+    monkeypatch.setattr(subprocess, "run", pytest.fail)
+    assert run_tiny(tmp_path) == path
+
+    other = result | {"seed": 1, "test": {"loss": 0.0, "accuracy": result["test"]["accuracy"] + 0.02}}
+    path.with_name("low_rank_seed1.json").write_text(json.dumps(other))
+    *_, row, _ = section(TINY, tmp_path / "results").split("\n")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    totals, convolutions = result["totals"], result["convolutions"]
+    assert cells[0] == "low rank"
+    assert float(cells[1].rstrip(" %")) == pytest.approx(
+        100 * convolutions["weights"] / convolutions["dense_weights"], abs=0.05
+    )
+    assert cells[3] == f"{totals['params']:,}"
+    mean, spread = map(float, cells[7].split(" ± "))
+    assert mean == pytest.approx(100 * result["test"]["accuracy"] + 1, abs=0.006)
+    assert spread == pytest.approx(2**0.5, abs=0.006)  # of two values two points apart
+    assert cells[-1] == "2"
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pytest.fail)
+    with runner.alone(tmp_path / "runs/digits/low_rank_seed0") as free:
+        assert free
+        assert not run_tiny(tmp_path).exists()
+
+
+def test_the_most_telling_runs_come_first() -> None:
+    experiment = Experiment("digits", "", (Variant("a", seeds=2), Variant("b"), Variant("c", seeds=2)))
+    order = [(variant.name, seed) for variant, seed in experiment.runs()]
+    assert order == [("a", 0), ("c", 0), ("b", 0), ("a", 1), ("c", 1)]
+
+
+def test_the_tables_are_those_of_the_json_files() -> None:
+    text = (ROOT / "results/README.md").read_text()
+    assert tables(text, ROOT / "results") == text
+    assert all(f"<!-- runs of {name} -->" in text for name in EXPERIMENTS)
