@@ -21,7 +21,7 @@ from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 from tnlayers import methods_table
 
-COMMANDS = ["quickstart", "compress", "fit", "test", "validate", "predict", "report", "export", "methods"]
+COMMANDS = ["quickstart", "compress", "study", "fit", "test", "validate", "predict", "report", "export", "methods"]
 
 # ---- help
 

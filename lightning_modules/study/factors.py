@@ -50,7 +50,7 @@ def recommend(rows: Iterable[Row], modules: dict[str, nn.Module]) -> list[Rule]:
     """
     rows = list(rows)
     study = next(row for row in rows if isinstance(row, Study))
-    least = study.accuracy - study.protocol.tolerance
+    least = study.accuracy - study.protocol.tolerance - 1e-9  # rounding: a loss of just the tolerance is tolerated
     rules = []
     for layer in (row for row in rows if isinstance(row, Layer)):
         module = modules[layer.name]

@@ -43,7 +43,7 @@ class Protocol:
 
     layers: str = "*"
     losses: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-    retrain: tuple[float, ...] = (0.5, 0.7)
+    retrain: tuple[float, ...] = (0.3, 0.5, 0.7)
     epochs: int = 5
     tolerance: float = 0.01
     pictures: int | None = None

@@ -122,7 +122,8 @@ def _controls(measured: Measured) -> Section:
     cuts = dict.fromkeys(measured.label(cuts) for _, cuts, control in measured.singles if control)
     text = (
         f"Measured at {', '.join(cuts)}. Random error: what a truncation takes is taken in random directions instead. Random weight: the "
-        "layer's weight is one with the same singular values in random directions, truncated likewise."
+        "layer's weight is one with the same singular values in random directions, truncated likewise. A truncation takes from the weight's "
+        "norm and a random error adds to it; BatchNorm's statistics are those of the dense net for both."
     )
     said = [sentence for name in CONTROLS if (sentence := control_sentence(measured, name))]
     return Section("Controls", (*said, text), "controls", pictures.controls(measured))
@@ -179,7 +180,7 @@ def _recommended(measured: Measured) -> Section:
         "no part in it."
     )
     use = (
-        "To use it: `tnlayers compress -c <experiment.yaml> -c rules.yaml "
+        "rules.yaml and config.yaml, beside this report, hold it. To use it: `tnlayers compress -c config.yaml "
         f"--checkpoint {study.checkpoint} --out runs/compressed`, and then retrain."
     )
     reasons: dict[str, list[str]] = {}
