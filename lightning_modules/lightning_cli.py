@@ -39,11 +39,8 @@ from lightning_modules.loggers import run_folder
 from lightning_modules.progress import progress_bar
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_new, check_own, check_writable, continue_last
+from lightning_modules.study import Protocol, Subject, run_study, summary, write_report
 from lightning_modules.study.log import log_study
-from lightning_modules.study.report import summary, write_report
-from lightning_modules.study.rows import Protocol
-from lightning_modules.study.run import run_study
-from lightning_modules.study.subject import Subject
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
 

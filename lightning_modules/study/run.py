@@ -43,7 +43,7 @@ class _Work:
     rows: Callable[[Sequence[Key], Tick], Iterable[Row]]
 
 
-def run_study(subject: Subject, path: Path, progress: Progress) -> list[Row]:
+def run_study(subject: Subject, path: Path, progress: Progress = lambda *_: None) -> list[Row]:
     """Measures what a journal lacks, and returns all its rows.
 
     Args:

@@ -122,8 +122,8 @@ def _controls(measured: Measured) -> Section:
     cuts = dict.fromkeys(measured.label(cuts) for _, cuts, control in measured.singles if control)
     text = (
         f"Measured at {', '.join(cuts)}. Random error: what a truncation takes is taken in random directions instead. Random weight: the "
-        "layer's weight is one with the same singular values in random directions, truncated likewise. A truncation takes from the weight's "
-        "norm and a random error adds to it; BatchNorm's statistics are those of the dense net for both."
+        "layer's weight is one with the same singular values in random directions, truncated likewise. A truncation takes from the "
+        "weight's norm, a random error adds to it; BatchNorm's statistics stay those of the dense net."
     )
     said = [sentence for name in CONTROLS if (sentence := control_sentence(measured, name))]
     return Section("Controls", (*said, text), "controls", pictures.controls(measured))
