@@ -1,6 +1,6 @@
 """What one generation of a 4096 x 4096 weight (2^24) by ADTN costs: time next to the dense linear's, and memory.
 
-python benchmarks/adtn_generation.py            # writes benchmarks/adtn_generation.json
+python -m benchmarks.adtn_generation            # writes benchmarks/adtn_generation.json
 
 The times are medians of runs that take turns in one process; memory is the growth of a fresh process's peak.
 """
@@ -8,10 +8,8 @@ The times are medians of runs that take turns in one process; memory is the grow
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.timing import medians
 from tnlayers import ADTNLinear
 
 FEATURES, BATCH, RUNS = 4096, 128, 7
@@ -40,19 +39,9 @@ def train(layer: nn.Module, x: torch.Tensor) -> None:
     layer.zero_grad()
 
 
-def medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + RUNS):  # the first run warms up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
-
-
 def peak_mib(what: str, depth: int) -> float:
     """Growth of the peak memory of a process of its own."""
-    command = [sys.executable, __file__, "--memory", what, "--depth", str(depth)]
+    command = [sys.executable, "-m", "benchmarks.adtn_generation", "--memory", what, "--depth", str(depth)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -90,7 +79,7 @@ def main() -> None:
     calls: dict[str, Callable[[], None]] = {"dense forward": forward, "dense train": lambda: train(dense, x)}
     calls |= {f"generate {depth}": lambda layer=layer: generate(layer) for depth, layer in layers.items()}  # type: ignore[misc]
     calls |= {f"train {depth}": lambda layer=layer: train(layer, x) for depth, layer in layers.items()}  # type: ignore[misc]
-    seconds = medians(calls)
+    seconds = medians(calls, RUNS)
     rows: list[dict[str, Any]] = [
         {
             "depth": depth,

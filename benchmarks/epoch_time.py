@@ -9,8 +9,6 @@ turns in one process; medians over rounds. An epoch is that many times the steps
 import argparse
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from benchmarks.timing import medians
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.report import environment
 from results.experiments import EXPERIMENTS, Experiment, Variant
@@ -56,17 +55,6 @@ def classifier(experiment: Experiment, variant: Variant) -> ImageClassifier:
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(ImageClassifier, "model")
     return parser.instantiate(parser.parse_object({"model": model})).model
-
-
-def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds of each call; they take turns, and the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 
 def rows(experiment: Experiment, rounds: int) -> list[dict[str, Any]]:
