@@ -35,7 +35,7 @@ from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.data import ImageData
-from lightning_modules.loggers import run_folder
+from lightning_modules.loggers import log_config, run_folder
 from lightning_modules.progress import progress_bar
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_new, check_own, check_writable, continue_last
@@ -216,7 +216,10 @@ class TensorCLI(LightningCLI):
         )
 
     def after_study(self) -> None:
-        given = yaml.safe_load(self._parser("study").dump(self._given, skip_unset=False))
+        text = self._parser("study").dump(self._given, skip_unset=False)
+        for logger in self.trainer.loggers:
+            log_config(logger, "cli", text)
+        given = yaml.safe_load(text)
         out = Path(given["out"])
         for key in ("checkpoint", "out", "config", "protocol"):
             given.pop(key, None)

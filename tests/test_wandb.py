@@ -138,6 +138,26 @@ def test_fit_and_compress_offline(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_study_offline(tmp_path: Path) -> None:
+    """The figures, the rows as tables and every plot."""
+    few = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1", *logged_to(tmp_path / "fit")]
+    assert tnlayers("fit", *DIGITS, *few) == 0
+    wandb.finish()
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    protocol = {"layers": "conv[12]", "losses": "[0.5]", "retrain": "[]", "epochs": "0", "pictures": "50"}
+    options = [part for name, value in protocol.items() for part in (f"--protocol.{name}", value)]
+    out, logs = tmp_path / "out", tmp_path / "study"
+    assert tnlayers("study", *DIGITS, "--checkpoint", checkpoint, "--out", out, *options, *logged_to(logs)) == 0
+    config, history = read_run(logs)
+    assert config["cli"]["protocol"]["losses"] == [0.5]
+    begun, *_, last = (json.loads(line) for line in (out / "study.jsonl").read_text().splitlines())
+    assert history["study/accuracy_dense"] == [begun["accuracy"]]
+    assert history["study/recommended/params_kept"] == [pytest.approx(last["params_kept"])]
+    (table,) = logs.glob("wandb/offline-run-*/files/media/table/study/layers*.json")
+    assert {row[0] for row in json.loads(table.read_text())["data"]} == {"conv1", "conv2"}
+    assert len(history["study/plots"][0]["filenames"]) == len(list(out.glob("*.png")))
+
+
 def test_wandb_mode_wins(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
