@@ -91,6 +91,32 @@ class Twice(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Inside(nn.Module):
+    """Has layers inside of a module that torch.fx does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 10)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        return self.head(self.encoder(x).mean(1))
+
+
+class Tied(nn.Module):
+    """Uses the weight of a layer before it calls it: in another layer and on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight, self.head = self.first.weight, nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x.mean((2, 3)), self.third.weight)
+        return self.head(self.third(self.second(self.first(x).relu()).relu()))
+
+
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -106,6 +132,8 @@ NETS = [
     ("torchvision/mobilenet_v3_small", True),
     ("torchvision/densenet121", True),
     (Twice, True),
+    (Inside, True),
+    (Tied, True),
     (Untraceable, False),
 ]
 
@@ -120,7 +148,7 @@ def test_forward_goes_on_from_a_layer(net: str | type[nn.Module], splits: bool) 
     with torch.no_grad():
         forward = FromLayer(built, pictures)
         assert forward.splits == splits
-        for name in {forward.layers[0], forward.layers[len(forward.layers) // 2], forward.layers[-1]}:
+        for name in {*forward.layers[:4], forward.layers[len(forward.layers) // 2], forward.layers[-1]}:
             before = forward.before(name, pictures)
             built.get_submodule(name).weight.mul_(0.5)
             for _ in range(2):
