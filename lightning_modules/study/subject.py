@@ -56,9 +56,9 @@ class Subject:
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
         self._net = model.net.to(self._device).eval()
-        self._example = next(self._batches())[0][:2]
         with torch.no_grad():
-            self._forward = FromLayer(self._net, self._example)
+            self._forward = FromLayer(self._net, next(self._batches())[0][:2])
+        self._example = model.example_input.to(self._device)  # as `compress` has it, so that plans are the same
         names = [name for name in self._forward.layers if fits(name, protocol.layers)]
         if not names:
             raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
