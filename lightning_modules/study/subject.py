@@ -26,6 +26,7 @@ from tnlayers.rules import fits
 __all__ = ["Subject"]
 
 Tick = Callable[[], None]
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 class Subject:
@@ -43,7 +44,7 @@ class Subject:
         modules: name -> the layer.
 
     Raises:
-        ValueError: no layer fits the protocol's pattern, or there are several processes.
+        ValueError: no layer fits the protocol's pattern, there are several processes, or weights that are not float32.
     """
 
     def __init__(
@@ -51,6 +52,10 @@ class Subject:
     ) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"a study runs in one process and here are {trainer.world_size}: give --trainer.devices 1")
+        if trainer.precision not in _PRECISIONS:
+            raise ValueError(
+                f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
+            )
         model.load(checkpoint)
         to_dense(model.net)
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
