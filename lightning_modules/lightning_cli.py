@@ -1,4 +1,4 @@
-"""fit, validate, test, predict and compress, on LightningCLI: every option is checked against the classes' signatures."""
+"""fit, validate, test, predict, compress and study, on LightningCLI: every option is checked against the classes' signatures."""
 
 import logging
 import sys
@@ -125,7 +125,7 @@ class CompressionTrainer(Trainer):
 
 
 class TensorCLI(LightningCLI):
-    """LightningCLI with `compress`, and without what bites: no options from checkpoints, no abbreviated options."""
+    """LightningCLI with `compress` and `study`, and without what bites: no options from checkpoints, no abbreviated options."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The run keeps the configuration as it was given: `last`, not the path that this is now."""
@@ -160,7 +160,7 @@ class TensorCLI(LightningCLI):
         self._given = config.clone()
         if self.subcommand in ("compress", "study"):
             read_checkpoint(config.checkpoint)
-            if self.subcommand == "compress":
+            if self.subcommand == "compress" or not Path(config.out, "study.jsonl").is_file():
                 new_folder(config.out)
             logger = config.trainer.logger
             if isinstance(logger, Namespace) and logger.class_path.endswith(("CSVLogger", "loggers.CSV")):

@@ -130,9 +130,13 @@ def new_folder(path: str | Path) -> Path:
 
     Raises:
         FileExistsError: it holds files, or is one.
+        OSError: it cannot be made.
     """
     folder = Path(path)
     if folder.is_file() or any(path.is_file() for path in folder.rglob("*")):
         raise FileExistsError(f"{folder} already holds a run; give another --out, or remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made: {error.strerror}; give another --out") from None
     return folder

@@ -91,6 +91,32 @@ class Twice(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Inside(nn.Module):
+    """Has layers inside of a module that torch.fx does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 10)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        return self.head(self.encoder(x).mean(1))
+
+
+class Tied(nn.Module):
+    """Uses the weight of a layer before it calls it: in another layer and on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight, self.head = self.first.weight, nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x.mean((2, 3)), self.third.weight)
+        return self.head(self.third(self.second(self.first(x).relu()).relu()))
+
+
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -106,6 +132,8 @@ NETS = [
     ("torchvision/mobilenet_v3_small", True),
     ("torchvision/densenet121", True),
     (Twice, True),
+    (Inside, True),
+    (Tied, True),
     (Untraceable, False),
 ]
 
@@ -120,7 +148,7 @@ def test_forward_goes_on_from_a_layer(net: str | type[nn.Module], splits: bool) 
     with torch.no_grad():
         forward = FromLayer(built, pictures)
         assert forward.splits == splits
-        for name in {forward.layers[0], forward.layers[len(forward.layers) // 2], forward.layers[-1]}:
+        for name in {*forward.layers[:4], forward.layers[len(forward.layers) // 2], forward.layers[-1]}:
             before = forward.before(name, pictures)
             built.get_submodule(name).weight.mul_(0.5)
             for _ in range(2):
@@ -287,11 +315,17 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     assert isinstance(begun, Study)
     path = tmp_path / "study.jsonl"
     Journal(path, begun)
-    Journal(path, replace(begun, accuracy=0.5, loss=9.0))  # measured elsewhere
+    Journal(path, replace(begun, accuracy=1.001 * begun.accuracy, loss=1.001 * begun.loss))  # measured elsewhere
+    with path.open("a") as file:
+        file.write('{"kind": ')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another study: its loss is .*, not .*; give another --out"):
+        Journal(path, replace(begun, loss=1.1 * begun.loss))  # of other pictures
     with pytest.raises(ValueError, match=f"another study: its sha256 is {begun.sha256}, not ffff; give another --out"):
         Journal(path, replace(begun, sha256="ffff"))
     with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
         Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
+    assert path.read_bytes() == before
     path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
     with pytest.raises(ValueError, match="line 1, is not a row of a study"):
         read_rows(path)
@@ -313,18 +347,22 @@ def test_a_protocol_that_cannot_be(values: dict[str, object], message: str) -> N
 
 
 MISTAKES = [
-    ({"layers": "nothing"}, "layers 'nothing' fits none of conv1, conv2"),
-    ({"pictures": "1000"}, "cannot draw 1000 test pictures: there are 360"),
-    ({"losses": "[2]"}, "losses [2"),
+    ("--protocol.layers=nothing", "layers 'nothing' fits none of conv1, conv2"),
+    ("--protocol.pictures=1000", "cannot draw 1000 test pictures: there are 360"),
+    ("--protocol.losses=[2]", "losses [2"),
+    ("--trainer.devices=2", "a study runs in one process and here are 2: give --trainer.devices 1"),
+    ("--trainer.precision=bf16-true", "--trainer.precision is bf16-true: give one of 32-true, 16-mixed, bf16-mixed"),
+    ("--out={run}", "already holds a run; give another --out"),
+    ("--out=/proc/study", "/proc/study cannot be made: "),
 ]
 
 
-@pytest.mark.parametrize(("protocol", "message"), MISTAKES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("option", "message"), MISTAKES, ids=lambda value: str(value)[:20])
 def test_mistakes_are_one_line(
-    protocol: dict[str, str], message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert tnlayers(*study(dense, tmp_path / "out", **protocol)) == 2
+    assert tnlayers(*study(dense, tmp_path / "out"), option.format(run=dense.parents[1])) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tnlayers: error")]
     assert message in line
 

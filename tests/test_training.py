@@ -200,8 +200,8 @@ def test_frozen_modules_stay_as_they_are(tmp_path: Path) -> None:
     frozen = ["--trainer.callbacks+=lightning_modules.callbacks.Freeze", '--trainer.callbacks.patterns=["*1", "conv2"]']
     command = [*EXPERIMENT, *rules, *frozen, *output_to(tmp_path), "--trainer.limit_train_batches", "3"]
     states = []
-    for epochs in (1, 2):  # the second goes on with what the first saved
-        more = ["--trainer.max_epochs", str(epochs), "--ckpt_path", "last"]
+    for steps in (2, 5):  # the second goes on with what the first saved in the middle of an epoch
+        more = ["--trainer.max_steps", str(steps), "--model_checkpoint.every_n_train_steps", "1", "--ckpt_path", "last"]
         assert tnlayers("fit", *command, *more) == 0
         (last,) = tmp_path.rglob("last.ckpt")
         states.append(torch.load(last, weights_only=True)["state_dict"])

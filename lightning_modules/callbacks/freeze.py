@@ -30,7 +30,8 @@ class Freeze(Callback):
         for module in self._modules(pl_module):
             module.requires_grad_(False)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not at the start of each epoch, which a run that goes on in the middle of one does not see.
         for module in self._modules(pl_module):
             module.eval()
 

@@ -1,5 +1,6 @@
 """A net whose forward pass goes on from a layer, so that what lies before a truncated layer is computed once."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class FromLayer:
             self._interpreter = None
 
     def before(self, layer: str, x: Tensor) -> State:
-        """What the net makes of the pictures before it calls a layer for the first time.
+        """What the net makes of the pictures before it first uses a layer's weight, itself or in a module around it.
 
         Args:
             layer: its name.
@@ -49,15 +50,15 @@ class FromLayer:
         """
         if self._interpreter is None:
             return x
-        run = self._interpreter
+        run, weight = self._interpreter, self._net.get_submodule(layer).weight
         run.env, run.args_iter = {}, iter((x,))
         for node in run.graph.nodes:
-            if node.op == "call_module" and node.target == layer:
+            if any(held is weight for held in _parameters(run, node)):
                 return dict(run.env)
             run.env[node] = run.run_node(node)
             for used_up in run.user_to_last_uses.get(node, ()):
                 run.env[used_up] = None
-        raise ValueError(f"the net does not call {layer!r}")
+        raise ValueError(f"the net does not use the weight of {layer!r}")
 
     def after(self, state: State) -> Tensor:
         """(n, classes) outputs of the rest of the net, with its layers as they are now; the state can be used again."""
@@ -68,6 +69,13 @@ class FromLayer:
         # Copies, because layers may work in place.
         copies = {node: fx.node.map_aggregate(value, _copy) for node, value in state.items()}
         return self._interpreter.run(initial_env=copies)
+
+
+def _parameters(run: fx.Interpreter, node: fx.Node) -> Iterable[Any]:
+    """What a node may take from the net: the parameters of the module that it calls, or a tensor on its own."""
+    if node.op == "call_module":
+        return run.fetch_attr(str(node.target)).parameters()
+    return [run.fetch_attr(str(node.target))] if node.op == "get_attr" else []
 
 
 def _copy(value: Any) -> Any:

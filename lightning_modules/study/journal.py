@@ -1,15 +1,18 @@
 """The file that a study writes its rows to: it only grows, and a study that was killed goes on after its last whole line."""
 
 import json
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
 
 __all__ = ["Journal", "read_rows"]
 
-_MAY_DIFFER = ("accuracy", "loss")  # by rounding, where a study goes on in another machine
+_ROUNDED = ("accuracy", "loss")  # of the dense net: not quite the same on another machine, and other pictures show
+_ROUNDING = 0.01
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -36,37 +39,49 @@ class Journal:
         study: what its rows are of.
 
     Raises:
-        ValueError: it is begun, and of another study.
+        ValueError: it is begun, and of another study; it stays as it is.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
         self._path = path
-        self.rows: list[Row] = []
+        self.rows = read_rows(path) if path.exists() else []
+        self._keys = {row.key for row in self.rows}
+        if self.rows and (difference := _difference(self.rows[0], study)):
+            raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            self.rows = read_rows(path)
         if not self.rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.add(study)
-        elif difference := _difference(self.rows[0], study):
-            raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
 
     def add(self, row: Row) -> None:
-        """The row is on the disk when this returns."""
-        with open(self._path, "a") as file:
-            file.write(json.dumps(row_to_plain(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """The row is on the disk when this returns.
+
+        Raises:
+            OSError: it is not; the message names the file and says why.
+        """
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(row_to_plain(row)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error.strerror}; the rows that it has are intact") from error
         self.rows.append(row)
+        self._keys.add(row.key)
 
     def has(self, key: tuple[object, ...]) -> bool:
-        return any(row.key == key for row in self.rows)
+        return key in self._keys
 
 
 def _difference(begun: Row, study: Study) -> str:
     """What differs between two studies; empty if nothing does."""
     if not isinstance(begun, Study):
         return "its first line does not say of which"
-    names = [field.name for field in fields(Study) if field.name not in _MAY_DIFFER]
-    pairs = [(name, getattr(begun, name), getattr(study, name)) for name in names]
-    return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if old != new)
+    pairs = [(field.name, getattr(begun, field.name), getattr(study, field.name)) for field in fields(Study)]
+    return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if not _same(name, old, new))
+
+
+def _same(name: str, old: Any, new: Any) -> bool:
+    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED else old == new

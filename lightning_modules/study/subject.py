@@ -26,6 +26,7 @@ from tnlayers.rules import fits
 __all__ = ["Subject"]
 
 Tick = Callable[[], None]
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 class Subject:
@@ -43,7 +44,7 @@ class Subject:
         modules: name -> the layer.
 
     Raises:
-        ValueError: no layer fits the protocol's pattern, or there are several processes.
+        ValueError: no layer fits the protocol's pattern, there are several processes, or weights that are not float32.
     """
 
     def __init__(
@@ -51,14 +52,18 @@ class Subject:
     ) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"a study runs in one process and here are {trainer.world_size}: give --trainer.devices 1")
+        if trainer.precision not in _PRECISIONS:
+            raise ValueError(
+                f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
+            )
         model.load(checkpoint)
         to_dense(model.net)
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
         self._net = model.net.to(self._device).eval()
-        self._example = next(self._batches())[0][:2]
         with torch.no_grad():
-            self._forward = FromLayer(self._net, self._example)
+            self._forward = FromLayer(self._net, next(self._batches())[0][:2])
+        self._example = model.example_input.to(self._device)  # as `compress` has it, so that plans are the same
         names = [name for name in self._forward.layers if fits(name, protocol.layers)]
         if not names:
             raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
