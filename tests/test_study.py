@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_modules import build_net
+from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.forward import FromLayer
@@ -31,6 +32,8 @@ from lightning_modules.study.rows import (
     row_from_plain,
     row_to_plain,
 )
+from lightning_modules.study.run import run_study
+from lightning_modules.study.subject import Subject
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
@@ -292,6 +295,18 @@ def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[
     asked = {rule["pattern"]: rule["method"] for rule in last.rules}
     assert {layer["name"]: layer["method"] for layer in report["layers"] if layer["name"] in asked} == asked
     assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
+
+
+def test_progress_goes_on_to_the_end(dense: Path, tmp_path: Path) -> None:
+    """Never back, never past the end, and as far for each layer as the next one starts."""
+    data, trainer = Digits(batch_size=32, val_fraction=0), Trainer(accelerator="cpu", logger=False)
+    protocol = Protocol(losses=(0.3, 0.6), retrain=(), epochs=0, pictures=64, layers="conv*")
+    subject, told = Subject(ImageClassifier(), data, trainer, dense, protocol), list[float]()
+    for _ in range(2):  # the second time all is measured
+        run_study(subject, tmp_path / "study.jsonl", lambda _, done, total: told.append(done / total))
+        assert told == pytest.approx(sorted(told))
+        assert told[-1] == 1
+        told.clear()
 
 
 # ---- the journal

@@ -62,7 +62,7 @@ def scores_of_layer(
         layer: the layer's name, and `module` the layer.
         candidates: weights of its shape.
         batches: pictures and labels, on its device.
-        tick: called after each forward pass.
+        tick: called after each batch.
     """
     found = [Score() for _ in candidates]
     for pictures, labels in batches:
@@ -70,7 +70,7 @@ def scores_of_layer(
         for candidate, result in zip(candidates, found, strict=True):
             with weights({module: candidate}):
                 result.add(forward.after(state), labels)
-            tick()
+        tick()
     return found
 
 
