@@ -37,7 +37,7 @@ def retrain(
         like: the trainer whose device, precision, clipping and accumulation are taken over; it stays as it is.
         epochs: the whole schedule, warm-up and cosine.
         seed: of shuffles, shifts and dropout.
-        batches: gives the pictures and labels to evaluate on, on the device.
+        batches: gives the pictures to evaluate on, on the device, and labels.
         tick: called after each epoch.
     """
     student = copy.copy(model)
@@ -51,7 +51,7 @@ def retrain(
             tick()
 
     if epochs:
-        with torch.random.fork_rng(), quiet():
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
     return tuple(accuracies)
@@ -71,6 +71,7 @@ def _trainer(like: Trainer, epochs: int, callback: Callback) -> Trainer:
         **place,
         precision=like.precision,
         gradient_clip_val=like.gradient_clip_val,
+        gradient_clip_algorithm=like.gradient_clip_algorithm,
         accumulate_grad_batches=like.accumulate_grad_batches,
         limit_train_batches=like.limit_train_batches,
         limit_val_batches=0,

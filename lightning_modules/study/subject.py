@@ -21,6 +21,7 @@ from lightning_modules.study.retraining import retrain
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Single, Study
 from tnlayers import Rule, resolve, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
+from tnlayers.linalg import precise
 from tnlayers.rules import fits
 
 __all__ = ["Subject"]
@@ -144,8 +145,8 @@ class Subject:
         truncated = self._truncated(cuts, bonds)
         with weights({self.modules[name]: weight for name, weight in truncated.items()}):
             result = score(self._net, self._batches())
-        before = [self.kernels[name].weight.double() for name in truncated]
-        after = [weight.double() for weight in truncated.values()]
+        before = [precise(self.kernels[name].weight) for name in truncated]
+        after = [precise(weight) for weight in truncated.values()]
         norm = _norm(before)
         return Joint(
             cuts=cuts,
@@ -194,8 +195,7 @@ class Subject:
 
     def _batches(self) -> Iterator[Batch]:
         for pictures, labels in self._data.test_batches(self.protocol.pictures, self.protocol.seed):
-            placed = pictures.to(self._device).contiguous(memory_format=torch.channels_last)
-            yield placed, labels.to(self._device)
+            yield pictures.to(self._device).contiguous(memory_format=torch.channels_last), labels
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
