@@ -80,6 +80,7 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         ([STUDY, *LAYERS, *by_depth(0.5, 0.2, 0.5)], "Deep layers tolerate about as much norm loss as the first"),
         ([STUDY, *LAYERS, *by_depth(0.5, 0.5, 0.5)], "all layers tolerate the same"),
         ([STUDY, *LAYERS, *curve("conv1", "o", 0.5)], "2 layers are not measured yet"),
+        ([STUDY, *LAYERS, *curve("conv1", "o", 0.5), RECOMMENDATION], "the norm loss tolerated is 0.50 in the mean."),
         ([*BASE, SEVERAL], "1 are tolerated; the largest norm loss of them is 0.60, by conv2 as Tucker-2 (o 4, i 4) (0.8 points lost)"),
         ([*BASE, lost(SEVERAL, 0.905)], "(0.5 points gained)"),
         ([*BASE, lost(SEVERAL, 0.88)], "Of 1 truncations of several cuts of one layer at once none is tolerated"),
