@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -383,6 +384,19 @@ def test_mistakes_are_one_line(
 
 
 # ---- kill -9
+
+
+def test_interrupted_by_hand(dense: Path, tmp_path: Path) -> None:
+    """In one line, and what was measured stands."""
+    path = tmp_path / "out/study.jsonl"
+    with Forks() as forks:
+        fork = forks.start(study(dense, path.parent), tmp_path)
+        fork.until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 8)
+        fork.kill(signal.SIGINT)
+        assert fork.wait() == 130
+        assert "Traceback" not in fork.said
+        assert fork.said.splitlines()[-1] == "tnlayers: interrupted"
+    assert len(read_rows(path)) >= 8
 
 
 @pytest.mark.slow
