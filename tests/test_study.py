@@ -337,11 +337,17 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"another study: its loss is .*, not .*; give another --out"):
         Journal(path, replace(begun, loss=1.1 * begun.loss))  # of other pictures
+    with pytest.raises(
+        ValueError, match="another study: its batch_size is 64, not 32; its precision is 32-true, not bf16-mixed;"
+    ):
+        Journal(path, replace(begun, training={**begun.training, "batch_size": 32, "precision": "bf16-mixed"}))
     with pytest.raises(ValueError, match=f"another study: its sha256 is {begun.sha256}, not ffff; give another --out"):
         Journal(path, replace(begun, sha256="ffff"))
     with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
         Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
     assert path.read_bytes() == before
+    path.write_text(json.dumps(row_to_plain(begun) | {"training": {}}) + "\n")
+    Journal(path, begun)  # which does not say
     path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
     with pytest.raises(ValueError, match="line 1, is not a row of a study"):
         read_rows(path)

@@ -17,7 +17,7 @@ from lightning_modules.study.evaluation import score, scores_of_layer, weights
 from lightning_modules.study.factors import factorization_of, fewer_params
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
-from lightning_modules.study.retraining import retrain
+from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Single, Study
 from tnlayers import Rule, resolve, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
@@ -109,6 +109,7 @@ class Subject:
             accuracy=dense.accuracy,
             loss=dense.loss,
             protocol=self.protocol,
+            training=training_options(self._model, self._data, self._trainer),
         )
 
     def layer(self, name: str) -> Layer:
