@@ -75,6 +75,7 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         (BASE, "most in conv3 (0.80), least in conv1 (0.20)"),
         (BASE, "Deep layers tolerate more norm loss than the first: averaged over 2 cuts, 0.20 in conv1 and 0.80 in the last, conv3"),
         (BASE, "and over all 3 layers it is rising with depth (rank correlation +1.00)"),
+        ([STUDY, *LAYERS, *curve("conv1", "o", 0.2), *curve("conv2", "o", 0.5)], "0.20 in conv1 and 0.50 in the last, conv2."),
         ([STUDY, *LAYERS, *by_depth(0.8, 0.5, 0.2)], "Deep layers tolerate less norm loss than the first"),
         ([STUDY, *LAYERS, *by_depth(0.8, 0.5, 0.2)], "falling with depth (rank correlation -1.00)"),
         ([STUDY, *LAYERS, *by_depth(0.5, 0.2, 0.5)], "Deep layers tolerate about as much norm loss as the first"),

@@ -110,6 +110,8 @@ def depth_sentence(measured: Measured) -> str:
         f"Deep layers tolerate {verdict} norm loss {than} the first: {over}, "
         f"{depth.first:.2f} in {depth.layers[0]} and {depth.last:.2f} in {last}"
     )
+    if len(depth.means) == 2:  # which are no trend
+        return text + "."
     if depth.correlation is None:
         return text + "; all layers tolerate the same."
     trend = "no trend" if abs(depth.correlation) < _TREND else "rising" if depth.correlation > 0 else "falling"
