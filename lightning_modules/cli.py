@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 for a user's error, which is one line on stderr; 143 after SIGTERM.
+        0; 2 for a user's error, which is one line on stderr; 130 after Ctrl-C, 1 where it was training; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             return _command(arguments[0])(arguments)
+    except KeyboardInterrupt:
+        print("tnlayers: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         users = _users_error(error)
         if users is None:

@@ -4,15 +4,17 @@ import copy
 import json
 import math
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_modules import build_net
+from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.forward import FromLayer
@@ -31,6 +33,8 @@ from lightning_modules.study.rows import (
     row_from_plain,
     row_to_plain,
 )
+from lightning_modules.study.run import run_study
+from lightning_modules.study.subject import Subject
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
@@ -294,6 +298,18 @@ def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[
     assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
 
 
+def test_progress_goes_on_to_the_end(dense: Path, tmp_path: Path) -> None:
+    """Never back, never past the end, and as far for each layer as the next one starts."""
+    data, trainer = Digits(batch_size=32, val_fraction=0), Trainer(accelerator="cpu", logger=False)
+    protocol = Protocol(losses=(0.3, 0.6), retrain=(), epochs=0, pictures=64, layers="conv*")
+    subject, told = Subject(ImageClassifier(), data, trainer, dense, protocol), list[float]()
+    for _ in range(2):  # the second time all is measured
+        run_study(subject, tmp_path / "study.jsonl", lambda _, done, total: told.append(done / total))
+        assert told == pytest.approx(sorted(told))
+        assert told[-1] == 1
+        told.clear()
+
+
 # ---- the journal
 
 
@@ -321,11 +337,17 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"another study: its loss is .*, not .*; give another --out"):
         Journal(path, replace(begun, loss=1.1 * begun.loss))  # of other pictures
+    with pytest.raises(
+        ValueError, match="another study: its batch_size is 64, not 32; its precision is 32-true, not bf16-mixed;"
+    ):
+        Journal(path, replace(begun, training={**begun.training, "batch_size": 32, "precision": "bf16-mixed"}))
     with pytest.raises(ValueError, match=f"another study: its sha256 is {begun.sha256}, not ffff; give another --out"):
         Journal(path, replace(begun, sha256="ffff"))
     with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
         Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
     assert path.read_bytes() == before
+    path.write_text(json.dumps(row_to_plain(begun) | {"training": {}}) + "\n")
+    Journal(path, begun)  # which does not say
     path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
     with pytest.raises(ValueError, match="line 1, is not a row of a study"):
         read_rows(path)
@@ -368,6 +390,19 @@ def test_mistakes_are_one_line(
 
 
 # ---- kill -9
+
+
+def test_interrupted_by_hand(dense: Path, tmp_path: Path) -> None:
+    """In one line, and what was measured stands."""
+    path = tmp_path / "out/study.jsonl"
+    with Forks() as forks:
+        fork = forks.start(study(dense, path.parent), tmp_path)
+        fork.until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 8)
+        fork.kill(signal.SIGINT)
+        assert fork.wait() == 130
+        assert "Traceback" not in fork.said
+        assert fork.said.splitlines()[-1] == "tnlayers: interrupted"
+    assert len(read_rows(path)) >= 8
 
 
 @pytest.mark.slow

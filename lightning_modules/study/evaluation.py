@@ -32,8 +32,10 @@ class Score:
         return self.total_loss / self.pictures
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
+        """(n, classes) and (n,); summed on the CPU, because not every device has float64."""
+        logits, labels = logits.cpu().double(), labels.cpu()
         self.correct += int((logits.argmax(1) == labels).sum())
-        self.total_loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        self.total_loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         self.pictures += len(labels)
 
 
@@ -61,8 +63,8 @@ def scores_of_layer(
         forward: of the net.
         layer: the layer's name, and `module` the layer.
         candidates: weights of its shape.
-        batches: pictures and labels, on its device.
-        tick: called after each forward pass.
+        batches: pictures on its device, and labels.
+        tick: called after each batch.
     """
     found = [Score() for _ in candidates]
     for pictures, labels in batches:
@@ -70,7 +72,7 @@ def scores_of_layer(
         for candidate, result in zip(candidates, found, strict=True):
             with weights({module: candidate}):
                 result.add(forward.after(state), labels)
-            tick()
+        tick()
     return found
 
 

@@ -38,7 +38,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
+        self.name = name
         assert isinstance(module.weight, Tensor)
         self.weight = module.weight.detach().clone()
         self.splits: dict[str, Split] = {cut: split(self.weight, cut) for cut in cuts_of(self.weight.shape)}

@@ -79,7 +79,9 @@ def _difference(begun: Row, study: Study) -> str:
     """What differs between two studies; empty if nothing does."""
     if not isinstance(begun, Study):
         return "its first line does not say of which"
-    pairs = [(field.name, getattr(begun, field.name), getattr(study, field.name)) for field in fields(Study)]
+    names = [field.name for field in fields(Study) if field.name != "training"]
+    pairs = [(name, getattr(begun, name), getattr(study, name)) for name in names]
+    pairs += [(name, old, study.training.get(name)) for name, old in begun.training.items()]
     return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if not _same(name, old, new))
 
 

@@ -15,7 +15,11 @@ from lightning_modules.quiet import quiet
 from lightning_modules.study.evaluation import score
 from tnlayers.tracing import evaluating
 
-__all__ = ["retrain"]
+__all__ = ["retrain", "training_options"]
+
+_MODEL = ("teacher", "distill_weight", "temperature")
+_DATA = ("batch_size", "val_fraction", "split_seed", "augment")
+_TRAINER = ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
 
 
 def retrain(
@@ -37,7 +41,7 @@ def retrain(
         like: the trainer whose device, precision, clipping and accumulation are taken over; it stays as it is.
         epochs: the whole schedule, warm-up and cosine.
         seed: of shuffles, shifts and dropout.
-        batches: gives the pictures and labels to evaluate on, on the device.
+        batches: gives the pictures to evaluate on, on the device, and labels.
         tick: called after each epoch.
     """
     student = copy.copy(model)
@@ -51,10 +55,23 @@ def retrain(
             tick()
 
     if epochs:
-        with torch.random.fork_rng(), quiet():
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
     return tuple(accuracies)
+
+
+def training_options(model: ImageClassifier, data: ImageData, like: Trainer) -> dict[str, Any]:
+    """What the outcome of `retrain` depends on beside the net, as plain values."""
+    optimizer = model._optimizer([nn.Parameter(torch.zeros(1))])
+    scheduler = model._lr_scheduler(optimizer) if model._lr_scheduler else None
+    return {
+        "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+        "lr_scheduler": type(scheduler).__name__ if scheduler else None,
+        **{name: model.hparams[name] for name in _MODEL},
+        **{name: getattr(data, name) for name in _DATA},
+        **{name: getattr(like, name) for name in _TRAINER},
+    }
 
 
 def _accuracy(net: nn.Module, batches: Iterable[Batch]) -> float:
@@ -71,6 +88,7 @@ def _trainer(like: Trainer, epochs: int, callback: Callback) -> Trainer:
         **place,
         precision=like.precision,
         gradient_clip_val=like.gradient_clip_val,
+        gradient_clip_algorithm=like.gradient_clip_algorithm,
         accumulate_grad_batches=like.accumulate_grad_batches,
         limit_train_batches=like.limit_train_batches,
         limit_val_batches=0,

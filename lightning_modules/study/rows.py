@@ -3,7 +3,7 @@
 `eps` and `delta` are the norm losses of `tnlayers.cuts.NormLoss`, accuracies fractions of the pictures, `loss` the mean cross-entropy.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 __all__ = [
@@ -73,6 +73,7 @@ class Study:
         checkpoint: the file's name; `sha256` is of its content.
         data: the data set's class, and the number of `pictures` that are evaluated.
         accuracy, loss: of the dense net.
+        training: how nets are retrained: option -> value; empty in files that do not say.
     """
 
     kind: ClassVar[str] = "study"
@@ -86,6 +87,7 @@ class Study:
     loss: float
     protocol: Protocol
     version: int = 1
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -228,11 +230,15 @@ def row_from_plain(plain: dict[str, Any]) -> Row:
     """
     values = {key: _frozen(value) for key, value in plain.items()}
     kind = _KINDS.get(values.pop("kind", ""))
-    if kind is None or values.keys() != {field.name for field in fields(kind)}:
+    if kind is None or not _needed(kind) <= values.keys() <= {each.name for each in fields(kind)}:
         raise ValueError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
     if kind is Study:
         values["protocol"] = Protocol(**values["protocol"])
     return kind(**values)
+
+
+def _needed(kind: type[Row]) -> set[str]:
+    return {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
 
 
 def _frozen(value: Any) -> Any:

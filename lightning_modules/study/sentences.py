@@ -74,7 +74,9 @@ def most_tolerant(measured: Measured) -> str:
         text += f"; of the cuts most at {measured.label([most[1]])} ({most[0]:.2f}), least at {measured.label([least[1]])} ({least[0]:.2f})"
     largest = max(bonds[layer][cut] for layer, cut in cells)
     todo = sum(any(bond > 1 for bond in layer.bonds.values()) for layer in measured.layers) - len(by_layer)
-    if todo:
+    if (
+        todo and measured.recommendation is None
+    ):  # a finished study has no truncations of layers whose norm loss is always more
         text += f"; {todo} {'layer is' if todo == 1 else 'layers are'} not measured yet"
     if single and largest > 1:
         text += f". In {single} of {len(cells)} cases even bond dimension 1 is tolerated, and the cut can take no more"
@@ -108,6 +110,8 @@ def depth_sentence(measured: Measured) -> str:
         f"Deep layers tolerate {verdict} norm loss {than} the first: {over}, "
         f"{depth.first:.2f} in {depth.layers[0]} and {depth.last:.2f} in {last}"
     )
+    if len(depth.means) == 2:  # which are no trend
+        return text + "."
     if depth.correlation is None:
         return text + "; all layers tolerate the same."
     trend = "no trend" if abs(depth.correlation) < _TREND else "rising" if depth.correlation > 0 else "falling"

@@ -17,10 +17,11 @@ from lightning_modules.study.evaluation import score, scores_of_layer, weights
 from lightning_modules.study.factors import factorization_of, fewer_params
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
-from lightning_modules.study.retraining import retrain
+from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Single, Study
 from tnlayers import Rule, resolve, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
+from tnlayers.linalg import precise
 from tnlayers.rules import fits
 
 __all__ = ["Subject"]
@@ -108,6 +109,7 @@ class Subject:
             accuracy=dense.accuracy,
             loss=dense.loss,
             protocol=self.protocol,
+            training=training_options(self._model, self._data, self._trainer),
         )
 
     def layer(self, name: str) -> Layer:
@@ -144,8 +146,8 @@ class Subject:
         truncated = self._truncated(cuts, bonds)
         with weights({self.modules[name]: weight for name, weight in truncated.items()}):
             result = score(self._net, self._batches())
-        before = [self.kernels[name].weight.double() for name in truncated]
-        after = [weight.double() for weight in truncated.values()]
+        before = [precise(self.kernels[name].weight) for name in truncated]
+        after = [precise(weight) for weight in truncated.values()]
         norm = _norm(before)
         return Joint(
             cuts=cuts,
@@ -194,8 +196,7 @@ class Subject:
 
     def _batches(self) -> Iterator[Batch]:
         for pictures, labels in self._data.test_batches(self.protocol.pictures, self.protocol.seed):
-            placed = pictures.to(self._device).contiguous(memory_format=torch.channels_last)
-            yield placed, labels.to(self._device)
+            yield pictures.to(self._device).contiguous(memory_format=torch.channels_last), labels
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
