@@ -125,11 +125,19 @@ class Subject:
 
     def singles(self, name: str, trials: Sequence[Trial], tick: Tick) -> Iterator[Single]:
         """One layer truncated in each of these ways; `tick` is called after every batch of pictures."""
-        attempts = [self.kernels[name].attempt(trial, self.protocol.seed) for trial in trials]
-        found = scores_of_layer(
-            self._forward, name, self.modules[name], [weight for weight, _ in attempts], self._batches(), tick
+        distinct: dict[str, Tensor] = {}  # the cuts of a 1x1 kernel are all the same
+        attempts = []
+        for trial in trials:
+            weight, lost = self.kernels[name].attempt(trial, self.protocol.seed)
+            digest = hashlib.sha256(weight.cpu().numpy().tobytes()).hexdigest()
+            distinct.setdefault(digest, weight)
+            attempts.append((trial, lost, digest))
+        scores = scores_of_layer(
+            self._forward, name, self.modules[name], list(distinct.values()), self._batches(), tick
         )
-        for trial, (_, lost), result in zip(trials, attempts, found, strict=True):
+        found = dict(zip(distinct, scores, strict=True))
+        for trial, lost, digest in attempts:
+            result = found[digest]
             yield Single(
                 trial.layer,
                 trial.cuts,
