@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
+from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel
 from lightning_modules.study.journal import Journal, read_rows
@@ -39,6 +40,7 @@ from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
 from tnlayers import load_checkpoint, tensorize
+from tnlayers.geometry import Call
 from tnlayers.rules import Rule
 
 SMALL = {"losses": "[0.3, 0.6]", "retrain": "[0.6]", "epochs": "1", "pictures": "120", "layers": "[cf]*[124]"}
@@ -272,27 +274,46 @@ def test_a_study_is_complete(rows: list[Row]) -> None:
             accuracy = retrained[each, weights].accuracy
             assert len(accuracy) == 2
             assert accuracy[0] == pytest.approx(measured.accuracy, abs=1 / 120 + 1e-9)
-    assert isinstance(rows[-1], Recommendation)
+    assert [row.tolerance for row in rows if isinstance(row, Recommendation)] == [0.01, 0.005, 0.0025, 0]
     assert [row_from_plain(json.loads(json.dumps(row_to_plain(row)))) for row in rows] == rows
 
 
-def test_the_recommendation_is_the_cheapest_that_is_tolerated(rows: list[Row], dense: Path) -> None:
-    begun, last = rows[0], rows[-1]
+def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) -> None:
+    """And on all milder truncations too; where the tolerance grows, the net does not."""
+    begun = rows[0]
     assert isinstance(begun, Study)
-    assert isinstance(last, Recommendation)
+    found = [row for row in rows if isinstance(row, Recommendation)]
+    layers = {row.name: row for row in rows if isinstance(row, Layer)}
+    assert [row.macs_kept for row in found] == sorted(row.macs_kept for row in found)
+    assert {rule["method"] for rule in found[0].rules} & {"Tucker", "MPS", "LowRank", "TT"}
+    for recommended in found:
+        assert [rule["pattern"] for rule in recommended.rules] == list(layers)
+        for rule in recommended.rules:
+            if rule["method"] == "LowRank":
+                (rank,) = rule["rank"]
+                curve = [row for row in rows if isinstance(row, Single) and row.key[1:3] == (rule["pattern"], ("ih",))]
+                assert any(row.bonds == (rank,) for row in curve)
+                kept = [row.accuracy for row in curve if row.bonds[0] >= rank]
+                assert min(kept) >= begun.accuracy - recommended.tolerance - 1e-9
+
+
+def test_nothing_is_recommended_where_nothing_is_tolerated(rows: list[Row]) -> None:
+    begun = rows[0]
+    assert isinstance(begun, Study)
     net = build_net("cnn4", num_classes=10, input_shape=(1, 8, 8))
     modules = {row.name: net.get_submodule(row.name) for row in rows if isinstance(row, Layer)}
-    assert [rule["pattern"] for rule in last.rules] == list(modules)
-    assert {rule["method"] for rule in last.rules} & {"Tucker", "MPS", "LowRank", "TT"}
-    strict = [replace(begun, accuracy=2.0), *rows[1:]]  # which no row comes near
-    assert {rule.factorization for rule in recommend(strict, modules)} == {None}
+    calls = {name: [Call(1, (8, 8) if "conv" in name else ())] for name in modules}
+    singles = [row for row in rows if not isinstance(row, Study)]
+    for accuracy, some in ((begun.accuracy, True), (2.0, False)):  # which no row comes near
+        rules = recommend(Measured.of([replace(begun, accuracy=accuracy), *singles]), modules, calls, 0.01)
+        assert any(rule.factorization for rule in rules) == some
 
 
 def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[Row], tmp_path: Path) -> None:
     options = ["-c", whole / "config.yaml", "--checkpoint", dense, "--out", tmp_path / "out", *QUIET]
     assert tnlayers("compress", *options) == 0
-    last, report = rows[-1], json.loads((tmp_path / "out/report.json").read_text())
-    assert isinstance(last, Recommendation)
+    last, report = Measured.of(rows).recommendation, json.loads((tmp_path / "out/report.json").read_text())
+    assert last is not None
     asked = {rule["pattern"]: rule["method"] for rule in last.rules}
     assert {layer["name"]: layer["method"] for layer in report["layers"] if layer["name"] in asked} == asked
     assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
@@ -326,6 +347,17 @@ def test_a_torn_line_is_cut_off(whole: Path, rows: list[Row], tmp_path: Path) ->
     assert path.read_bytes() == content
 
 
+def test_a_journal_that_another_process_writes_to_is_left_to_it(rows: list[Row], tmp_path: Path) -> None:
+    begun, path = rows[0], tmp_path / "study.jsonl"
+    assert isinstance(begun, Study)
+    first, second = Journal(path, begun), Journal(path, begun)
+    first.add(rows[1])
+    with pytest.raises(ValueError, match="is written by another process too"):
+        second.add(rows[1])
+    first.add(rows[2])
+    assert read_rows(path) == rows[:3]
+
+
 def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) -> None:
     begun = rows[0]
     assert isinstance(begun, Study)
@@ -346,8 +378,6 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
         Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
     assert path.read_bytes() == before
-    path.write_text(json.dumps(row_to_plain(begun) | {"training": {}}) + "\n")
-    Journal(path, begun)  # which does not say
     path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
     with pytest.raises(ValueError, match="line 1, is not a row of a study"):
         read_rows(path)

@@ -28,7 +28,7 @@ from lightning_modules.study.rows import (
 from tnlayers import rules_from_plain
 
 NAMES = ("conv1", "conv2", "conv3")
-STUDY = Study("net", "dense.ckpt", "0" * 64, "Pictures", 400, 10, 0.9, 0.3, Protocol())
+STUDY = Study("net", "dense.ckpt", "0" * 64, "Pictures", 400, 10, 0.9, 0.3, Protocol(), {})
 LAYERS = [Layer(name, (8, 8, 3, 3), 576, 576, {"o": 8, "i": 8}, {"o": 1.5, "i": 2.0}) for name in NAMES]
 RULES = (
     {"pattern": "conv1", "method": "dense", "reason": "nothing is tolerated"},
@@ -57,7 +57,9 @@ WEIGHT = single("conv2", "o", (4,), 0.5, 0.1, "random weight")
 JOINT = Joint(("o", "i"), 0.3, dict.fromkeys(NAMES, (4, 4)), 0.35, 0.06, 0.891, 0.5)
 FACTORS = Retrained(("o", "i"), 0.7, "factors", (0.2, 0.6, 0.895), 0.3, 0.4)
 DENSE = Retrained(("o", "i"), 0.7, "dense", (0.2, 0.6, 0.7), 0.3, 0.4)
-RECOMMENDATION = Recommendation(RULES, (0.85, 0.905), 0.48, 0.5)
+RECOMMENDATION = Recommendation(0.01, RULES, (0.85, 0.905), 0.48, 0.5)
+LARGER = Recommendation(0.005, RULES[:1], (0.87, 0.91), 0.7, 0.8)
+SMALLER = Recommendation(0.02, RULES[1:], (0.5, 0.88), 0.2, 0.3)
 WHOLE = [*BASE, SEVERAL, ERROR, WEIGHT, JOINT, FACTORS, DENSE, RECOMMENDATION]
 
 
@@ -71,7 +73,7 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (BASE, "accuracy of 90.00% on 400 test pictures of Pictures (standard error 1.5 points)"),
+        (BASE, "accuracy of 90.00% on 400 test pictures (Pictures) (standard error 1.5 points)"),
         (BASE, "most in conv3 (0.80), least in conv1 (0.20)"),
         (BASE, "Deep layers tolerate more norm loss than the first: averaged over 2 cuts, 0.20 in conv1 and 0.80 in the last, conv3"),
         (BASE, "and over all 3 layers it is rising with depth (rank correlation +1.00)"),
@@ -95,6 +97,9 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         ([*BASE, FACTORS, DENSE], "0 of 1 as dense weights and 1 of 1 as factors; the deepest fall that is undone is Tucker-2 at 0.7"),
         ([*BASE, lost(FACTORS, 0.8), DENSE], "0 of 1 as factors; the nearest is Tucker-2 at 0.7 of all layers, 20.0% before and 80.0%"),
         (WHOLE, "48% of the parameters and 50% of the MACs kept; accuracy 85.00% right after (5 points lost), 90.50% after 1 epoch"),
+        ([*WHOLE, LARGER], "48% of the parameters and 50% of the MACs kept"),
+        ([*BASE, SMALLER, LARGER], "70% of the parameters and 80% of the MACs kept"),
+        ([*BASE, SMALLER], "20% of the parameters and 30% of the MACs kept; accuracy 50.00% right after (40 points lost), 88.00%"),
     ],
 )  # fmt: skip
 def test_sentences_say_what_the_rows_say(rows: list[Row], expected: str) -> None:
@@ -148,7 +153,7 @@ def test_markdown_and_html_say_the_same(tmp_path: Path) -> None:
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == re.findall(r"<h2>(.*?)</h2>", page)
-    assert len(headings) == 10
+    assert len(headings) == 11
     assert all(sentence in text for sentence in summary(WHOLE))
     shown = re.findall(r"\]\((.*?)\)", text)
     assert len(shown) == page.count('src="data:image/png;base64,') == len(set(shown)) == 8

@@ -194,9 +194,9 @@ def entropy(values: Tensor) -> float:
 
 
 def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: torch.Generator) -> Tensor:
-    """A Gaussian weight whose singular values at a cut are replaced by these: the control of a truncation.
+    """A weight that has these singular values at a cut, in random directions: the control of a truncation.
 
-    Both singular bases are uniformly distributed (Haar), as those of a Gaussian matrix are.
+    Both singular bases are uniformly distributed (Haar), as those of a Gaussian matrix are (Mezzadri 2007).
 
     Args:
         shape: of the weight.
@@ -212,12 +212,17 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
     """
     rows = _rows(shape, cut)
     with decomposing():
-        matrix = unfold(torch.randn(*shape, generator=generator, dtype=torch.float64), rows)
-        m, k = len(matrix), len(values)
+        m, k = math.prod(shape[axis] for axis in rows), len(values)
         if k > m:
             raise ValueError(f"{k} singular values: the cut {cut!r} of a weight of shape {tuple(shape)} has {m}")
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        return fold((left[:, :k] * precise(values).cpu()) @ right[:k], rows, shape)
+        left, right = _random_basis(m, k, generator), _random_basis(math.prod(shape) // m, k, generator)
+        return fold((left * precise(values).cpu()) @ right.mT, rows, shape)
+
+
+def _random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """(rows, columns) orthonormal columns; without the signs the first rows of all would be negative."""
+    basis, triangle = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    return basis * triangle.diagonal().sign()
 
 
 def _modes(shape: Sequence[int]) -> str:

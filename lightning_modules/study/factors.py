@@ -1,12 +1,13 @@
 """From truncated cuts to the factorizations that have just these ranks, and the choice of one for each layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_modules.study.rows import CUT_SETS, Layer, Row, Single, Study
+from lightning_modules.study.findings import Measured
+from lightning_modules.study.rows import CUT_SETS
 from tnlayers import MPS, TT, Factorization, LowRank, Rule, Tucker
-from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.geometry import Call, Geometry
 
 __all__ = ["REALISED", "factorization_of", "fewer_params", "recommend"]
 
@@ -41,39 +42,39 @@ def fewer_params(module: nn.Module, method: Factorization) -> bool:
     return _params(Geometry(module), method) < Geometry(module).num_params
 
 
-def recommend(rows: Iterable[Row], modules: dict[str, nn.Module]) -> list[Rule]:
-    """For each layer the factorization with the fewest multiply-accumulates of those whose truncation stayed within the tolerance.
+def recommend(
+    measured: Measured, modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], tolerance: float
+) -> list[Rule]:
+    """For each layer the factorization with the fewest multiply-accumulates whose truncation, alone, was tolerated.
 
     Args:
-        rows: of a study whose single layers are all measured.
+        measured: all truncations of single layers.
         modules: name -> the dense layer.
+        calls: name -> what it is given in one pass.
+        tolerance: the loss of accuracy that counts as none, in a truncation and in all milder ones at the same cuts.
     """
-    rows = list(rows)
-    study = next(row for row in rows if isinstance(row, Study))
-    least = study.accuracy - study.protocol.tolerance - 1e-9  # rounding: a loss of just the tolerance is tolerated
     rules = []
-    for layer in (row for row in rows if isinstance(row, Layer)):
-        module = modules[layer.name]
-        good = [row for row in rows if isinstance(row, Single) and row.layer == layer.name]
-        good = [row for row in good if not row.control and row.accuracy >= least]
+    for layer in measured.layers:
+        module, given = modules[layer.name], calls[layer.name]
+        curves = [measured.curve(layer.name, *cuts) for cuts in (*REALISED, ("i",))]
+        good = [row for curve in curves for row in curve[: measured.num_tolerated(curve, tolerance)]]
         methods = [factorization_of(module, row.cuts, row.bonds) for row in good]
-        cheaper = [method for method in methods if method and _saves(module, method)]
+        cheaper = [method for method in methods if method and _saves(module, method, given)]
         if cheaper:
-            rules.append(Rule(layer.name, min(cheaper, key=lambda method: _cost(Geometry(module), method))))
+            rules.append(Rule(layer.name, min(cheaper, key=lambda method: _cost(Geometry(module), method, given))))
         else:
-            rules.append(Rule(layer.name, None, "no factorization that saves is within the tolerance"))
+            rules.append(Rule(layer.name, None, "no factorization that saves is tolerated"))
     return rules
 
 
-def _saves(module: nn.Module, method: Factorization) -> bool:
+def _saves(module: nn.Module, method: Factorization, calls: Sequence[Call]) -> bool:
     geometry = Geometry(module)
-    return _cost(geometry, method)[0] < geometry.macs(_calls(geometry)) and fewer_params(module, method)
+    return _cost(geometry, method, calls)[0] < geometry.macs(calls) and fewer_params(module, method)
 
 
-def _cost(geometry: Geometry, method: Factorization) -> tuple[int, int]:
-    """Multiply-accumulates, at a nominal size of the picture, and parameters."""
+def _cost(geometry: Geometry, method: Factorization, calls: Sequence[Call]) -> tuple[int, int]:
+    """Multiply-accumulates and parameters."""
     ranks = method.ranks(geometry.weight_shape)
-    calls = _calls(geometry)
     partition = geometry.fewest_macs(method, ranks, calls)
     macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), partition, calls)
     return macs, _params(geometry, method)
@@ -82,7 +83,3 @@ def _cost(geometry: Geometry, method: Factorization) -> tuple[int, int]:
 def _params(geometry: Geometry, method: Factorization) -> int:
     network = geometry.network(method)
     return network.num_params(geometry.sizes(method, method.ranks(geometry.weight_shape)))
-
-
-def _calls(geometry: Geometry) -> Sequence[Call]:
-    return NOMINAL_CALLS if geometry.axes else (Call(1, ()),)

@@ -18,9 +18,8 @@ from lightning_modules.study.rows import (
 )
 from tnlayers.cuts import cut_label, cuts_of
 
-__all__ = ["CONTROLS", "Control", "Depth", "Measured", "effect", "points", "rank_correlation", "standard_error"]
+__all__ = ["Control", "Depth", "Measured", "effect", "points", "rank_correlation", "standard_error"]
 
-CONTROLS = ("random error", "random weight")
 _ROUNDING = 1e-9  # of an accuracy
 _Truncation = TypeVar("_Truncation", Single, Joint)
 
@@ -40,7 +39,7 @@ class Measured:
     singles: dict[tuple[str, tuple[str, ...], str], tuple[Single, ...]]
     joints: dict[tuple[str, ...], tuple[Joint, ...]]
     retrained: tuple[Retrained, ...]
-    recommendation: Recommendation | None
+    recommendations: tuple[Recommendation, ...]
 
     @staticmethod
     def of(rows: Sequence[Row]) -> "Measured":
@@ -68,20 +67,28 @@ class Measured:
             },
             {cuts: tuple(sorted(curve, key=lambda row: row.eps)) for cuts, curve in joints.items()},
             tuple(row for row in rows if isinstance(row, Retrained)),
-            next((row for row in rows if isinstance(row, Recommendation)), None),
+            tuple(row for row in rows if isinstance(row, Recommendation)),
         )
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The one with the fewest multiply-accumulates of those that end within the tolerance, or else the most accurate."""
+        good = [row for row in self.recommendations if self.within(row.accuracy[-1])]
+        if good:
+            return min(good, key=lambda row: (row.macs_kept, row.params_kept))
+        return max(self.recommendations, key=lambda row: row.accuracy[-1], default=None)
 
     def lost(self, accuracy: float) -> float:
         """Of the dense net's accuracy; negative where there is more."""
         return self.study.accuracy - accuracy
 
-    def within(self, accuracy: float) -> bool:
-        """Whether it lost at most the tolerance."""
-        return self.lost(accuracy) <= self.study.protocol.tolerance + _ROUNDING
+    def within(self, accuracy: float, tolerance: float | None = None) -> bool:
+        """Whether it lost at most the tolerance, that of the protocol unless one is given."""
+        return self.lost(accuracy) <= (self.study.protocol.tolerance if tolerance is None else tolerance) + _ROUNDING
 
-    def num_tolerated(self, curve: Sequence[Single | Joint]) -> int:
+    def num_tolerated(self, curve: Sequence[Single | Joint], tolerance: float | None = None) -> int:
         """How many truncations of a curve come before the first that loses too much."""
-        return next((place for place, row in enumerate(curve) if not self.within(row.accuracy)), len(curve))
+        return next((place for place, row in enumerate(curve) if not self.within(row.accuracy, tolerance)), len(curve))
 
     def tolerated(self, curve: Sequence[_Truncation]) -> _Truncation | None:
         """The last of them; None where already the first loses too much."""

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.study.rows import CUT_SETS
+from lightning_modules.study.rows import CONTROLS, CUT_SETS
 from tnlayers.cuts import NormLoss, Split, cuts_of, norm_loss, random_weight, split, truncate_cuts
 
-__all__ = ["CONTROLS", "Kernel", "Trial"]
-
-CONTROLS = ("random weight", "random error")
+__all__ = ["Kernel", "Trial"]
 
 
 @dataclass(frozen=True)

@@ -51,21 +51,27 @@ class Journal:
             raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self._size = path.stat().st_size if path.exists() else 0
         if not self.rows:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
             self.add(study)
 
     def add(self, row: Row) -> None:
         """The row is on the disk when this returns.
 
         Raises:
-            OSError: it is not; the message names the file and says why.
+            ValueError: another process writes to the file.
+            OSError: the row is not on the disk; the message names the file and says why.
         """
         try:
+            if self._path.stat().st_size != self._size:
+                raise ValueError(f"{self._path} is written by another process too: wait for it, or give another --out")
             with open(self._path, "a") as file:
                 file.write(json.dumps(row_to_plain(row)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+                self._size = file.tell()
         except OSError as error:
             raise OSError(f"cannot write {self._path}: {error.strerror}; the rows that it has are intact") from error
         self.rows.append(row)
@@ -81,7 +87,7 @@ def _difference(begun: Row, study: Study) -> str:
         return "its first line does not say of which"
     names = [field.name for field in fields(Study) if field.name != "training"]
     pairs = [(name, getattr(begun, name), getattr(study, name)) for name in names]
-    pairs += [(name, old, study.training.get(name)) for name, old in begun.training.items()]
+    pairs += [(name, begun.training.get(name), new) for name, new in study.training.items()]
     return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if not _same(name, old, new))
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from lightning_modules.loggers import log_pictures, log_table
-from lightning_modules.study.rows import Joint, Recommendation, Retrained, Row, Single, Study
+from lightning_modules.study.findings import Measured
+from lightning_modules.study.rows import Joint, Recommendation, Retrained, Row, Single
 
 __all__ = ["log_study"]
+
+_EPOCHS = "accuracy before and after each epoch"
 
 
 def log_study(loggers: Iterable[Logger], rows: Sequence[Row], folder: Path) -> None:
@@ -23,17 +26,15 @@ def log_study(loggers: Iterable[Logger], rows: Sequence[Row], folder: Path) -> N
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for row in rows:
-        if isinstance(row, Study):
-            metrics["study/accuracy_dense"] = row.accuracy
-        if isinstance(row, Recommendation):
-            metrics |= {
-                "study/recommended/accuracy_right_after": row.accuracy[0],
-                "study/recommended/accuracy_retrained": row.accuracy[-1],
-                "study/recommended/params_kept": row.params_kept,
-                "study/recommended/macs_kept": row.macs_kept,
-            }
+    measured = Measured.of(rows)
+    metrics = {"study/accuracy_dense": measured.study.accuracy}
+    if found := measured.recommendation:
+        metrics |= {
+            "study/recommended/accuracy_right_after": found.accuracy[0],
+            "study/recommended/accuracy_retrained": found.accuracy[-1],
+            "study/recommended/params_kept": found.params_kept,
+            "study/recommended/macs_kept": found.macs_kept,
+        }
     return metrics
 
 
@@ -46,15 +47,25 @@ def _tables(rows: Sequence[Row]) -> dict[str, tuple[list[str], list[list[str]]]]
     ]
     joint = [[" ".join(row.cuts), f"{row.target:g}", *_figures(row)] for row in rows if isinstance(row, Joint)]
     retrained = [
-        [" ".join(row.cuts), f"{row.target:g}", row.weights, " ".join(f"{value:.4f}" for value in row.accuracy)]
+        [" ".join(row.cuts), f"{row.target:g}", row.weights, _each(row.accuracy)]
         for row in rows
         if isinstance(row, Retrained)
+    ]
+    factors = [
+        [f"{row.tolerance:g}", f"{row.params_kept:.4f}", f"{row.macs_kept:.4f}", _each(row.accuracy)]
+        for row in rows
+        if isinstance(row, Recommendation)
     ]
     return {
         "layers": (["layer", "cuts", "bonds", "control", "norm loss", "accuracy"], single),
         "all_layers": (["cuts", "norm loss at most", "norm loss", "accuracy"], joint),
-        "retrained": (["cuts", "norm loss at most", "weights", "accuracy before and after each epoch"], retrained),
+        "retrained": (["cuts", "norm loss at most", "weights", _EPOCHS], retrained),
+        "factors": (["lost by a layer alone, at most", "parameters kept", "MACs kept", _EPOCHS], factors),
     }
+
+
+def _each(accuracies: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in accuracies)
 
 
 def _figures(row: Single | Joint) -> list[str]:

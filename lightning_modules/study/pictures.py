@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from lightning_modules.study.findings import CONTROLS, Depth, Measured
+from lightning_modules.study.findings import Depth, Measured
 from lightning_modules.study.plots import STYLES, Cell, Level, Line, Panel, Style, heatmap, over_layers, small_multiples
-from lightning_modules.study.rows import CUT_SETS, Joint, Layer, Retrained, Single
+from lightning_modules.study.rows import CONTROLS, CUT_SETS, Joint, Layer, Retrained, Single
 
 __all__ = ["bonds", "controls", "depth", "entropy", "joint", "retrained", "truncations"]
 

@@ -3,10 +3,11 @@
 `eps` and `delta` are the norm losses of `tnlayers.cuts.NormLoss`, accuracies fractions of the pictures, `loss` the mean cross-entropy.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 __all__ = [
+    "CONTROLS",
     "CUT_SETS",
     "Joint",
     "Layer",
@@ -22,6 +23,9 @@ __all__ = [
 
 CUT_SETS = {"Tucker-2": ("o", "i"), "Tucker": ("o", "i", "h", "w"), "MPS": ("i", "ih", "o")}
 """Several cuts of a Conv2d kernel that belong together, in the order in which they are truncated."""
+
+CONTROLS = ("random error", "random weight")
+"""What a truncation is compared with; see `Single`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Study:
         checkpoint: the file's name; `sha256` is of its content.
         data: the data set's class, and the number of `pictures` that are evaluated.
         accuracy, loss: of the dense net.
-        training: how nets are retrained: option -> value; empty in files that do not say.
+        training: how nets are retrained: option -> value.
     """
 
     kind: ClassVar[str] = "study"
@@ -86,8 +90,8 @@ class Study:
     accuracy: float
     loss: float
     protocol: Protocol
+    training: dict[str, Any]
     version: int = 1
-    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -195,15 +199,19 @@ class Retrained:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """For each layer the cheapest factorization whose truncation, alone, stayed within the tolerance; all of them applied together.
+    """For each layer the cheapest factorization whose truncation, alone, was tolerated; all of them applied together.
+
+    A study has several, because what layers tolerate alone is more than they tolerate together.
 
     Attributes:
+        tolerance: the loss of accuracy that counted as none in each layer.
         rules: resolved rules in their plain form.
         accuracy: before the first epoch of retraining the factors, and after each.
         params_kept, macs_kept: of the whole net.
     """
 
     kind: ClassVar[str] = "recommendation"
+    tolerance: float
     rules: tuple[dict[str, Any], ...]
     accuracy: tuple[float, ...]
     params_kept: float
@@ -211,7 +219,7 @@ class Recommendation:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.kind,)
+        return (self.kind, self.tolerance)
 
 
 Row = Study | Layer | Single | Joint | Retrained | Recommendation
@@ -230,15 +238,14 @@ def row_from_plain(plain: dict[str, Any]) -> Row:
     """
     values = {key: _frozen(value) for key, value in plain.items()}
     kind = _KINDS.get(values.pop("kind", ""))
-    if kind is None or not _needed(kind) <= values.keys() <= {each.name for each in fields(kind)}:
-        raise ValueError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
-    if kind is Study:
-        values["protocol"] = Protocol(**values["protocol"])
-    return kind(**values)
-
-
-def _needed(kind: type[Row]) -> set[str]:
-    return {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
+    try:
+        if kind is Study:
+            values["protocol"] = Protocol(**values["protocol"])
+        if kind is not None:
+            return kind(**values)
+    except (TypeError, KeyError):
+        pass
+    raise ValueError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
 
 
 def _frozen(value: Any) -> Any:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count, product
 from pathlib import Path
 
-from lightning_modules.study.factors import REALISED, recommend
+from lightning_modules.study.factors import REALISED
 from lightning_modules.study.grid import Trial
 from lightning_modules.study.journal import Journal
 from lightning_modules.study.rows import Row
@@ -21,7 +21,7 @@ Progress = Callable[[str, float, float], None]
 """Told what is measured, how much is done and how much there is, in evaluations of the whole net on all pictures."""
 Tick = Callable[[], None]
 
-
+_SHARES = (1.0, 0.5, 0.25, 0.0)  # of the tolerance that a layer may use up alone, where all are factorized
 Key = tuple[object, ...]
 
 
@@ -84,7 +84,8 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
         trials = kernel.trials(protocol.losses)
         if trials:
             keys, cost = tuple(trial.key for trial in trials), len(trials) * subject.shares[name]
-            yield _Work(name, keys, cost, subject.num_batches, partial(_singles, subject, name, trials))
+            steps = subject.num_steps(name, len(trials))
+            yield _Work(name, keys, cost, steps, partial(_singles, subject, name, trials))
     for cuts in subject.cut_sets:
         for eps in protocol.losses:
             name = f"all layers, {' '.join(cuts)} at norm loss {eps:g}"
@@ -95,8 +96,10 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
             name = f"retraining {' '.join(cuts)} at {eps:g}, {weights}"
             keys = (("retrained", cuts, eps, weights),)
             yield _Work(name, keys, cost, steps, partial(_retrained, subject, cuts, eps, weights))
-    name = "retraining the recommendation"
-    yield _Work(name, (("recommendation",),), cost, steps, partial(_recommended, subject, journal))
+    for tolerance in dict.fromkeys(share * protocol.tolerance for share in _SHARES):
+        name = f"retraining all in factors that lose at most {100 * tolerance:g} points alone"
+        keys = (("recommendation", tolerance),)
+        yield _Work(name, keys, cost, steps, partial(_recommended, subject, journal, tolerance))
 
 
 def _layer(subject: Subject, name: str, missing: Sequence[Key], tick: Tick) -> list[Row]:
@@ -117,5 +120,5 @@ def _retrained(
     return [subject.retrained(cuts, eps, weights, tick)]
 
 
-def _recommended(subject: Subject, journal: Journal, missing: Sequence[Key], tick: Tick) -> list[Row]:
-    return [subject.recommendation(recommend(journal.rows, subject.modules), tick)]
+def _recommended(subject: Subject, journal: Journal, tolerance: float, missing: Sequence[Key], tick: Tick) -> list[Row]:
+    return [subject.recommendation(journal.rows, tolerance, tick)]

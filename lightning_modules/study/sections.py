@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from lightning_modules.study import pictures
-from lightning_modules.study.findings import CONTROLS, Measured, points
-from lightning_modules.study.rows import CUT_SETS
+from lightning_modules.study.factors import REALISED
+from lightning_modules.study.findings import Measured, points
+from lightning_modules.study.rows import CONTROLS, Recommendation
 from lightning_modules.study.sentences import (
     bonds_sentence,
     control_sentence,
@@ -18,11 +19,12 @@ from lightning_modules.study.sentences import (
     recommendation_sentence,
     retraining_sentence,
     several_sentence,
+    together_sentence,
 )
 
 __all__ = ["Section", "Table", "sections"]
 
-_RESTS_ON = {"LowRank": ("ih",), "Tucker": CUT_SETS["Tucker-2"], "MPS": CUT_SETS["MPS"]}
+_RESTS_ON = {method: cuts for cuts, method in REALISED.items()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def sections(measured: Measured) -> list[Section]:
         (_joint, measured.joints),
         (_retrained, any(len(row.accuracy) > 1 for row in measured.retrained)),
         (_spectra, measured.layers),
+        (_together, measured.recommendations),
         (_recommended, measured.recommendation),
     ]
     return [section(measured) for section, rows in parts if rows]
@@ -168,12 +171,28 @@ def _spectra(measured: Measured) -> Section:
     return Section("Spectra of the trained weights", (text,), "entropy", pictures.entropy(measured))
 
 
+def _together(measured: Measured) -> Section:
+    text = (
+        "For each layer the factorization with the fewest MACs whose truncation, alone, loses at most so much, and every milder one too; "
+        "all of them applied together, and their factors retrained."
+    )
+
+    def row(of: Recommendation) -> tuple[str, ...]:
+        kept = (f"{of.params_kept:.0%}", f"{of.macs_kept:.0%}")
+        after = (f"{of.accuracy[0]:.1%}", f"{of.accuracy[-1]:.1%}", f"{100 * measured.lost(of.accuracy[-1]):.1f}")
+        return (f"{100 * of.tolerance:g} points", *kept, *after, "recommended" if of is measured.recommendation else "")
+
+    header = ("lost by a layer alone", "parameters kept", "MACs kept", "right after", "retrained", "points lost", "")
+    rows = tuple(map(row, measured.recommendations))
+    return Section("The whole net in factors", (together_sentence(measured), text), table=Table(header, rows))
+
+
 def _recommended(measured: Measured) -> Section:
     study, found = measured.study, measured.recommendation
     assert found is not None
     how = (
-        "For each layer the cheapest factorization whose truncation, alone, is tolerated. The table has the norm loss and the points "
-        "lost that this rests on."
+        f"For each layer the cheapest factorization whose truncation, alone, loses at most {100 * found.tolerance:g} points. The table "
+        "has the norm loss and the points lost that this rests on."
     )
     caution = (
         f"All figures are of the same {study.pictures:,} test pictures, and so was the choice: confirm the accuracy on pictures that had "

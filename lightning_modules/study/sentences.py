@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from lightning_modules.study.findings import CONTROLS, Measured, effect, points, standard_error
-from lightning_modules.study.rows import Joint, Retrained, Single
+from lightning_modules.study.findings import Measured, effect, points, standard_error
+from lightning_modules.study.rows import CONTROLS, Joint, Retrained, Single
 
 __all__ = [
     "about",
@@ -17,6 +17,7 @@ __all__ = [
     "recommendation_sentence",
     "retraining_sentence",
     "several_sentence",
+    "together_sentence",
 ]
 
 _SAME = 0.02  # norm losses that differ by less are called the same
@@ -41,7 +42,7 @@ def about(measured: Measured) -> str:
     study = measured.study
     tolerance = study.protocol.tolerance
     return (
-        f"{study.net} from {study.checkpoint} has an accuracy of {study.accuracy:.2%} on {study.pictures:,} test pictures of {study.data} "
+        f"{study.net} from {study.checkpoint} has an accuracy of {study.accuracy:.2%} on {study.pictures:,} test pictures ({study.data}) "
         f"(standard error {points(standard_error(study))}). Tolerated means at most {points(tolerance)} lost, "
         f"{tolerance * study.pictures:.0f} of these pictures."
     )
@@ -185,6 +186,16 @@ def retraining_sentence(measured: Measured) -> str:
         deepest = min(back, key=lambda row: (row.accuracy[0], row.weights == "dense", row.params_kept))
         return f"{text}; the deepest fall that is undone is {_fall(measured, deepest)}."
     return f"{text}; the nearest is {_fall(measured, max(broken, key=lambda row: row.accuracy[-1]))}."
+
+
+def together_sentence(measured: Measured) -> str:
+    """Whether layers that are tolerated alone are tolerated together."""
+    found = measured.recommendations
+    good = [row for row in found if measured.within(row.accuracy[-1])]
+    which = f"Of {len(found)} ways to factorize the whole net" if len(found) > 1 else "The whole net in factors"
+    if not good:
+        return f"{which}, none ends within the tolerance: the layers tolerate less together than alone."
+    return f"{which}, {len(good)} {'ends' if len(good) == 1 else 'end'} within the tolerance."
 
 
 def recommendation_sentence(measured: Measured) -> str:

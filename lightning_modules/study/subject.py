@@ -2,8 +2,10 @@
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,24 +16,30 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
 from lightning_modules.study.evaluation import score, scores_of_layer, weights
-from lightning_modules.study.factors import factorization_of, fewer_params
+from lightning_modules.study.factors import factorization_of, fewer_params, recommend
+from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
 from lightning_modules.study.retraining import retrain, training_options
-from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Single, Study
+from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
+from tnlayers.geometry import Geometry
 from tnlayers.linalg import precise
 from tnlayers.rules import fits
+from tnlayers.tracing import calls_of, layer_inputs
 
 __all__ = ["Subject"]
 
 Tick = Callable[[], None]
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+_HELD = 2**28  # bytes of a layer's candidate weights that are held at once
 
 
 class Subject:
     """A trained dense net, its layers and the pictures to measure on.
+
+    It is evaluated in float32 whatever precision it is retrained in.
 
     Args:
         model: a classifier with a fresh net; it is changed.
@@ -70,13 +78,15 @@ class Subject:
             raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
         self.modules = {name: self._net.get_submodule(name) for name in names}
         self.kernels = {name: Kernel(name, module) for name, module in self.modules.items()}
+        inputs = layer_inputs(self._net, self._example)
+        self._calls = {name: calls_of(Geometry(module), inputs[name]) for name, module in self.modules.items()}
         self._macs = {layer.name: layer.macs for layer in summarize(self._net, self._example, measure=False).layers}
         self._checkpoint = Path(checkpoint)
         self._dense = score(self._net, self._batches())
 
-    @property
-    def num_batches(self) -> int:
-        return -(-self._dense.pictures // self._data.batch_size)
+    def num_steps(self, name: str, trials: int) -> int:
+        """How often that many truncations of a layer tick: once for each batch of pictures that each group of them sees."""
+        return math.ceil(self._dense.pictures / self._data.batch_size) * math.ceil(trials / self._group(name))
 
     @property
     def epoch_cost(self) -> float:
@@ -125,6 +135,14 @@ class Subject:
 
     def singles(self, name: str, trials: Sequence[Trial], tick: Tick) -> Iterator[Single]:
         """One layer truncated in each of these ways; `tick` is called after every batch of pictures."""
+        size = self._group(name)
+        for first in range(0, len(trials), size):
+            yield from self._group_of_singles(name, trials[first : first + size], tick)
+
+    def _group(self, name: str) -> int:
+        return max(1, _HELD // (4 * self.kernels[name].weight.numel()))
+
+    def _group_of_singles(self, name: str, trials: Sequence[Trial], tick: Tick) -> Iterator[Single]:
         distinct: dict[str, Tensor] = {}  # the cuts of a 1x1 kernel are all the same
         attempts = []
         for trial in trials:
@@ -185,12 +203,18 @@ class Subject:
         trained = factorized if what == "factors" else net
         return Retrained(cuts, target, what, self._retrain(trained, tick), totals.params_kept, totals.macs_kept)
 
-    def recommendation(self, rules: Sequence[Rule], tick: Tick) -> Recommendation:
+    def recommendation(self, rows: Sequence[Row], tolerance: float, tick: Tick) -> Recommendation:
+        """What follows from truncations that lost at most `tolerance`; measured unless it is what another tolerance gave."""
+        measured = Measured.of(rows)
+        rules = recommend(measured, self.modules, self._calls, tolerance)
         resolved = resolve(self._net, rules, self._example)
+        plain = tuple(rule.to_plain() for rule in resolved)
+        for known in measured.recommendations:
+            if json.dumps(known.rules) == json.dumps(plain):
+                return replace(known, tolerance=tolerance)
         net = tensorize(copy.deepcopy(self._net), resolved)
         totals = summarize(net, self._example, measure=False).totals
-        plain = tuple(rule.to_plain() for rule in resolved)
-        return Recommendation(plain, self._retrain(net, tick), totals.params_kept, totals.macs_kept)
+        return Recommendation(tolerance, plain, self._retrain(net, tick), totals.params_kept, totals.macs_kept)
 
     def _retrain(self, net: nn.Module, tick: Tick) -> tuple[float, ...]:
         protocol = self.protocol
