@@ -10,6 +10,7 @@ from typing import Any
 from results.experiments import EXPERIMENTS, Experiment
 from results.run import RESULTS, result_path
 
+TIMES = RESULTS.parent / "benchmarks/epoch_time.json"
 _MARKED = re.compile(r"(<!-- runs of (\w+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 _HEADINGS = (
     "variant",
@@ -18,6 +19,7 @@ _HEADINGS = (
     "parameters",
     "fewer",
     "MACs kept",
+    "epoch",
     "training accuracy",
     "test accuracy",
     "against dense",
@@ -30,7 +32,7 @@ def tables(text: str, results: Path) -> str:
     return _MARKED.sub(lambda found: found[1] + section(EXPERIMENTS[found[2]], results) + found[3], text)
 
 
-def section(experiment: Experiment, results: Path) -> str:
+def section(experiment: Experiment, results: Path, times: Path = TIMES) -> str:
     """A line on the runs and a row for each variant that has some, as Markdown."""
     runs = {
         variant.name: [
@@ -44,7 +46,8 @@ def section(experiment: Experiment, results: Path) -> str:
     if not done:
         return "No run is finished yet.\n"
     reference = [run["test"]["accuracy"] for run in runs[experiment.variants[0].name]]
-    rows = [_row(name, found, reference) for name, found in runs.items() if found]
+    epochs = _epochs(experiment.name, times)
+    rows = [_row(name, found, reference, epochs.get(name, "")) for name, found in runs.items() if found]
     lines = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{_sentence(done, len(experiment.runs()))}\n\n{table}\n"
@@ -60,7 +63,13 @@ def _machine(run: dict[str, Any]) -> str:
     return run["environment"]["gpu"] or run["environment"]["machine"]
 
 
-def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float]) -> list[str]:
+def _epochs(name: str, times: Path) -> dict[str, str]:
+    """Variant -> seconds of an epoch, and of the dense net's what fraction; {} where none were measured."""
+    measured = json.loads(times.read_text())["experiments"] if times.exists() else {}
+    return {row["variant"]: f"{row['epoch_seconds']:.0f} s, {row['over_dense']:.2f}x" for row in measured.get(name, ())}
+
+
+def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], epoch: str) -> list[str]:
     first = runs[0]  # the counts are the same for every seed
     totals, accuracies = first["totals"], [run["test"]["accuracy"] for run in runs]
     against = 100 * (statistics.mean(accuracies) - statistics.mean(reference)) if reference else None
@@ -70,6 +79,7 @@ def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float]) 
         f"{totals['params']:,}",
         f"{totals['dense_params'] / totals['params']:.2f}x",
         f"{totals['macs'] / totals['dense_macs']:.1%}",
+        epoch,
         _spread([run["train"][-1]["accuracy"] for run in runs]),
         _spread(accuracies),
         "" if against is None or accuracies == list(reference) else f"{against:+.2f}",

@@ -46,7 +46,10 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
 
     other = result | {"seed": 1, "test": {"loss": 0.0, "accuracy": result["test"]["accuracy"] + 0.02}}
     path.with_name("low_rank_seed1.json").write_text(json.dumps(other))
-    *_, row, _ = section(TINY, tmp_path / "results").split("\n")
+    times = tmp_path / "epoch_time.json"
+    measured = {"digits": [{"variant": "low rank", "epoch_seconds": 12.3, "over_dense": 0.456}]}
+    times.write_text(json.dumps({"experiments": measured}))
+    *_, row, _ = section(TINY, tmp_path / "results", times).split("\n")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     totals, convolutions = result["totals"], result["convolutions"]
     assert cells[0] == "low rank"
@@ -54,7 +57,8 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
         100 * convolutions["weights"] / convolutions["dense_weights"], abs=0.05
     )
     assert cells[3] == f"{totals['params']:,}"
-    mean, spread = map(float, cells[7].split(" ± "))
+    assert cells[6] == "12 s, 0.46x"
+    mean, spread = map(float, cells[8].split(" ± "))
     assert mean == pytest.approx(100 * result["test"]["accuracy"] + 1, abs=0.006)
     assert spread == pytest.approx(2**0.5, abs=0.006)  # of two values two points apart
     assert cells[-1] == "2"
