@@ -135,6 +135,7 @@ def serve() -> None:
             os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             sys.argv = ["tnlayers", *arguments]
             os._exit(_exit_code())
         print(pid, flush=True)

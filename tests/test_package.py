@@ -104,11 +104,11 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
     (site / "dependencies.pth").write_text(f"{dependencies}\n")
     code = "import tnlayers, lightning_modules; print(tnlayers.__file__, lightning_modules.__file__)"
     where = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
+        [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
     ).stdout
     assert all(part.startswith(str(site)) for part in where.split())
     done = subprocess.run(
-        [python, "-m", "lightning_modules.cli", "quickstart", "--out", "run"],
+        [python, "-I", "-m", "lightning_modules.cli", "quickstart", "--out", "run"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
