@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
+from lightning_modules.study import subject as subjects
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
@@ -319,8 +320,10 @@ def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[
     assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
 
 
-def test_progress_goes_on_to_the_end(dense: Path, tmp_path: Path) -> None:
-    """Never back, never past the end, and as far for each layer as the next one starts."""
+@pytest.mark.parametrize("held", [subjects._HELD, 1])
+def test_progress_goes_on_to_the_end(held: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never back, never past the end, and as far for each layer as the next one starts; also where weights are measured one by one."""
+    monkeypatch.setattr(subjects, "_HELD", held)
     data, trainer = Digits(batch_size=32, val_fraction=0), Trainer(accelerator="cpu", logger=False)
     protocol = Protocol(losses=(0.3, 0.6), retrain=(), epochs=0, pictures=64, layers="conv*")
     subject, told = Subject(ImageClassifier(), data, trainer, dense, protocol), list[float]()
@@ -329,6 +332,16 @@ def test_progress_goes_on_to_the_end(dense: Path, tmp_path: Path) -> None:
         assert told == pytest.approx(sorted(told))
         assert told[-1] == 1
         told.clear()
+
+
+def test_a_large_layer_is_measured_in_groups(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, trainer = Digits(batch_size=32, val_fraction=0), Trainer(accelerator="cpu", logger=False)
+    subject = Subject(ImageClassifier(), data, trainer, dense, Protocol(pictures=64))
+    trials, ticks = subject.kernels["conv2"].trials((0.3, 0.6)), list[int]()
+    at_once = list(subject.singles("conv2", trials, lambda: None))
+    monkeypatch.setattr(subjects, "_HELD", 4 * 3 * 64 * 32 * 9)  # bytes of three of its weights
+    assert list(subject.singles("conv2", trials, lambda: ticks.append(1))) == at_once
+    assert len(ticks) == subject.num_steps("conv2", len(trials)) == 2 * math.ceil(len(trials) / 3)
 
 
 # ---- the journal
