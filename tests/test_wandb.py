@@ -17,6 +17,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from lightning_modules.loggers import WandB
+from lightning_modules.study import Measured, read_rows
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 from tests.processes import COMMAND, Forks, finish, start
 
@@ -149,9 +150,10 @@ def test_study_offline(tmp_path: Path) -> None:
     assert tnlayers("study", *DIGITS, "--checkpoint", checkpoint, "--out", out, *options, *logged_to(logs)) == 0
     config, history = read_run(logs)
     assert config["cli"]["protocol"]["losses"] == [0.5]
-    begun, *_, last = (json.loads(line) for line in (out / "study.jsonl").read_text().splitlines())
-    assert history["study/accuracy_dense"] == [begun["accuracy"]]
-    assert history["study/recommended/params_kept"] == [pytest.approx(last["params_kept"])]
+    measured = Measured.of(read_rows(out / "study.jsonl"))
+    assert measured.recommendation is not None
+    assert history["study/accuracy_dense"] == [measured.study.accuracy]
+    assert history["study/recommended/params_kept"] == [pytest.approx(measured.recommendation.params_kept)]
     (table,) = logs.glob("wandb/offline-run-*/files/media/table/study/layers*.json")
     assert {row[0] for row in json.loads(table.read_text())["data"]} == {"conv1", "conv2"}
     assert history["study/plots/count"] == [len(list(out.glob("*.png")))]
