@@ -220,9 +220,9 @@ def rank_correlation(x: Iterable[float], y: Iterable[float]) -> float | None:
         return None
 
 
-def points(fraction: float) -> str:
+def points(fraction: float, digits: int = 1) -> str:
     """A difference of accuracies, as in "1.2 points"."""
-    text = f"{round(100 * fraction, 1):g}"
+    text = f"{round(100 * fraction, digits):g}"
     return f"{text} point{'' if text == '1' else 's'}"
 
 

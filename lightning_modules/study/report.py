@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from lightning_modules.study.findings import Measured
+from lightning_modules.study.findings import Measured, points
 from lightning_modules.study.plots import png
 from lightning_modules.study.rows import Row
 from lightning_modules.study.sections import Section, sections
@@ -121,7 +121,7 @@ def _rules(measured: Measured) -> str:
     assert found is not None
     head = [
         f"{study.net} from {study.checkpoint} (sha256 {study.sha256[:16]}): for each layer the cheapest factorization whose",
-        f"truncation, alone, loses at most {100 * found.tolerance:g} points on {study.pictures:,} test pictures ({study.data}).",
+        f"truncation, alone, loses at most {points(found.tolerance, 2)} on {study.pictures:,} test pictures ({study.data}).",
         f"Kept of the whole net: {found.params_kept:.1%} of the parameters, {found.macs_kept:.1%} of the MACs.",
         f"tnlayers compress -c config.yaml --checkpoint {study.checkpoint} --out runs/compressed",
     ]

@@ -10,6 +10,7 @@ from itertools import count, product
 from pathlib import Path
 
 from lightning_modules.study.factors import REALISED
+from lightning_modules.study.findings import points
 from lightning_modules.study.grid import Trial
 from lightning_modules.study.journal import Journal
 from lightning_modules.study.rows import Row
@@ -97,7 +98,7 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
             keys = (("retrained", cuts, eps, weights),)
             yield _Work(name, keys, cost, steps, partial(_retrained, subject, cuts, eps, weights))
     for tolerance in dict.fromkeys(share * protocol.tolerance for share in _SHARES):
-        name = f"retraining all in factors that lose at most {100 * tolerance:g} points alone"
+        name = f"retraining all in factors that lose at most {points(tolerance, 2)} alone"
         keys = (("recommendation", tolerance),)
         yield _Work(name, keys, cost, steps, partial(_recommended, subject, journal, tolerance))
 

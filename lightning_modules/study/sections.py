@@ -180,7 +180,7 @@ def _together(measured: Measured) -> Section:
     def row(of: Recommendation) -> tuple[str, ...]:
         kept = (f"{of.params_kept:.0%}", f"{of.macs_kept:.0%}")
         after = (f"{of.accuracy[0]:.1%}", f"{of.accuracy[-1]:.1%}", f"{100 * measured.lost(of.accuracy[-1]):.1f}")
-        return (f"{100 * of.tolerance:g} points", *kept, *after, "recommended" if of is measured.recommendation else "")
+        return (points(of.tolerance, 2), *kept, *after, "recommended" if of is measured.recommendation else "")
 
     header = ("lost by a layer alone", "parameters kept", "MACs kept", "right after", "retrained", "points lost", "")
     rows = tuple(map(row, measured.recommendations))
@@ -191,7 +191,7 @@ def _recommended(measured: Measured) -> Section:
     study, found = measured.study, measured.recommendation
     assert found is not None
     how = (
-        f"For each layer the cheapest factorization whose truncation, alone, loses at most {100 * found.tolerance:g} points. The table "
+        f"For each layer the cheapest factorization whose truncation, alone, loses at most {points(found.tolerance, 2)}. The table "
         "has the norm loss and the points lost that this rests on."
     )
     caution = (
