@@ -146,12 +146,12 @@ EXPERIMENTS = {
             (
                 _heads("dense", []),
                 _heads("ADTN depth 1", _adtn(1)),
-                _heads("ADTN depth 2", _adtn(2)),
-                _heads("ADTN depth 3", _adtn(3)),
-                _heads("ADTN depth 2, ReLU", _adtn(2, "relu")),
-                _heads("ADTN depth 2, no activation", _adtn(2, "none")),
-                _heads("MPS of bond 4", _BOND4),
                 _heads("ADTN depth 1, random and frozen", _adtn(1), frozen=("fc1", "fc2")),
+                _heads("MPS of bond 4", _BOND4),
+                _heads("ADTN depth 2", _adtn(2)),
+                _heads("ADTN depth 2, no activation", _adtn(2, "none")),
+                _heads("ADTN depth 2, ReLU", _adtn(2, "relu")),
+                _heads("ADTN depth 3", _adtn(3)),
             ),
         ),
     )

@@ -82,7 +82,7 @@ def test_normalise() -> None:
 
 
 class Net(LightningModule):
-    """Counts the labels it is shown and keeps the pictures."""
+    """Keeps the pictures it is shown, stage by stage."""
 
     def __init__(self, num_classes: int, input_shape: tuple[int, int, int]) -> None:
         super().__init__()
