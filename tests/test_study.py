@@ -7,6 +7,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
+from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.study import subject as subjects
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.findings import Measured
@@ -342,6 +344,27 @@ def test_a_large_layer_is_measured_in_groups(dense: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(subjects, "_HELD", 4 * 3 * 64 * 32 * 9)  # bytes of three of its weights
     assert list(subject.singles("conv2", trials, lambda: ticks.append(1))) == at_once
     assert len(ticks) == subject.num_steps("conv2", len(trials)) == 2 * math.ceil(len(trials) / 3)
+
+
+class Mislabelled(Digits):
+    """Every training picture is a nought, its label says."""
+
+    def load(self, part: Literal["train", "test"]) -> PictureSet:
+        found = super().load(part)
+        assert isinstance(found, Pictures)
+        return Pictures(found.pictures, torch.zeros_like(found.labels)) if part == "train" else found
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_dense_net_teaches_what_is_retrained(weight: float, dense: Path) -> None:
+    data, trainer = Mislabelled(val_fraction=0), Trainer(accelerator="cpu", logger=False)
+    model = ImageClassifier(distill_weight=weight)
+    subject = Subject(model, data, trainer, dense, Protocol(epochs=2, layers="conv[23]"))
+    row = subject.retrained(("o", "i"), 0.7, "factors", lambda: None)
+    if weight:
+        assert row.accuracy[-1] > max(0.95, row.accuracy[0])  # labels do not matter
+    else:
+        assert row.accuracy[-1] < 0.2
 
 
 # ---- the journal

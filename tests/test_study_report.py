@@ -28,7 +28,8 @@ from lightning_modules.study.rows import (
 from tnlayers import rules_from_plain
 
 NAMES = ("conv1", "conv2", "conv3")
-STUDY = Study("net", "dense.ckpt", "0" * 64, "Pictures", 400, 10, 0.9, 0.3, Protocol(), {})
+TRAINING = {"teacher": "the dense net", "distill_weight": 0.9}
+STUDY = Study("net", "dense.ckpt", "0" * 64, "Pictures", 400, 10, 0.9, 0.3, Protocol(), TRAINING)
 LAYERS = [Layer(name, (8, 8, 3, 3), 576, 576, {"o": 8, "i": 8}, {"o": 1.5, "i": 2.0}) for name in NAMES]
 RULES = (
     {"pattern": "conv1", "method": "dense", "reason": "nothing is tolerated"},

@@ -17,7 +17,7 @@ from tnlayers.tracing import evaluating
 
 __all__ = ["retrain", "training_options"]
 
-_MODEL = ("teacher", "distill_weight", "temperature")
+_MODEL = ("distill_weight", "temperature")
 _DATA = ("batch_size", "val_fraction", "split_seed", "augment")
 _TRAINER = ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
 
@@ -68,6 +68,7 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer) -> 
     return {
         "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
         "lr_scheduler": type(scheduler).__name__ if scheduler else None,
+        "teacher": model.hparams["teacher"] or "the dense net",
         **{name: model.hparams[name] for name in _MODEL},
         **{name: getattr(data, name) for name in _DATA},
         **{name: getattr(like, name) for name in _TRAINER},

@@ -140,7 +140,7 @@ def _joint(measured: Measured) -> Section:
 def _retrained(measured: Measured) -> Section:
     text = (
         "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves, "
-        "which keep that much of the whole net's parameters and MACs."
+        f"which keep that much of the whole net's parameters and MACs. {_how_trained(measured)}"
     )
     rows = tuple(
         (
@@ -161,6 +161,13 @@ def _retrained(measured: Measured) -> Section:
         pictures.retrained(measured),
         Table(header, rows),
     )
+
+
+def _how_trained(measured: Measured) -> str:
+    training = measured.study.training
+    if not training["distill_weight"]:
+        return "They learn from the labels."
+    return f"They learn from the labels and, with a weight of {training['distill_weight']:g}, from the outputs of {training['teacher']}."
 
 
 def _spectra(measured: Measured) -> Section:

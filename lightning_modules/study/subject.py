@@ -39,7 +39,8 @@ _HELD = 2**28  # bytes of a layer's candidate weights that are held at once
 class Subject:
     """A trained dense net, its layers and the pictures to measure on.
 
-    It is evaluated in float32 whatever precision it is retrained in.
+    It is evaluated in float32 whatever precision it is retrained in, and teaches the nets that are retrained, unless the model
+    names another teacher or a `distill_weight` of 0.
 
     Args:
         model: a classifier with a fresh net; it is changed.
@@ -70,6 +71,8 @@ class Subject:
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
         self._net = model.net.to(self._device).eval()
+        if not model.hparams["teacher"] and model.hparams["distill_weight"] > 0:
+            model._teacher = (self._net,)  # as after `compress`
         with torch.no_grad():
             self._forward = FromLayer(self._net, next(self._batches())[0][:2])
         self._example = model.example_input.to(self._device)  # as `compress` has it, so that plans are the same
