@@ -19,6 +19,7 @@ from lightning_modules import ImageClassifier, build_net
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.study import subject as subjects
+from lightning_modules.study.evaluation import Score
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
@@ -42,7 +43,7 @@ from lightning_modules.study.subject import Subject
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import load_checkpoint, tensorize
+from tnlayers import LowRank, load_checkpoint, tensorize
 from tnlayers.geometry import Call
 from tnlayers.rules import Rule
 
@@ -126,6 +127,22 @@ class Tied(nn.Module):
         return self.head(self.third(self.second(self.first(x).relu()).relu()))
 
 
+class Views(nn.Module):
+    """Works in place on a tensor of which it has views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(4, 4, 1)
+        self.act, self.head = nn.SiLU(inplace=True), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a, b = x.chunk(2, 1)
+        side = self.side(x).mean((2, 3))
+        self.act(x)
+        return self.head(torch.cat([a.mean((2, 3)), self.body(b).mean((2, 3)), side], 1))
+
+
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +160,7 @@ NETS = [
     (Twice, True),
     (Inside, True),
     (Tied, True),
+    (Views, True),
     (Untraceable, False),
 ]
 
@@ -270,7 +288,9 @@ def test_a_study_is_complete(rows: list[Row]) -> None:
     cuts = {("o",), ("i",), ("h",), ("w",), ("oi",), ("ih",), ("iw",), *CUT_SETS.values()}
     assert joint == {(each, eps) for each in cuts for eps in (0.3, 0.6)}
     retrained = {(row.cuts, row.weights): row for row in rows if isinstance(row, Retrained)}
-    assert set(retrained) == {(each, weights) for each in REALISED for weights in ("dense", "factors")}
+    joined = {(each, weights) for each in REALISED for weights in ("dense", "factors")}
+    assert set(retrained) == {((), "dense"), *joined}
+    assert retrained[(), "dense"].accuracy[0] == rows[0].accuracy  # type: ignore[union-attr]
     for each in REALISED:  # the same net before it is trained, as it was measured among the joint truncations
         (measured,) = (row for row in rows if isinstance(row, Joint) and row.cuts == each and row.target == 0.6)
         for weights in ("dense", "factors"):
@@ -298,6 +318,18 @@ def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) ->
                 assert any(row.bonds == (rank,) for row in curve)
                 kept = [row.accuracy for row in curve if row.bonds[0] >= rank]
                 assert min(kept) >= begun.accuracy - recommended.tolerance - 1e-9
+
+
+def test_a_truncation_whose_milder_one_is_not_tolerated_is_not_recommended() -> None:
+    module = nn.Conv2d(16, 16, 3)
+    study = Study("net", "", "", "", 100, 10, 0.9, 0.3, Protocol(), {})
+    layer = Layer("conv", (16, 16, 3, 3), 2304, 2304, {"ih": 48}, {})
+    accuracies = {20: 0.9, 10: 0.8, 5: 0.9}
+    singles = [
+        Single("conv", ("ih",), (bond,), "", 1 / bond, 0, accuracy, 0.3) for bond, accuracy in accuracies.items()
+    ]
+    (rule,) = recommend(Measured.of([study, layer, *singles]), {"conv": module}, {"conv": [Call(1, (8, 8))]}, 0.01)
+    assert rule.factorization == LowRank(rank=(20,), plan=(("vertical",), ("horizontal",)))
 
 
 def test_nothing_is_recommended_where_nothing_is_tolerated(rows: list[Row]) -> None:
@@ -334,6 +366,25 @@ def test_progress_goes_on_to_the_end(held: int, dense: Path, tmp_path: Path, mon
         assert told == pytest.approx(sorted(told))
         assert told[-1] == 1
         told.clear()
+
+
+def test_what_cannot_be_studied_is_said_at_the_start(dense: Path, tmp_path: Path) -> None:
+    data, trainer = Digits(), Trainer(accelerator="cpu", logger=False)
+    model = ImageClassifier(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau: a study retrains without validating"):
+        Subject(model, data, trainer, dense, Protocol())
+    model = ImageClassifier()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.net.get_submodule("conv2"))
+    torch.save(model.net.state_dict(), tmp_path / "computed.pt")
+    with pytest.raises(ValueError, match="the weight of conv2 is computed at each call"):
+        Subject(model, data, trainer, tmp_path / "computed.pt", Protocol())
+
+
+def test_nan_is_no_class() -> None:
+    found = Score()
+    found.add(torch.tensor([[torch.nan, torch.nan], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert found.correct == 1
 
 
 def test_a_large_layer_is_measured_in_groups(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,11 +437,15 @@ def test_a_torn_line_is_cut_off(whole: Path, rows: list[Row], tmp_path: Path) ->
 def test_a_journal_that_another_process_writes_to_is_left_to_it(rows: list[Row], tmp_path: Path) -> None:
     begun, path = rows[0], tmp_path / "study.jsonl"
     assert isinstance(begun, Study)
-    first, second = Journal(path, begun), Journal(path, begun)
+    first = Journal(path, begun)
     first.add(rows[1])
-    with pytest.raises(ValueError, match="is written by another process too"):
-        second.add(rows[1])
-    first.add(rows[2])
+    with open(path, "a") as file:
+        file.write('{"half')
+    with pytest.raises(ValueError, match="is being written by another study"):
+        Journal(path, begun)
+    assert path.read_text().endswith('{"half')
+    del first
+    Journal(path, begun).add(rows[2])
     assert read_rows(path) == rows[:3]
 
 

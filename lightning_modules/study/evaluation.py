@@ -32,9 +32,9 @@ class Score:
         return self.total_loss / self.pictures
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """(n, classes) and (n,); summed on the CPU, because not every device has float64."""
+        """(n, classes) and (n,); nan is wrong. Summed on the CPU, because not every device has float64."""
         logits, labels = logits.cpu().double(), labels.cpu()
-        self.correct += int((logits.argmax(1) == labels).sum())
+        self.correct += int(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
         self.total_loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         self.pictures += len(labels)
 

@@ -1,6 +1,7 @@
 """From truncated cuts to the factorizations that have just these ranks, and the choice of one for each layer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -55,29 +56,27 @@ def recommend(
     """
     rules = []
     for layer in measured.layers:
-        module, given = modules[layer.name], calls[layer.name]
-        curves = [measured.curve(layer.name, *cuts) for cuts in (*REALISED, ("i",))]
+        module, curves = modules[layer.name], [measured.curve(layer.name, *cuts) for cuts in (*REALISED, ("i",))]
         good = [row for curve in curves for row in curve[: measured.num_tolerated(curve, tolerance)]]
-        methods = [factorization_of(module, row.cuts, row.bonds) for row in good]
-        cheaper = [method for method in methods if method and _saves(module, method, given)]
-        if cheaper:
-            rules.append(Rule(layer.name, min(cheaper, key=lambda method: _cost(Geometry(module), method, given))))
-        else:
-            rules.append(Rule(layer.name, None, "no factorization that saves is tolerated"))
+        methods = [method for row in good if (method := factorization_of(module, row.cuts, row.bonds))]
+        found = _cheapest(module, methods, calls[layer.name])
+        rules.append(Rule(layer.name, found, "" if found else "no factorization that saves is tolerated"))
     return rules
 
 
-def _saves(module: nn.Module, method: Factorization, calls: Sequence[Call]) -> bool:
+def _cheapest(module: nn.Module, methods: Sequence[Factorization], calls: Sequence[Call]) -> Factorization | None:
+    """The method with the fewest multiply-accumulates, computed as takes so few; None if the dense layer takes no more of these
+    or of parameters.
+    """
     geometry = Geometry(module)
-    return _cost(geometry, method, calls)[0] < geometry.macs(calls) and fewer_params(module, method)
-
-
-def _cost(geometry: Geometry, method: Factorization, calls: Sequence[Call]) -> tuple[int, int]:
-    """Multiply-accumulates and parameters."""
-    ranks = method.ranks(geometry.weight_shape)
-    partition = geometry.fewest_macs(method, ranks, calls)
-    macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), partition, calls)
-    return macs, _params(geometry, method)
+    costs = []
+    for method in methods:
+        ranks = method.ranks(geometry.weight_shape)
+        plan = geometry.fewest_macs(method, ranks, calls)
+        macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), plan, calls)
+        costs.append((macs, _params(geometry, method), replace(method, plan=plan)))
+    cheaper = [cost for cost in costs if cost[0] < geometry.macs(calls) and cost[1] < geometry.num_params]
+    return min(cheaper, key=lambda cost: cost[:2])[2] if cheaper else None
 
 
 def _params(geometry: Geometry, method: Factorization) -> int:

@@ -32,12 +32,14 @@ class Measured:
         layers: in the order of the rows.
         singles: (layer, cuts, control) -> a curve: truncations by rising norm loss.
         joints: cuts -> a curve.
+        untruncated: the dense net itself, retrained.
     """
 
     study: Study
     layers: tuple[Layer, ...]
     singles: dict[tuple[str, tuple[str, ...], str], tuple[Single, ...]]
     joints: dict[tuple[str, ...], tuple[Joint, ...]]
+    untruncated: Retrained | None
     retrained: tuple[Retrained, ...]
     recommendations: tuple[Recommendation, ...]
 
@@ -66,17 +68,30 @@ class Measured:
                 for key, curve in singles.items()
             },
             {cuts: tuple(sorted(curve, key=lambda row: row.eps)) for cuts, curve in joints.items()},
-            tuple(row for row in rows if isinstance(row, Retrained)),
+            next((row for row in rows if isinstance(row, Retrained) and not row.cuts), None),
+            tuple(row for row in rows if isinstance(row, Retrained) and row.cuts),
             tuple(row for row in rows if isinstance(row, Recommendation)),
         )
 
     @property
+    def factorized(self) -> tuple[Recommendation, ...]:
+        """Those that factorize something, and are not what a larger tolerance gave already."""
+        found: list[Recommendation] = []
+        for row in self.recommendations:
+            if any(rule["method"] != "dense" for rule in row.rules) and all(
+                row.rules != other.rules for other in found
+            ):
+                found.append(row)
+        return tuple(found)
+
+    @property
     def recommendation(self) -> Recommendation | None:
         """The one with the fewest multiply-accumulates of those that end within the tolerance, or else the most accurate."""
-        good = [row for row in self.recommendations if self.within(row.accuracy[-1])]
+        found = self.factorized or self.recommendations
+        good = [row for row in found if self.within(row.accuracy[-1])]
         if good:
             return min(good, key=lambda row: (row.macs_kept, row.params_kept))
-        return max(self.recommendations, key=lambda row: row.accuracy[-1], default=None)
+        return max(found, key=lambda row: row.accuracy[-1], default=None)
 
     def lost(self, accuracy: float) -> float:
         """Of the dense net's accuracy; negative where there is more."""

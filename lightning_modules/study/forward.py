@@ -1,5 +1,6 @@
 """A net whose forward pass goes on from a layer, so that what lies before a truncated layer is computed once."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,8 +35,8 @@ class FromLayer:
         self._interpreter: fx.Interpreter | None = None
         try:
             self._interpreter = fx.Interpreter(fx.symbolic_trace(net))
-            ends = {self.layers[0], self.layers[-1]}
-            self.splits = all(torch.equal(self.after(self.before(name, example)), net(example)) for name in ends)
+            whole = net(example)
+            self.splits = all(torch.equal(self.after(self.before(name, example)), whole) for name in self.layers)
         except Exception:  # whatever a net does that cannot be traced
             self.splits = False
         if not self.splits:
@@ -66,9 +67,9 @@ class FromLayer:
             assert isinstance(state, Tensor)
             return self._net(state)
         assert isinstance(state, dict)
-        # Copies, because layers may work in place.
-        copies = {node: fx.node.map_aggregate(value, _copy) for node, value in state.items()}
-        return self._interpreter.run(initial_env=copies)
+        # Copies, because layers may work in place; all at once, so that views are views of the copies.
+        copies = copy.deepcopy(list(state.values()))
+        return self._interpreter.run(initial_env=dict(zip(state, copies, strict=True)))
 
 
 def _parameters(run: fx.Interpreter, node: fx.Node) -> Iterable[Any]:
@@ -76,7 +77,3 @@ def _parameters(run: fx.Interpreter, node: fx.Node) -> Iterable[Any]:
     if node.op == "call_module":
         return run.fetch_attr(str(node.target)).parameters()
     return [run.fetch_attr(str(node.target))] if node.op == "get_attr" else []
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

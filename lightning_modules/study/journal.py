@@ -5,9 +5,14 @@ import math
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Journal", "read_rows"]
 
@@ -39,39 +44,32 @@ class Journal:
         study: what its rows are of.
 
     Raises:
-        ValueError: it is begun, and of another study; it stays as it is.
+        ValueError: it is begun, and of another study, or another process writes to it; it stays as it is.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
         self._path = path
-        self.rows = read_rows(path) if path.exists() else []
+        self._lock = _alone(path)  # as long as the journal is there
+        self.rows = read_rows(path)
         self._keys = {row.key for row in self.rows}
         if self.rows and (difference := _difference(self.rows[0], study)):
             raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._size = path.stat().st_size if path.exists() else 0
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         if not self.rows:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
             self.add(study)
 
     def add(self, row: Row) -> None:
         """The row is on the disk when this returns.
 
         Raises:
-            ValueError: another process writes to the file.
-            OSError: the row is not on the disk; the message names the file and says why.
+            OSError: it is not; the message names the file and says why.
         """
         try:
-            if self._path.stat().st_size != self._size:
-                raise ValueError(f"{self._path} is written by another process too: wait for it, or give another --out")
             with open(self._path, "a") as file:
                 file.write(json.dumps(row_to_plain(row)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-                self._size = file.tell()
         except OSError as error:
             raise OSError(f"cannot write {self._path}: {error.strerror}; the rows that it has are intact") from error
         self.rows.append(row)
@@ -79,6 +77,18 @@ class Journal:
 
     def has(self, key: tuple[object, ...]) -> bool:
         return key in self._keys
+
+
+def _alone(path: Path) -> IO[str]:
+    """The file, locked for as long as this is open; made where it is new. Without locks (on Windows) nobody is kept out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another study: wait for it, or give another --out") from None
+    return file
 
 
 def _difference(begun: Row, study: Study) -> str:

@@ -54,7 +54,7 @@ def retrained(measured: Measured) -> list[Figure]:
     for row in measured.retrained:
         panels.setdefault((row.cuts, row.target), []).append(row)
     shown = [
-        Panel(f"{measured.label(cuts)}, norm loss {target:g}", tuple(_path(row) for row in rows))
+        Panel(f"{measured.label(cuts)}, up to {target:g} a cut", tuple(_path(row) for row in rows))
         for (cuts, target), rows in panels.items()
     ]
     return small_multiples(shown, "epochs of retraining", _level(measured))

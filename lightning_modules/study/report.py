@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from lightning_modules.study.findings import Measured, points
+from lightning_modules.study.findings import Measured, effect, points
 from lightning_modules.study.plots import png
 from lightning_modules.study.rows import Row
 from lightning_modules.study.sections import Section, sections
@@ -126,5 +126,7 @@ def _rules(measured: Measured) -> str:
         f"tnlayers compress -c config.yaml --checkpoint {study.checkpoint} --out runs/compressed",
     ]
     rules = [yaml.safe_dump(rule, sort_keys=False, default_flow_style=True, width=math.inf) for rule in found.rules]
+    if not measured.within(found.accuracy[-1]):
+        head.insert(2, f"NOT within the tolerance: {effect(measured.lost(found.accuracy[-1]))} after retraining.")
     lines = [*(f"# {line}\n" for line in head), "model:\n", "  rules:\n" if rules else "  rules: []\n"]
     return "".join([*lines, *(f"    - {rule}" for rule in rules)])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
@@ -19,7 +20,13 @@ __all__ = ["retrain", "training_options"]
 
 _MODEL = ("distill_weight", "temperature")
 _DATA = ("batch_size", "val_fraction", "split_seed", "augment")
-_TRAINER = ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
+_TRAINER = (
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+)
 
 
 def retrain(
@@ -62,17 +69,31 @@ def retrain(
 
 
 def training_options(model: ImageClassifier, data: ImageData, like: Trainer) -> dict[str, Any]:
-    """What the outcome of `retrain` depends on beside the net, as plain values."""
+    """What the outcome of `retrain` depends on beside the net, as plain values.
+
+    Raises:
+        ValueError: a scheduler that waits for a validation, of which there is none.
+    """
+    data.setup("fit")
     optimizer = model._optimizer([nn.Parameter(torch.zeros(1))])
     scheduler = model._lr_scheduler(optimizer) if model._lr_scheduler else None
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "lr_scheduler ReduceLROnPlateau: a study retrains without validating; leave it out for a cosine"
+        )
     return {
+        "pictures": len(data.train_dataloader().dataset),  # type: ignore[arg-type]
         "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
-        "lr_scheduler": type(scheduler).__name__ if scheduler else None,
+        "lr_scheduler": f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}" if scheduler else None,
         "teacher": model.hparams["teacher"] or "the dense net",
         **{name: model.hparams[name] for name in _MODEL},
         **{name: getattr(data, name) for name in _DATA},
         **{name: getattr(like, name) for name in _TRAINER},
     }
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if isinstance(value, (bool, float, int, str))}
 
 
 def _accuracy(net: nn.Module, batches: Iterable[Batch]) -> float:

@@ -175,7 +175,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Retrained:
-    """A joint truncation that is trained on.
+    """A joint truncation that is trained on; without cuts, the dense net itself.
 
     Attributes:
         cuts, target: of the joint truncation.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -133,7 +134,10 @@ def _controls(measured: Measured) -> Section:
 
 
 def _joint(measured: Measured) -> Section:
-    text = "Every cut of every layer is truncated to the smallest bond dimension that loses at most the same norm."
+    text = (
+        "Each of these cuts of every layer that has them is truncated to the smallest bond dimension that loses at most the same norm; "
+        "several cuts together lose more."
+    )
     return Section("All layers at once", (joint_sentence(measured), text), "joint", pictures.joint(measured))
 
 
@@ -142,10 +146,12 @@ def _retrained(measured: Measured) -> Section:
         "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves, "
         f"which keep that much of the whole net's parameters and MACs. {_how_trained(measured)}"
     )
+    losses = {(row.cuts, row.target): row.eps for curve in measured.joints.values() for row in curve}
     rows = tuple(
         (
             measured.label(row.cuts),
             f"{row.target:g}",
+            f"{losses[row.cuts, row.target]:.2f}" if (row.cuts, row.target) in losses else "",
             row.weights,
             f"{row.accuracy[0]:.1%}",
             f"{row.accuracy[-1]:.1%}",
@@ -153,7 +159,16 @@ def _retrained(measured: Measured) -> Section:
         )
         for row in measured.retrained
     )
-    header = ("cuts", "norm loss", "trained", "before", "after", "parameters kept", "MACs kept")
+    header = (
+        "cuts",
+        "norm loss of a cut, at most",
+        "of all weights",
+        "trained",
+        "before",
+        "after",
+        "parameters kept",
+        "MACs kept",
+    )
     return Section(
         "What retraining brings back",
         (retraining_sentence(measured), text),
@@ -187,10 +202,11 @@ def _together(measured: Measured) -> Section:
     def row(of: Recommendation) -> tuple[str, ...]:
         kept = (f"{of.params_kept:.0%}", f"{of.macs_kept:.0%}")
         after = (f"{of.accuracy[0]:.1%}", f"{of.accuracy[-1]:.1%}", f"{100 * measured.lost(of.accuracy[-1]):.1f}")
-        return (points(of.tolerance, 2), *kept, *after, "recommended" if of is measured.recommendation else "")
+        chosen = of is measured.recommendation and measured.within(of.accuracy[-1])
+        return (points(of.tolerance, 2), *kept, *after, "recommended" if chosen else "")
 
     header = ("lost by a layer alone", "parameters kept", "MACs kept", "right after", "retrained", "points lost", "")
-    rows = tuple(map(row, measured.recommendations))
+    rows = tuple(map(row, measured.factorized))
     return Section("The whole net in factors", (together_sentence(measured), text), table=Table(header, rows))
 
 
@@ -214,17 +230,20 @@ def _recommended(measured: Measured) -> Section:
         if rule["method"] == "dense":
             reasons.setdefault(rule.get("reason", ""), []).append(rule["pattern"])
     dense = [f"Dense: {', '.join(names)}{reason and f' ({reason})'}." for reason, names in reasons.items()]
-    rows = []
-    for rule in found.rules:
-        rank = rule.get("rank", ())
-        ranks = tuple(rank) if isinstance(rank, (list, tuple)) else (rank,)
-        curve = measured.curve(rule["pattern"], *_RESTS_ON.get(rule["method"], ("i",)))
-        # Ranks are clamped to what the other ranks of the layer let them attain, and may be below the bond dimensions measured.
-        enough = [row for row in curve if all(bond >= size for bond, size in zip(row.bonds, ranks, strict=False))]
-        row = enough[-1] if enough else None
-        figures = (f"{row.eps:.2f}", f"{100 * measured.lost(row.accuracy):.1f}") if row else ("", "")
-        rows.append((rule["pattern"], rule["method"], ", ".join(map(str, ranks)), *figures))
-    table = Table(("layer", "method", "rank", "norm loss", "points lost"), tuple(rows))
+    rows = tuple(_chosen(measured, rule) for rule in found.rules)
+    table = Table(("layer", "method", "rank", "norm loss", "points lost"), rows)
     return Section(
         "Recommendation", (recommendation_sentence(measured), " ".join([how, *dense]), caution, use), table=table
     )
+
+
+def _chosen(measured: Measured, rule: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the recommendation's table; a dense layer rests on no truncation."""
+    if rule["method"] == "dense":
+        return (rule["pattern"], "dense", "", "", "")
+    ranks = tuple(rule["rank"]) if isinstance(rule["rank"], (list, tuple)) else (rule["rank"],)
+    curve = measured.curve(rule["pattern"], *_RESTS_ON.get(rule["method"], ("i",)))
+    # Ranks are clamped to what the other ranks of the layer let them attain, and may be below the bond dimensions measured.
+    enough = [row for row in curve if all(bond >= rank for bond, rank in zip(row.bonds, ranks, strict=False))]
+    figures = (f"{enough[-1].eps:.2f}", f"{100 * measured.lost(enough[-1].accuracy):.1f}") if enough else ("", "")
+    return (rule["pattern"], rule["method"], ", ".join(map(str, ranks)), *figures)

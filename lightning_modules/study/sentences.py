@@ -1,5 +1,6 @@
 """What a study says, in sentences: computed from its rows, and the opposite where the rows say so."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -21,7 +22,6 @@ __all__ = [
 ]
 
 _SAME = 0.02  # norm losses that differ by less are called the same
-_TREND = 0.2  # rank correlations below it are called none
 
 
 def opening(measured: Measured) -> list[str]:
@@ -44,7 +44,7 @@ def about(measured: Measured) -> str:
     return (
         f"{study.net} from {study.checkpoint} has an accuracy of {study.accuracy:.2%} on {study.pictures:,} test pictures ({study.data}) "
         f"(standard error {points(standard_error(study))}). Tolerated means at most {points(tolerance)} lost, "
-        f"{tolerance * study.pictures:.0f} of these pictures."
+        f"{math.floor(tolerance * study.pictures + 1e-9)} of these pictures."
     )
 
 
@@ -115,7 +115,8 @@ def depth_sentence(measured: Measured) -> str:
         return text + "."
     if depth.correlation is None:
         return text + "; all layers tolerate the same."
-    trend = "no trend" if abs(depth.correlation) < _TREND else "rising" if depth.correlation > 0 else "falling"
+    noise = 2 / math.sqrt(len(depth.means) - 1)  # two standard deviations of the correlation of what has no trend
+    trend = "no trend" if abs(depth.correlation) < noise else "rising" if depth.correlation > 0 else "falling"
     join = "but" if {verdict, trend} in ({"more", "falling"}, {"less", "rising"}) else "and"
     how = "there is no clear trend" if trend == "no trend" else f"it is {trend} with depth"
     return f"{text}; {join} over all {len(depth.means)} layers {how} (rank correlation {depth.correlation:+.2f})."
@@ -123,15 +124,12 @@ def depth_sentence(measured: Measured) -> str:
 
 def several_sentence(measured: Measured) -> str:
     """The largest norm loss that several cuts of one layer take within the tolerance, or that there is none."""
-    rows = [
-        row for (_, cuts, control), curve in measured.singles.items() if len(cuts) > 1 and not control for row in curve
-    ]
-    return _best(measured, "several cuts of one layer at once", [row for row in rows if row.eps > 0])
+    curves = [curve for (_, cuts, control), curve in measured.singles.items() if len(cuts) > 1 and not control]
+    return _best(measured, "several cuts of one layer at once", curves)
 
 
 def joint_sentence(measured: Measured) -> str:
-    rows = [row for curve in measured.joints.values() for row in curve if row.eps > 0]
-    return _best(measured, "all layers at once", rows)
+    return _best(measured, "all layers at once", list(measured.joints.values()))
 
 
 def control_sentence(measured: Measured, name: str) -> str:
@@ -179,18 +177,25 @@ def retraining_sentence(measured: Measured) -> str:
         if any(row.weights == weights for row in broken)
     ]
     epochs = _epochs(max(len(row.accuracy) for row in broken) - 1)
-    text = (
-        f"After {epochs} of retraining what had lost too much is within the tolerance again in {' and '.join(counts)}"
-    )
+    if "pictures" in measured.study.training:
+        epochs += f" over {measured.study.training['pictures']:,} pictures"
+    text = f"After {epochs} what had lost too much is within the tolerance again in {' and '.join(counts)}"
     if back:
         deepest = min(back, key=lambda row: (row.accuracy[0], row.weights == "dense", row.params_kept))
-        return f"{text}; the deepest fall that is undone is {_fall(measured, deepest)}."
-    return f"{text}; the nearest is {_fall(measured, max(broken, key=lambda row: row.accuracy[-1]))}."
+        text += f"; the deepest fall that is undone is {_fall(measured, deepest)}"
+    else:
+        text += f"; the nearest is {_fall(measured, max(broken, key=lambda row: row.accuracy[-1]))}"
+    if measured.untruncated:
+        after = measured.untruncated.accuracy[-1]
+        text += f". The dense net itself, trained on likewise, ends at {after:.1%} ({effect(measured.lost(after))})"
+    return text + "."
 
 
 def together_sentence(measured: Measured) -> str:
     """Whether layers that are tolerated alone are tolerated together."""
-    found = measured.recommendations
+    found = measured.factorized
+    if not found:
+        return "No layer tolerates a factorization that saves."
     good = [row for row in found if measured.within(row.accuracy[-1])]
     which = f"Of {len(found)} ways to factorize the whole net" if len(found) > 1 else "The whole net in factors"
     if not good:
@@ -202,24 +207,29 @@ def recommendation_sentence(measured: Measured) -> str:
     found = measured.recommendation
     if found is None:
         return ""
+    if not measured.factorized:
+        return "Nothing is recommended: no layer tolerates a factorization that saves."
+    good = measured.within(found.accuracy[-1])
     text = (
-        f"Recommended: {found.params_kept:.0%} of the parameters and {found.macs_kept:.0%} of the MACs kept; "
+        f"{'Recommended' if good else 'None is within the tolerance, and the most accurate is'}: "
+        f"{found.params_kept:.0%} of the parameters and {found.macs_kept:.0%} of the MACs kept; "
         f"accuracy {found.accuracy[0]:.2%} right after ({effect(measured.lost(found.accuracy[0]))})"
     )
     if len(found.accuracy) > 1:
         after = found.accuracy[-1]
         text += f", {after:.2%} after {_epochs(len(found.accuracy) - 1)} of retraining ({effect(measured.lost(after))})"
-    return text + "."
+    return text + "; chosen and measured on the same pictures."
 
 
 def _epochs(count: int) -> str:
     return f"{count} epoch{'' if count == 1 else 's'}"
 
 
-def _best(measured: Measured, what: str, rows: Sequence[Single | Joint]) -> str:
+def _best(measured: Measured, what: str, curves: Sequence[Sequence[Single | Joint]]) -> str:
+    rows = [row for curve in curves for row in curve if row.eps > 0]
     if not rows:
         return ""
-    good = [row for row in rows if measured.within(row.accuracy)]
+    good = [row for curve in curves for row in curve[: measured.num_tolerated(curve)] if row.eps > 0]
     if not good:
         mildest = max(rows, key=lambda row: (row.accuracy, row.eps))
         return (
@@ -242,7 +252,8 @@ def _where(measured: Measured, row: Single | Joint) -> str:
 
 def _fall(measured: Measured, row: Retrained) -> str:
     return (
-        f"{measured.label(row.cuts)} at {row.target:g} of all layers, {row.accuracy[0]:.1%} before and {row.accuracy[-1]:.1%} after "
+        f"{measured.label(row.cuts)} of all layers at up to {row.target:g} a cut, {row.accuracy[0]:.1%} before and "
+        f"{row.accuracy[-1]:.1%} after "
         f"({'dense weights' if row.weights == 'dense' else f'factors, {row.params_kept:.0%} of the parameters'})"
     )
 

@@ -52,9 +52,11 @@ class Subject:
     Attributes:
         kernels: name -> the weight of each layer that is studied, in the order in which the net calls them.
         modules: name -> the layer.
+        training: how nets are retrained, as plain values.
 
     Raises:
-        ValueError: no layer fits the protocol's pattern, there are several processes, or weights that are not float32.
+        ValueError: no layer fits the protocol's pattern, the weight of one is no parameter, there are several processes, weights
+            that are not float32, or a scheduler that waits for a validation.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Subject:
             raise ValueError(
                 f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
             )
+        self.training = training_options(model, data, trainer)
         model.load(checkpoint)
         to_dense(model.net)
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
@@ -80,6 +83,12 @@ class Subject:
         if not names:
             raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
         self.modules = {name: self._net.get_submodule(name) for name in names}
+        for name, module in self.modules.items():
+            if "weight" not in module._parameters:
+                raise ValueError(
+                    f"the weight of {name} is computed at each call (weight_norm?), and a study overwrites it: make it a parameter, "
+                    "as torch.nn.utils.remove_weight_norm does"
+                )
         self.kernels = {name: Kernel(name, module) for name, module in self.modules.items()}
         inputs = layer_inputs(self._net, self._example)
         self._calls = {name: calls_of(Geometry(module), inputs[name]) for name, module in self.modules.items()}
@@ -94,9 +103,7 @@ class Subject:
     @property
     def epoch_cost(self) -> float:
         """What an epoch of training takes, in evaluations: forward, twice that backward, and the evaluation after it."""
-        self._data.setup("fit")
-        trained = len(self._data.train_dataloader().dataset)  # type: ignore[arg-type]
-        return 3 * trained / self._dense.pictures + 1
+        return 3 * self.training["pictures"] / self._dense.pictures + 1
 
     @property
     def shares(self) -> dict[str, float]:
@@ -122,7 +129,7 @@ class Subject:
             accuracy=dense.accuracy,
             loss=dense.loss,
             protocol=self.protocol,
-            training=training_options(self._model, self._data, self._trainer),
+            training=self.training,
         )
 
     def layer(self, name: str) -> Layer:
@@ -187,6 +194,10 @@ class Subject:
             accuracy=result.accuracy,
             loss=result.loss,
         )
+
+    def untruncated(self, tick: Tick) -> Retrained:
+        """The dense net, trained on as the truncations are: what they are to be compared with."""
+        return Retrained((), 0.0, "dense", self._retrain(copy.deepcopy(self._net), tick), 1.0, 1.0)
 
     def retrained(self, cuts: tuple[str, ...], target: float, what: str, tick: Tick) -> Retrained:
         """A joint truncation, trained on as it is ("dense") or as factors, where those have fewer parameters ("factors")."""
