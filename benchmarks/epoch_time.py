@@ -2,8 +2,9 @@
 
 python -m benchmarks.epoch_time cnn4_from_scratch tai_cnn            # writes benchmarks/epoch_time.json
 
-One training step (forward, backward, optimizer) of a batch of 128 pictures of 32x32, on nets with random weights that take
-turns in one process; medians over rounds. An epoch is that many times the steps of 50,000 pictures, reading them aside.
+One training step (forward, backward, optimizer) of a batch of the experiment's size, pictures of 32x32, on nets with random
+weights that take turns in one process; medians over rounds. An epoch is that times the steps of 50,000 pictures, reading them
+aside. Experiments that are not named stay in the file as they are.
 """
 
 import argparse
@@ -24,16 +25,16 @@ from lightning_modules.report import environment
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from tnlayers import tensorize
 
-BATCH, PICTURES, SHAPE, CLASSES = 128, 50_000, (3, 32, 32), 10
-STEPS = math.ceil(PICTURES / BATCH)
+PICTURES, SHAPE, CLASSES, DEFAULT_BATCH = 50_000, (3, 32, 32), 10, 128
+WHOLE = [name for name, experiment in EXPERIMENTS.items() if "callbacks" not in Path(experiment.config).read_text()]
 
 
-def step_of(experiment: Experiment, variant: Variant) -> Callable[[], None]:
-    """One training step of the variant's net."""
+def step_of(experiment: Experiment, variant: Variant, batch: int) -> Callable[[], None]:
+    """One training step of the variant's net, all of it."""
     model = classifier(experiment, variant)
     tensorize(model.net, model.resolve("random"), init="random")
     optimizer = model._optimizer(model.parameters())
-    x, y = torch.randn(BATCH, *SHAPE), torch.randint(0, CLASSES, (BATCH,))
+    x, y = torch.randn(batch, *SHAPE), torch.randint(0, CLASSES, (batch,))
 
     def step() -> None:
         F.cross_entropy(model(x), y).backward()
@@ -57,30 +58,30 @@ def classifier(experiment: Experiment, variant: Variant) -> ImageClassifier:
     return parser.instantiate(parser.parse_object({"model": model})).model
 
 
-def rows(experiment: Experiment, rounds: int) -> list[dict[str, Any]]:
+def times(experiment: Experiment, rounds: int) -> dict[str, Any]:
     """What a step and an epoch of each variant take; the first is what the others are compared with."""
-    seconds = medians({variant.name: step_of(experiment, variant) for variant in experiment.variants}, rounds)
+    data = yaml.safe_load(Path(experiment.config).read_text())["data"]["init_args"]
+    batch = data.get("batch_size", DEFAULT_BATCH)
+    steps = math.ceil(PICTURES / batch)
+    seconds = medians({variant.name: step_of(experiment, variant, batch) for variant in experiment.variants}, rounds)
     first = seconds[experiment.variants[0].name]
-    return [
-        {"variant": name, "step_seconds": step, "epoch_seconds": STEPS * step, "over_dense": step / first}
+    variants = [
+        {"variant": name, "step_seconds": step, "epoch_seconds": steps * step, "over_dense": step / first}
         for name, step in seconds.items()
     ]
+    return {"batch": batch, "steps": steps, "variants": variants, "environment": environment()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="name", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="+", choices=WHOLE, metavar="name", help=", ".join(WHOLE))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    result = {
-        "batch": BATCH,
-        "steps": STEPS,
-        "experiments": {name: rows(EXPERIMENTS[name], options.rounds) for name in options.names},
-        "environment": environment(),
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(options.out.read_text())
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found = {name: times(EXPERIMENTS[name], options.rounds) for name in options.names}
+    options.out.write_text(json.dumps(known | found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

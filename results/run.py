@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -46,14 +46,15 @@ def run(
     """
     path = result_path(results, experiment, variant, seed)
     folder = runs / experiment.name / path.stem
-    with alone(folder) as free:
-        if not free or path.exists():
+    with alone(folder) as lock:
+        if lock is None or path.exists():
             return
         options = ["-c", experiment.config, *variant.options, "--seed_everything", str(seed)]
-        tnlayers("fit", *options, *handed, "--trainer.default_root_dir", str(folder / "fit"), "--ckpt_path", "last")
+        fit = ["--trainer.default_root_dir", str(folder / "fit"), "--ckpt_path", "last"]
+        tnlayers("fit", *options, *handed, *fit, lock=lock)
         (checkpoint,) = folder.glob("fit/*/*/checkpoints/last.ckpt")
         tested = ["--trainer.default_root_dir", str(folder / "test"), "--ckpt_path", str(checkpoint)]
-        tnlayers("test", *options, *handed, *tested)
+        tnlayers("test", *options, *handed, *tested, lock=lock)
         trained = rows(checkpoint.parents[1] / "metrics.csv", "train/loss", "train/accuracy")
         tests = sorted(folder.glob("test/*/*/metrics.csv"), key=lambda file: file.stat().st_mtime)
         (test,) = rows(tests[-1], "test/loss", "test/accuracy")
@@ -74,20 +75,21 @@ def run(
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Whether this process is the only one in the folder; the lock is gone with the process that holds it."""
+def alone(folder: Path) -> Iterator[IO[str] | None]:
+    """The folder's lock, None where another process has it; it is gone with the last process that holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield lock
 
 
-def tnlayers(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "lightning_modules.cli", *arguments], check=True)
+def tnlayers(*arguments: str, lock: IO[str]) -> None:
+    """Runs a command, which holds the lock too: it may outlive this process."""
+    subprocess.run([sys.executable, "-m", "lightning_modules.cli", *arguments], check=True, pass_fds=[lock.fileno()])
 
 
 def rows(path: Path, *names: str) -> list[dict[str, float]]:

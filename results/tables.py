@@ -65,8 +65,9 @@ def _machine(run: dict[str, Any]) -> str:
 
 def _epochs(name: str, times: Path) -> dict[str, str]:
     """Variant -> seconds of an epoch, and of the dense net's what fraction; {} where none were measured."""
-    measured = json.loads(times.read_text())["experiments"] if times.exists() else {}
-    return {row["variant"]: f"{row['epoch_seconds']:.0f} s, {row['over_dense']:.2f}x" for row in measured.get(name, ())}
+    measured = json.loads(times.read_text()) if times.exists() else {}
+    rows = measured[name]["variants"] if name in measured else []
+    return {row["variant"]: f"{row['epoch_seconds']:.0f} s, {row['over_dense']:.2f}x" for row in rows}
 
 
 def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], epoch: str) -> list[str]:
@@ -88,8 +89,10 @@ def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], 
 
 
 def _kept(run: dict[str, Any], dimensions: int) -> str:
-    """Weights of the layers whose dense weight has so many dimensions, biases aside."""
+    """Weights of the layers whose dense weight has so many dimensions, biases aside; empty if the net has none."""
     layers = [layer for layer in run["layers"] if len(layer["weight_shape"]) == dimensions]
+    if not layers:
+        return ""
     return f"{100 * sum(layer['weights'] for layer in layers) / sum(layer['dense_weights'] for layer in layers):.3g} %"
 
 

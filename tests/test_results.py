@@ -47,8 +47,8 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
     other = result | {"seed": 1, "test": {"loss": 0.0, "accuracy": result["test"]["accuracy"] + 0.02}}
     path.with_name("low_rank_seed1.json").write_text(json.dumps(other))
     times = tmp_path / "epoch_time.json"
-    measured = {"digits": [{"variant": "low rank", "epoch_seconds": 12.3, "over_dense": 0.456}]}
-    times.write_text(json.dumps({"experiments": measured}))
+    measured = {"variants": [{"variant": "low rank", "epoch_seconds": 12.3, "over_dense": 0.456}]}
+    times.write_text(json.dumps({"digits": measured}))
     *_, row, _ = section(TINY, tmp_path / "results", times).split("\n")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     totals, convolutions = result["totals"], result["convolutions"]
@@ -63,12 +63,35 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
     assert spread == pytest.approx(2**0.5, abs=0.006)  # of two values two points apart
     assert cells[-1] == "2"
 
+    without = [layer for layer in result["layers"] if not layer["name"].startswith("fc")]
+    path.write_text(json.dumps(result | {"layers": without}))
+    *_, row, _ = section(TINY, tmp_path / "results", times).split("\n")
+    assert row.split("|")[3].strip() == ""  # of linears
+
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pytest.fail)
-    with runner.alone(tmp_path / "runs/digits/low_rank_seed0") as free:
-        assert free
+    with runner.alone(tmp_path / "runs/digits/low_rank_seed0") as lock:
+        assert lock
         assert not run_tiny(tmp_path).exists()
+
+
+def test_training_that_outlives_its_runner_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(command: list[str], check: bool, pass_fds: list[int]) -> None:
+        started.append(subprocess.Popen(["sleep", "60"], pass_fds=pass_fds))
+
+    monkeypatch.setattr(subprocess, "run", start)
+    with runner.alone(tmp_path) as lock:
+        assert lock
+        runner.tnlayers("fit", lock=lock)
+    with runner.alone(tmp_path) as lock:
+        assert lock is None
+    started[0].kill()
+    started[0].wait()
+    with runner.alone(tmp_path) as lock:
+        assert lock
 
 
 def test_the_most_telling_runs_come_first() -> None:
