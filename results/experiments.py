@@ -144,7 +144,8 @@ EXPERIMENTS = {
             "vgg16_cifar_heads",
             CIFAR10_JPEG,
             (
-                _heads("dense", []),
+                # Trained weights, which the others' learning rate would throw away.
+                Variant("dense", ("--model.optimizer.lr", "0.0005")),
                 _heads("ADTN depth 1", _adtn(1)),
                 _heads("ADTN depth 1, random and frozen", _adtn(1), frozen=("fc1", "fc2")),
                 _heads("MPS of bond 4", _BOND4),
