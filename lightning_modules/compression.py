@@ -15,9 +15,17 @@ from lightning_modules.loggers import log_pictures, log_table
 from lightning_modules.report import Report
 from tnlayers import Rule, Summary, rules_of, summarize, tensorize, to_dense
 
-__all__ = ["Compression", "accuracy_on_test", "compress", "layer_metrics", "log_report"]
+__all__ = [
+    "CALIBRATION_BATCHES",
+    "Compression",
+    "accuracy_on_test",
+    "compress",
+    "layer_metrics",
+    "log_report",
+    "recalibrate_if_better",
+]
 
-_CALIBRATION_BATCHES = 16
+CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def compress(
     accuracy = {stage: accuracy_on_test(trainer, model, data)}
     dense = copy.deepcopy(model.net)
     tensorize(model.net, rules)
-    batches = data.calibration_batches(_CALIBRATION_BATCHES)
+    batches = data.calibration_batches(CALIBRATION_BATCHES)
     recalibrated = recalibrate_if_better(model.net, dense, batches)
     accuracy["right after"] = accuracy_on_test(trainer, model, data)
     notes = [f"from        {checkpoint}: {loaded}"]

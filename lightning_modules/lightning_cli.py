@@ -221,6 +221,7 @@ class TensorCLI(LightningCLI):
             log_config(logger, "cli", text)
         given = yaml.safe_load(text)
         out = Path(given["out"])
+        given["trainer"]["max_epochs"] = given["trainer"]["max_epochs"] or given["protocol"]["epochs"] or None
         for key in ("checkpoint", "out", "config", "protocol"):
             given.pop(key, None)
         given["model"]["rules"] = yaml.safe_load((out / "rules.yaml").read_text())["model"]["rules"]

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ from lightning_modules.study.subject import Subject
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import LowRank, load_checkpoint, tensorize
+from tnlayers import TT, LowRank, load_checkpoint, tensorize
 from tnlayers.geometry import Call
 from tnlayers.rules import Rule
 
@@ -320,16 +321,27 @@ def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) ->
                 assert min(kept) >= begun.accuracy - recommended.tolerance - 1e-9
 
 
-def test_a_truncation_whose_milder_one_is_not_tolerated_is_not_recommended() -> None:
-    module = nn.Conv2d(16, 16, 3)
+RECOMMENDED = [
+    (nn.Conv2d(16, 16, 3), "ih", Call(1, (8, 8)), LowRank(rank=(20,), plan=(("vertical",), ("horizontal",)))),
+    (
+        nn.Linear(64, 128),
+        "i",
+        Call(1, ()),
+        TT(rank=(20,), in_shape=(64, 1), out_shape=(1, 128), plan=(("core1",), ("core2",))),
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "cut", "call", "expected"), RECOMMENDED)
+def test_a_truncation_whose_milder_one_is_not_tolerated_is_not_recommended(
+    module: nn.Conv2d | nn.Linear, cut: str, call: Call, expected: LowRank | TT
+) -> None:
     study = Study("net", "", "", "", 100, 10, 0.9, 0.3, Protocol(), {})
-    layer = Layer("conv", (16, 16, 3, 3), 2304, 2304, {"ih": 48}, {})
+    layer = Layer("layer", tuple(module.weight.shape), module.weight.numel(), 0, {cut: 48}, {})
     accuracies = {20: 0.9, 10: 0.8, 5: 0.9}
-    singles = [
-        Single("conv", ("ih",), (bond,), "", 1 / bond, 0, accuracy, 0.3) for bond, accuracy in accuracies.items()
-    ]
-    (rule,) = recommend(Measured.of([study, layer, *singles]), {"conv": module}, {"conv": [Call(1, (8, 8))]}, 0.01)
-    assert rule.factorization == LowRank(rank=(20,), plan=(("vertical",), ("horizontal",)))
+    singles = [Single("layer", (cut,), (bond,), "", 1 / bond, 0, of, 0.3) for bond, of in accuracies.items()]
+    (rule,) = recommend(Measured.of([study, layer, *singles]), {"layer": module}, {"layer": [call]}, 0.01)
+    assert rule.factorization == expected
 
 
 def test_nothing_is_recommended_where_nothing_is_tolerated(rows: list[Row]) -> None:
@@ -352,6 +364,14 @@ def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[
     asked = {rule["pattern"]: rule["method"] for rule in last.rules}
     assert {layer["name"]: layer["method"] for layer in report["layers"] if layer["name"] in asked} == asked
     assert report["totals"]["params"] / report["totals"]["dense_params"] == pytest.approx(last.params_kept)
+    config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1  # what the study retrained
+
+    data, trainer = Digits(**config["data"]["init_args"]), Trainer(accelerator="cpu", logger=False)
+    subject = Subject(ImageClassifier(), data, trainer, dense, Protocol(epochs=0))  # on all pictures, as `compress`
+    measured = [row for row in rows if not isinstance(row, Recommendation)]
+    again = subject.recommendation(measured, last.tolerance, lambda: None)
+    assert again.accuracy == (pytest.approx(report["accuracy"]["right after"]),)
 
 
 @pytest.mark.parametrize("held", [subjects._HELD, 1])
@@ -461,12 +481,13 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     with pytest.raises(ValueError, match=r"another study: its loss is .*, not .*; give another --out"):
         Journal(path, replace(begun, loss=1.1 * begun.loss))  # of other pictures
     with pytest.raises(
-        ValueError, match="another study: its batch_size is 64, not 32; its precision is 32-true, not bf16-mixed;"
+        ValueError,
+        match=r"another study: its training\.batch_size is 64, not 32; its training\.precision is 32-true, not bf16-mixed;",
     ):
         Journal(path, replace(begun, training={**begun.training, "batch_size": 32, "precision": "bf16-mixed"}))
     with pytest.raises(ValueError, match=f"another study: its sha256 is {begun.sha256}, not ffff; give another --out"):
         Journal(path, replace(begun, sha256="ffff"))
-    with pytest.raises(ValueError, match=r"its protocol is Protocol\(.*\), not Protocol"):
+    with pytest.raises(ValueError, match=r"its protocol\.losses is \(0\.3, 0\.6\), not \(0\.5,\);.* and 3 more; give"):
         Journal(path, replace(begun, protocol=Protocol(losses=(0.5,))))
     assert path.read_bytes() == before
     path.write_text('{"kind": "study"}\n{"kind": "nonsense"}\n')
@@ -513,12 +534,13 @@ def test_mistakes_are_one_line(
 # ---- kill -9
 
 
-def test_interrupted_by_hand(dense: Path, tmp_path: Path) -> None:
-    """In one line, and what was measured stands."""
+@pytest.mark.parametrize("kind", ["single", "retrained"])
+def test_interrupted_by_hand(kind: str, dense: Path, tmp_path: Path) -> None:
+    """In one line, also where it trains, and what was measured stands."""
     path = tmp_path / "out/study.jsonl"
     with Forks() as forks:
         fork = forks.start(study(dense, path.parent), tmp_path)
-        fork.until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 8)
+        fork.until(lambda: path.exists() and any(row.kind == kind for row in read_rows(path)[7:]))
         fork.kill(signal.SIGINT)
         assert fork.wait() == 130
         assert "Traceback" not in fork.said

@@ -31,8 +31,8 @@ def factorization_of(module: nn.Module, cuts: Sequence[str], bonds: Sequence[int
         case "LowRank":
             method = LowRank(rank=bonds[0])
         case None if tuple(cuts) == ("i",) and len(shape) == 2:
-            # Two cores, of which one has all inputs and the other all outputs: a product of two matrices.
-            method = TT(rank=bonds[0], in_shape=(1, shape[1]), out_shape=(shape[0], 1))
+            # Two cores, of which the first has all inputs and the other all outputs: a product of two matrices, inputs first.
+            method = TT(rank=bonds[0], in_shape=(shape[1], 1), out_shape=(1, shape[0]))
         case _:
             return None
     return method.with_rank(method.clamp(shape, tuple(bonds)))

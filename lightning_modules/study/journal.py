@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ __all__ = ["Journal", "read_rows"]
 
 _ROUNDED = ("accuracy", "loss")  # of the dense net: not quite the same on another machine, and other pictures show
 _ROUNDING = 0.01
+_SHOWN = 2
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -95,11 +96,21 @@ def _difference(begun: Row, study: Study) -> str:
     """What differs between two studies; empty if nothing does."""
     if not isinstance(begun, Study):
         return "its first line does not say of which"
-    names = [field.name for field in fields(Study) if field.name != "training"]
-    pairs = [(name, getattr(begun, name), getattr(study, name)) for name in names]
-    pairs += [(name, begun.training.get(name), new) for name, new in study.training.items()]
-    return "; ".join(f"its {name} is {old}, not {new}" for name, old, new in pairs if not _same(name, old, new))
+    then, now = _flat(begun), _flat(study)
+    found = [
+        f"its {name} is {then.get(name)}, not {new}"
+        for name, new in now.items()
+        if not _same(name, then.get(name), new)
+    ]
+    return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+
+
+def _flat(study: Study) -> dict[str, Any]:
+    """Name -> value of all that has to be the same, the most telling first."""
+    plain = asdict(study)
+    parts = {part: plain.pop(part) for part in ("protocol", "training")}
+    return plain | {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def _same(name: str, old: Any, new: Any) -> bool:
-    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED else old == new
+    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED and old is not None else old == new

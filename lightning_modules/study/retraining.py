@@ -64,7 +64,10 @@ def retrain(
     if epochs:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
+            try:
+                _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
+            except SystemExit:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from None
     return tuple(accuracies)
 
 

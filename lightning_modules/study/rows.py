@@ -36,7 +36,7 @@ class Protocol:
         layers: which convolutions and linears: a pattern as in rules.
         losses: norm losses (eps); every cut is truncated to the smallest bond dimension that loses at most as much.
         retrain: norm losses of the joint truncations that are retrained.
-        epochs: of each retraining.
+        epochs: of each retraining; 0 retrains nothing, the whole nets in factors neither.
         tolerance: the loss of accuracy that counts as none, as a fraction of the pictures: 0.01 is one point.
         pictures: how many test pictures, drawn at random; None for all.
         seed: of that draw, of the random controls and of the retraining.
@@ -206,7 +206,8 @@ class Recommendation:
     Attributes:
         tolerance: the loss of accuracy that counted as none in each layer.
         rules: resolved rules in their plain form.
-        accuracy: before the first epoch of retraining the factors, and after each.
+        accuracy: before the first epoch of retraining the factors, as `compress` leaves the net (BatchNorm's statistics estimated
+            anew where that helps), and after each.
         params_kept, macs_kept: of the whole net.
     """
 

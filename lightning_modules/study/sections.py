@@ -144,7 +144,8 @@ def _joint(measured: Measured) -> Section:
 def _retrained(measured: Measured) -> Section:
     text = (
         "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves, "
-        f"which keep that much of the whole net's parameters and MACs. {_how_trained(measured)}"
+        "which keep that much of the whole net's parameters and MACs (all of them where no factorization has fewer). "
+        f"{_how_trained(measured)}"
     )
     losses = {(row.cuts, row.target): row.eps for curve in measured.joints.values() for row in curve}
     rows = tuple(
@@ -222,8 +223,9 @@ def _recommended(measured: Measured) -> Section:
         "no part in it."
     )
     use = (
-        "rules.yaml and config.yaml, beside this report, hold it. To use it: `tnlayers compress -c config.yaml "
-        f"--checkpoint {study.checkpoint} --out runs/compressed`, and then retrain."
+        "rules.yaml and config.yaml, beside this report, hold it. To use it, from here: `tnlayers compress -c config.yaml "
+        f"--checkpoint path/to/{study.checkpoint} --out compressed`, which measures the time too (fewer MACs are not always less), and "
+        "then retrain."
     )
     reasons: dict[str, list[str]] = {}
     for rule in found.rules:

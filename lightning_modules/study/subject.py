@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compression import CALIBRATION_BATCHES, recalibrate_if_better
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
 from lightning_modules.study.evaluation import score, scores_of_layer, weights
@@ -227,6 +228,7 @@ class Subject:
             if json.dumps(known.rules) == json.dumps(plain):
                 return replace(known, tolerance=tolerance)
         net = tensorize(copy.deepcopy(self._net), resolved)
+        recalibrate_if_better(net, self._net, self._data.calibration_batches(CALIBRATION_BATCHES))  # as `compress` does
         totals = summarize(net, self._example, measure=False).totals
         return Recommendation(tolerance, plain, self._retrain(net, tick), totals.params_kept, totals.macs_kept)
 
