@@ -9,10 +9,10 @@ from lightning_modules.study.findings import Depth, Measured
 from lightning_modules.study.plots import STYLES, Cell, Level, Line, Panel, Style, heatmap, over_layers, small_multiples
 from lightning_modules.study.rows import CONTROLS, CUT_SETS, Joint, Layer, Retrained, Single
 
-__all__ = ["bonds", "controls", "depth", "entropy", "joint", "retrained", "truncations"]
+__all__ = ["bonds", "controls", "depth", "effective_ranks", "joint", "retrained", "truncations"]
 
 _OTHER = Style("#333333")
-_NORM_LOSS = "norm loss, the fraction of the weight's norm that the truncation takes"
+_NORM_LOSS = "norm loss: the norm of what the truncation takes, of the weight's"
 _LARGE = "largest norm loss tolerated"
 
 
@@ -72,15 +72,17 @@ def bonds(measured: Measured) -> list[Figure]:
     return heatmap(rows, _labels(measured, measured.cuts()), "fraction of the bond dimension that is needed")
 
 
-def entropy(measured: Measured) -> list[Figure]:
-    """The entanglement entropy of each cut, as a fraction of the largest that its bond dimension allows."""
-    cuts = list(dict.fromkeys(cut for layer in measured.layers for cut in layer.entropy if layer.bonds[cut] > 1))
+def effective_ranks(measured: Measured) -> list[Figure]:
+    """The exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
+    cuts = list(dict.fromkeys(cut for layer in measured.layers for cut in layer.entropy))
     rows: dict[str, list[Cell | None]] = {}
     for layer in measured.layers:
-        largest = {cut: math.log(bond) for cut, bond in layer.bonds.items() if bond > 1}
-        parts = [layer.entropy[cut] / largest[cut] if cut in largest else None for cut in cuts]
-        rows[layer.name] = [None if part is None else Cell(part, f"{part:.2f}") for part in parts]
-    return heatmap(rows, _labels(measured, cuts), "entropy / ln(bond dimension)")
+        ranks = {cut: math.exp(entropy) for cut, entropy in layer.entropy.items()}
+        rows[layer.name] = [
+            Cell(ranks[cut] / layer.bonds[cut], f"{ranks[cut]:.3g}/{layer.bonds[cut]}") if cut in ranks else None
+            for cut in cuts
+        ]
+    return heatmap(rows, _labels(measured, cuts), "effective rank, of the bond dimension")
 
 
 def depth(measured: Measured, trend: Depth) -> list[Figure]:

@@ -188,10 +188,10 @@ def _how_trained(measured: Measured) -> str:
 
 def _spectra(measured: Measured) -> Section:
     text = (
-        "The entanglement entropy of each cut of the trained weights, as a fraction of the largest that its bond dimension allows. "
-        "Dark: the singular values are nearly equal, and a truncation takes much of the norm."
+        "The effective rank of each cut of the trained weights, the exponential of its entanglement entropy: how many singular values "
+        "the weight uses. Dark: they are nearly equal, and a truncation takes much of the norm."
     )
-    return Section("Spectra of the trained weights", (text,), "entropy", pictures.entropy(measured))
+    return Section("Spectra of the trained weights", (text,), "spectra", pictures.effective_ranks(measured))
 
 
 def _together(measured: Measured) -> Section:
