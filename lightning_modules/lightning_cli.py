@@ -59,6 +59,9 @@ _HARMLESS = (
 )
 
 
+_SOME_EPOCHS = " --trainer.max_epochs 15"
+
+
 class CompressionTrainer(Trainer):
     """Lightning's trainer, with checkpoints that are whole or not there; the signature of `compress` makes the command's options."""
 
@@ -210,7 +213,7 @@ class TensorCLI(LightningCLI):
         (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         Console().print(
             f"written     {out}/: model.ckpt, config.yaml, report.md, report.json, plots\n"
-            f"retrain     tnlayers fit -c {out}/config.yaml",
+            f"retrain     tnlayers fit -c {out}/config.yaml{'' if _ends(resolved['trainer']) else _SOME_EPOCHS}",
             highlight=False,
             soft_wrap=True,
         )
@@ -263,6 +266,11 @@ def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dic
     }
     config["model"]["teacher"] = config["model"].get("teacher") or checkpoint
     return config
+
+
+def _ends(trainer: dict[str, Any]) -> bool:
+    """Whether it says when to end; Lightning would train 1,000 epochs."""
+    return any(trainer[name] not in (None, -1) for name in ("max_epochs", "max_steps", "max_time"))
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:

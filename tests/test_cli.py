@@ -538,8 +538,25 @@ def test_compress_again_after_a_wrong_rule(dense: Path, tmp_path: Path, capsys: 
     out = tmp_path / "out"
     arguments = ["compress", *DIGITS, *output_to(tmp_path / "logs"), "--checkpoint", str(dense), "--out", str(out)]
     refusal([*arguments, "--model.rules", "[{pattern: cnov2, method: Tucker, rank: 4}]"], capsys)
-    assert tnlayers(*arguments, "--model.rules", "[{pattern: conv2, method: Tucker, rank: 4}]") == 0
+    rules = ["--model.rules", "[{pattern: conv2, method: Tucker, rank: 4}]"]
+    assert tnlayers(*arguments, *rules) == 0
     assert (out / "model.ckpt").is_file()
+    again = [
+        "compress",
+        *DIGITS,
+        *output_to(tmp_path / "logs"),
+        "--checkpoint",
+        str(dense),
+        "--out",
+        str(tmp_path / "b"),
+        *rules,
+    ]
+    assert tnlayers(*again, "--trainer.max_steps", "7") == 0
+    retrain = [
+        line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("retrain ")
+    ]
+    forever, ending = f"tnlayers fit -c {out}/config.yaml", f"tnlayers fit -c {tmp_path}/b/config.yaml"
+    assert retrain == [f"{forever} --trainer.max_epochs 15", ending]
 
 
 @pytest.mark.data
