@@ -88,7 +88,7 @@ def lost(row: Single | Joint | Retrained, accuracy: float) -> Row:
         (BASE, "accuracy of 90.00% on 400 test pictures (Pictures) (standard error 1.5 points)"),
         (BASE, "most in conv3 (0.80), least in conv1 (0.20)"),
         (BASE, "Deep layers tolerate more norm loss than the first: averaged over 2 cuts, 0.20 in conv1 and 0.80 in the last, conv3"),
-        (BASE, "and over all 3 layers there is no clear trend (rank correlation +1.00)"),  # three are too few for one
+        (BASE, "; 3 layers are too few for a trend (rank correlation +1.00)"),
         ([STUDY, *SIX, *rising(0, 1, 2, 3, 5, 4)], "over all 6 layers it is rising with depth (rank correlation +0.94)"),
         ([STUDY, *SIX, *rising(5, 4, 3, 2, 1, 0)], "falling with depth (rank correlation -1.00)"),
         ([STUDY, *SIX, *rising(0, 3, 1, 5, 2, 4)], "there is no clear trend (rank correlation +0.60)"),

@@ -116,6 +116,8 @@ def depth_sentence(measured: Measured) -> str:
     if depth.correlation is None:
         return text + "; all layers tolerate the same."
     noise = 2 / math.sqrt(len(depth.means) - 1)  # two standard deviations of the correlation of what has no trend
+    if noise > 1:
+        return f"{text}; {len(depth.means)} layers are too few for a trend (rank correlation {depth.correlation:+.2f})."
     trend = "no trend" if abs(depth.correlation) < noise else "rising" if depth.correlation > 0 else "falling"
     join = "but" if {verdict, trend} in ({"more", "falling"}, {"less", "rising"}) else "and"
     how = "there is no clear trend" if trend == "no trend" else f"it is {trend} with depth"
