@@ -39,7 +39,7 @@ from lightning_modules.loggers import log_config, run_folder
 from lightning_modules.progress import progress_bar
 from lightning_modules.report import new_folder
 from lightning_modules.resume import check_new, check_own, check_writable, continue_last
-from lightning_modules.study import Protocol, Subject, run_study, summary, write_report
+from lightning_modules.study import Protocol, Subject, read_rows, run_study, summary, write_report
 from lightning_modules.study.log import log_study
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
@@ -118,9 +118,17 @@ class CompressionTrainer(Trainer):
             out: a folder for study.jsonl, report.md, report.html, rules.yaml and the plots; a study that is there goes on.
             protocol: what is measured.
         """
-        subject = Subject(model, datamodule, self, checkpoint, protocol)
-        with progress_bar(Console(stderr=True)) as progress:
-            rows = run_study(subject, Path(out) / "study.jsonl", progress)
+        subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / "study.jsonl"
+        Console().print(f"from        {checkpoint}: {subject.loaded}", highlight=False, soft_wrap=True)
+        if path.is_file():
+            Console().print(f"goes on     after {len(read_rows(path))} rows of {path}", highlight=False, soft_wrap=True)
+        try:
+            with progress_bar(Console(stderr=True)) as progress:
+                rows = run_study(subject, path, progress)
+        except KeyboardInterrupt:
+            kept = f"stopped     {path} has what was measured; the same command goes on"
+            Console(stderr=True).print(kept, highlight=False, soft_wrap=True)
+            raise
         write_report(rows, Path(out))
         log_study(self.loggers, rows, Path(out))
         for line in summary(rows):

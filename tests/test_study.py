@@ -545,6 +545,7 @@ def test_interrupted_by_hand(kind: str, dense: Path, tmp_path: Path) -> None:
         assert fork.wait() == 130
         assert "Traceback" not in fork.said
         assert fork.said.splitlines()[-1] == "tnlayers: interrupted"
+        assert f"{path} has what was measured; the same command goes on" in fork.said
     assert len(read_rows(path)) >= 8
 
 

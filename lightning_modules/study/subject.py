@@ -23,7 +23,7 @@ from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
 from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
-from tnlayers import Rule, resolve, summarize, tensorize, to_dense
+from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import precise
@@ -52,6 +52,7 @@ class Subject:
 
     Attributes:
         kernels: name -> the weight of each layer that is studied, in the order in which the net calls them.
+        loaded: what was taken from the checkpoint, in words.
         modules: name -> the layer.
         training: how nets are retrained, as plain values.
 
@@ -70,7 +71,9 @@ class Subject:
                 f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
             )
         self.training = training_options(model, data, trainer)
-        model.load(checkpoint)
+        loaded = model.load(checkpoint)
+        factorized = len(rules_of(model.net))
+        self.loaded = f"{loaded}{f'; {factorized} factorized layers made dense' if factorized else ''}"
         to_dense(model.net)
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
