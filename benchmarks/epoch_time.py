@@ -26,7 +26,11 @@ from results.experiments import EXPERIMENTS, Experiment, Variant
 from tnlayers import tensorize
 
 PICTURES, SHAPE, CLASSES, DEFAULT_BATCH = 50_000, (3, 32, 32), 10, 128
-WHOLE = [name for name, experiment in EXPERIMENTS.items() if "callbacks" not in Path(experiment.config).read_text()]
+WHOLE = [
+    name
+    for name, experiment in EXPERIMENTS.items()
+    if "callbacks" not in yaml.safe_load(Path(experiment.config).read_text())["trainer"]
+]
 
 
 def step_of(experiment: Experiment, variant: Variant, batch: int) -> Callable[[], None]:

@@ -16,16 +16,16 @@ from lightning_modules.report import Report
 from tnlayers import Rule, Summary, rules_of, summarize, tensorize, to_dense
 
 __all__ = [
-    "CALIBRATION_BATCHES",
     "Compression",
     "accuracy_on_test",
+    "calibration_batches",
     "compress",
     "layer_metrics",
     "log_report",
     "recalibrate_if_better",
 ]
 
-CALIBRATION_BATCHES = 16
+_CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compress(
     accuracy = {stage: accuracy_on_test(trainer, model, data)}
     dense = copy.deepcopy(model.net)
     tensorize(model.net, rules)
-    batches = data.calibration_batches(CALIBRATION_BATCHES)
+    batches = calibration_batches(data)
     recalibrated = recalibrate_if_better(model.net, dense, batches)
     accuracy["right after"] = accuracy_on_test(trainer, model, data)
     notes = [f"from        {checkpoint}: {loaded}"]
@@ -80,6 +80,12 @@ def compress(
 def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:
     """The fraction of the test pictures that the model gets right."""
     return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
+
+
+def calibration_batches(data: ImageData) -> list[Tensor]:
+    """Training pictures to estimate statistics from, fewer where there are few."""
+    data.setup("fit")
+    return data.calibration_batches(min(_CALIBRATION_BATCHES, len(data.train_dataloader().dataset)))  # type: ignore[arg-type]
 
 
 def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:

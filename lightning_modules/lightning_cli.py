@@ -232,7 +232,8 @@ class TensorCLI(LightningCLI):
             log_config(logger, "cli", text)
         given = yaml.safe_load(text)
         out = Path(given["out"])
-        given["trainer"]["max_epochs"] = given["trainer"]["max_epochs"] or given["protocol"]["epochs"] or None
+        if not _ends(given["trainer"]):
+            given["trainer"]["max_epochs"] = given["protocol"]["epochs"] or None
         for key in ("checkpoint", "out", "config", "protocol"):
             given.pop(key, None)
         given["model"]["rules"] = yaml.safe_load((out / "rules.yaml").read_text())["model"]["rules"]

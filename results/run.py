@@ -8,20 +8,19 @@ What follows the names is handed to `tnlayers fit` and `tnlayers test`.
 
 import argparse
 import csv
-import fcntl
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from lightning_modules.alone import alone
 from lightning_modules.classifier import load_net
 from lightning_modules.report import environment
 from results.experiments import EXPERIMENTS, Experiment, Variant
@@ -46,7 +45,7 @@ def run(
     """
     path = result_path(results, experiment, variant, seed)
     folder = runs / experiment.name / path.stem
-    with alone(folder) as lock:
+    with alone(folder / "lock") as lock:
         if lock is None or path.exists():
             return
         options = ["-c", experiment.config, *variant.options, "--seed_everything", str(seed)]
@@ -72,19 +71,6 @@ def run(
             "environment": environment(),
         }
         write(path, result)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[IO[str] | None]:
-    """The folder's lock, None where another process has it; it is gone with the last process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield lock
 
 
 def tnlayers(*arguments: str, lock: IO[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_modules.alone import alone
 from results import run as runner
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.tables import section, tables
@@ -71,7 +72,7 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pytest.fail)
-    with runner.alone(tmp_path / "runs/digits/low_rank_seed0") as lock:
+    with alone(tmp_path / "runs/digits/low_rank_seed0/lock") as lock:
         assert lock
         assert not run_tiny(tmp_path).exists()
 
@@ -83,14 +84,14 @@ def test_training_that_outlives_its_runner_is_left_alone(tmp_path: Path, monkeyp
         started.append(subprocess.Popen(["sleep", "60"], pass_fds=pass_fds))
 
     monkeypatch.setattr(subprocess, "run", start)
-    with runner.alone(tmp_path) as lock:
+    with alone(tmp_path / "lock") as lock:
         assert lock
         runner.tnlayers("fit", lock=lock)
-    with runner.alone(tmp_path) as lock:
+    with alone(tmp_path / "lock") as lock:
         assert lock is None
     started[0].kill()
     started[0].wait()
-    with runner.alone(tmp_path) as lock:
+    with alone(tmp_path / "lock") as lock:
         assert lock
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_modules import ImageClassifier, build_net
+from lightning_modules.alone import alone
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.study import subject as subjects
@@ -26,6 +27,7 @@ from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel
 from lightning_modules.study.journal import Journal, read_rows
+from lightning_modules.study.retraining import training_options
 from lightning_modules.study.rows import (
     CUT_SETS,
     Joint,
@@ -322,12 +324,12 @@ def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) ->
 
 
 RECOMMENDED = [
-    (nn.Conv2d(16, 16, 3), "ih", Call(1, (8, 8)), LowRank(rank=(20,), plan=(("vertical",), ("horizontal",)))),
+    (nn.Conv2d(16, 16, 3), "ih", Call(1, (8, 8)), LowRank(rank=(20,))),
     (
         nn.Linear(64, 128),
         "i",
         Call(1, ()),
-        TT(rank=(20,), in_shape=(64, 1), out_shape=(1, 128), plan=(("core1",), ("core2",))),
+        TT(rank=(20,), in_shape=(64, 1), out_shape=(1, 128)),
     ),
 ]
 
@@ -401,6 +403,29 @@ def test_what_cannot_be_studied_is_said_at_the_start(dense: Path, tmp_path: Path
         Subject(model, data, trainer, tmp_path / "computed.pt", Protocol())
 
 
+def test_few_training_pictures_are_enough(dense: Path, rows: list[Row]) -> None:
+    class Few(Digits):
+        def load(self, part: Literal["train", "test"]) -> PictureSet:
+            found = super().load(part)
+            assert isinstance(found, Pictures)
+            return Pictures(found.pictures[:12], found.labels[:12])
+
+    trainer = Trainer(accelerator="cpu", logger=False)
+    subject = Subject(ImageClassifier(), Few(val_fraction=0), trainer, dense, Protocol(epochs=0))
+    assert subject.training["pictures"] == 12
+    measured = [row for row in rows if not isinstance(row, Recommendation)]
+    assert len(subject.recommendation(measured, 0.01, lambda: None).accuracy) == 1
+
+
+def test_schedules_that_differ_are_told_apart() -> None:
+    def rates(*milestones: int) -> object:
+        model = ImageClassifier(lr_scheduler=lambda of: torch.optim.lr_scheduler.MultiStepLR(of, milestones))
+        return training_options(model, Digits(), Trainer(accelerator="cpu", logger=False), 3)["learning_rates"]
+
+    assert rates(1, 2) == (pytest.approx(2e-3), pytest.approx(2e-4), pytest.approx(2e-5))
+    assert rates(2) == (pytest.approx(2e-3), pytest.approx(2e-3), pytest.approx(2e-4))
+
+
 def test_nan_is_no_class() -> None:
     found = Score()
     found.add(torch.tensor([[torch.nan, torch.nan], [1.0, 0.0]]), torch.tensor([0, 0]))
@@ -454,19 +479,15 @@ def test_a_torn_line_is_cut_off(whole: Path, rows: list[Row], tmp_path: Path) ->
     assert path.read_bytes() == content
 
 
-def test_a_journal_that_another_process_writes_to_is_left_to_it(rows: list[Row], tmp_path: Path) -> None:
-    begun, path = rows[0], tmp_path / "study.jsonl"
-    assert isinstance(begun, Study)
-    first = Journal(path, begun)
-    first.add(rows[1])
-    with open(path, "a") as file:
-        file.write('{"half')
-    with pytest.raises(ValueError, match="is being written by another study"):
-        Journal(path, begun)
-    assert path.read_text().endswith('{"half')
-    del first
-    Journal(path, begun).add(rows[2])
-    assert read_rows(path) == rows[:3]
+def test_a_journal_that_another_process_writes_to_is_left_to_it(dense: Path, tmp_path: Path) -> None:
+    data, trainer = Digits(val_fraction=0), Trainer(accelerator="cpu", logger=False)
+    protocol = Protocol(losses=(0.5,), epochs=0, retrain=(), pictures=64, layers="fc2")
+    subject, path = Subject(ImageClassifier(), data, trainer, dense, protocol), tmp_path / "study.jsonl"
+    path.write_text('{"half')
+    with alone(path), pytest.raises(ValueError, match="is being written by another study"):
+        run_study(subject, path)
+    assert path.read_text() == '{"half'
+    assert [row.key for row in run_study(subject, path)] == [row.key for row in read_rows(path)]
 
 
 def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) -> None:
@@ -534,18 +555,19 @@ def test_mistakes_are_one_line(
 # ---- kill -9
 
 
-@pytest.mark.parametrize("kind", ["single", "retrained"])
-def test_interrupted_by_hand(kind: str, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "by"), [("single", "SIGINT"), ("retrained", "SIGINT"), ("retrained", "SIGTERM")])
+def test_interrupted(kind: str, by: str, dense: Path, tmp_path: Path) -> None:
     """In one line, also where it trains, and what was measured stands."""
     path = tmp_path / "out/study.jsonl"
     with Forks() as forks:
         fork = forks.start(study(dense, path.parent), tmp_path)
         fork.until(lambda: path.exists() and any(row.kind == kind for row in read_rows(path)[7:]))
-        fork.kill(signal.SIGINT)
-        assert fork.wait() == 130
+        fork.kill(signal.Signals[by])
+        assert fork.wait() == (130 if by == "SIGINT" else 143)
         assert "Traceback" not in fork.said
-        assert fork.said.splitlines()[-1] == "tnlayers: interrupted"
-        assert f"{path} has what was measured; the same command goes on" in fork.said
+        if by == "SIGINT":
+            assert fork.said.splitlines()[-1] == "tnlayers: interrupted"
+            assert f"{path} has what was measured; the same command goes on" in fork.said
     assert len(read_rows(path)) >= 8
 
 

@@ -26,6 +26,7 @@ from lightning_modules.study.rows import (
     row_from_plain,
     row_to_plain,
 )
+from lightning_modules.study.sections import sections
 from tnlayers import rules_from_plain
 
 NAMES = ("conv1", "conv2", "conv3")
@@ -184,13 +185,28 @@ def test_markdown_and_html_say_the_same(tmp_path: Path) -> None:
             assert picture.info.keys() <= {"dpi"}
 
 
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (TRAINING, "They learn from the labels and, with a weight of 0.9, from the outputs of the dense net."),
+        (TRAINING | {"distill_weight": 1.0}, "They learn from the outputs of the dense net."),
+        (TRAINING | {"teacher": None, "distill_weight": 0.0}, "They learn from the labels."),
+        ({"teacher": None, "distill_weight": 0.9}, "They learn from the labels."),
+    ],
+)
+def test_the_report_says_what_is_learned_from(training: dict[str, object], expected: str) -> None:
+    study = replace(STUDY, training=training)
+    texts = [text for section in sections(Measured.of([study, *LAYERS, JOINT, FACTORS])) for text in section.paragraphs]
+    assert any(expected in text for text in texts)
+
+
 def test_what_the_recommendation_rests_on(tmp_path: Path) -> None:
     """A dense layer on no truncation."""
     write_report([*WHOLE, replace(RECOMMENDATION, tolerance=0.005), LARGER], tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| conv1 | dense |  |  |  |" in text
     assert "| conv2 | Tucker | 4, 4 | 0.60 | 0.8 |" in text
-    assert "Of 2 ways to factorize the whole net, 2 end within the tolerance." in text
+    assert "Of 2 ways to factorize the whole net 2 end within the tolerance." in text
 
 
 @pytest.mark.parametrize("done", [1, 1 + len(NAMES), len(BASE) - 8, len(BASE), len(WHOLE) - 2])

@@ -1,7 +1,6 @@
 """From truncated cuts to the factorizations that have just these ranks, and the choice of one for each layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -65,8 +64,8 @@ def recommend(
 
 
 def _cheapest(module: nn.Module, methods: Sequence[Factorization], calls: Sequence[Call]) -> Factorization | None:
-    """The method with the fewest multiply-accumulates, computed as takes so few; None if the dense layer takes no more of these
-    or of parameters.
+    """The method that can be computed with the fewest multiply-accumulates; None if none takes fewer of these and of parameters
+    than the dense layer.
     """
     geometry = Geometry(module)
     costs = []
@@ -74,7 +73,7 @@ def _cheapest(module: nn.Module, methods: Sequence[Factorization], calls: Sequen
         ranks = method.ranks(geometry.weight_shape)
         plan = geometry.fewest_macs(method, ranks, calls)
         macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), plan, calls)
-        costs.append((macs, _params(geometry, method), replace(method, plan=plan)))
+        costs.append((macs, _params(geometry, method), method))
     cheaper = [cost for cost in costs if cost[0] < geometry.macs(calls) and cost[1] < geometry.num_params]
     return min(cheaper, key=lambda cost: cost[:2])[2] if cheaper else None
 

@@ -5,14 +5,9 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Journal", "read_rows"]
 
@@ -45,19 +40,20 @@ class Journal:
         study: what its rows are of.
 
     Raises:
-        ValueError: it is begun, and of another study, or another process writes to it; it stays as it is.
+        ValueError: it is begun, and of another study; it stays as it is.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
         self._path = path
-        self._lock = _alone(path)  # as long as the journal is there
-        self.rows = read_rows(path)
+        self.rows = read_rows(path) if path.exists() else []
         self._keys = {row.key for row in self.rows}
         if self.rows and (difference := _difference(self.rows[0], study)):
             raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         if not self.rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.add(study)
 
     def add(self, row: Row) -> None:
@@ -78,18 +74,6 @@ class Journal:
 
     def has(self, key: tuple[object, ...]) -> bool:
         return key in self._keys
-
-
-def _alone(path: Path) -> IO[str]:
-    """The file, locked for as long as this is open; made where it is new. Without locks (on Windows) nobody is kept out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another study: wait for it, or give another --out") from None
-    return file
 
 
 def _difference(begun: Row, study: Study) -> str:

@@ -74,10 +74,10 @@ def bonds(measured: Measured) -> list[Figure]:
 
 def effective_ranks(measured: Measured) -> list[Figure]:
     """The exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
-    cuts = list(dict.fromkeys(cut for layer in measured.layers for cut in layer.entropy))
+    cuts = list(dict.fromkeys(cut for layer in measured.layers for cut in layer.entropy if layer.bonds[cut] > 1))
     rows: dict[str, list[Cell | None]] = {}
     for layer in measured.layers:
-        ranks = {cut: math.exp(entropy) for cut, entropy in layer.entropy.items()}
+        ranks = {cut: math.exp(entropy) for cut, entropy in layer.entropy.items() if layer.bonds[cut] > 1}
         rows[layer.name] = [
             Cell(ranks[cut] / layer.bonds[cut], f"{ranks[cut]:.3g}/{layer.bonds[cut]}") if cut in ranks else None
             for cut in cuts

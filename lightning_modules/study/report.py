@@ -123,10 +123,10 @@ def _rules(measured: Measured) -> str:
         f"{study.net} from {study.checkpoint} (sha256 {study.sha256[:16]}): for each layer the cheapest factorization whose",
         f"truncation, alone, loses at most {points(found.tolerance, 2)} on {study.pictures:,} test pictures ({study.data}).",
         f"Kept of the whole net: {found.params_kept:.1%} of the parameters, {found.macs_kept:.1%} of the MACs.",
-        f"From this folder: tnlayers compress -c config.yaml --checkpoint path/to/{study.checkpoint} --out compressed",
+        f"tnlayers compress -c path/to/config.yaml --checkpoint path/to/{study.checkpoint} --out path/to/compressed",
     ]
     rules = [yaml.safe_dump(rule, sort_keys=False, default_flow_style=True, width=math.inf) for rule in found.rules]
     if not measured.within(found.accuracy[-1]):
-        head.insert(2, f"NOT within the tolerance: {effect(measured.lost(found.accuracy[-1]))} after retraining.")
+        head.insert(2, f"NOT within the tolerance: {effect(measured.lost(found.accuracy[-1]))}.")
     lines = [*(f"# {line}\n" for line in head), "model:\n", "  rules:\n" if rules else "  rules: []\n"]
     return "".join([*lines, *(f"    - {rule}" for rule in rules)])

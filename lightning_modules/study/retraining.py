@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
@@ -16,9 +18,10 @@ from lightning_modules.quiet import quiet
 from lightning_modules.study.evaluation import score
 from tnlayers.tracing import evaluating
 
-__all__ = ["retrain", "training_options"]
+__all__ = ["DENSE", "retrain", "training_options"]
 
 _MODEL = ("distill_weight", "temperature")
+DENSE = "the dense net"
 _DATA = ("batch_size", "val_fraction", "split_seed", "augment")
 _TRAINER = (
     "precision",
@@ -66,13 +69,15 @@ def retrain(
             torch.manual_seed(seed)
             try:
                 _trainer(like, epochs, Evaluate()).fit(student, datamodule=data)
+            except SIGTERMException:
+                raise
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None
     return tuple(accuracies)
 
 
-def training_options(model: ImageClassifier, data: ImageData, like: Trainer) -> dict[str, Any]:
-    """What the outcome of `retrain` depends on beside the net, as plain values.
+def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epochs: int) -> dict[str, Any]:
+    """What the outcome of `retrain` depends on beside the net, the number of epochs and the seed, as plain values.
 
     Raises:
         ValueError: a scheduler that waits for a validation, of which there is none.
@@ -87,16 +92,22 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer) -> 
     return {
         "pictures": len(data.train_dataloader().dataset),  # type: ignore[arg-type]
         "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
-        "lr_scheduler": f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}" if scheduler else None,
-        "teacher": model.hparams["teacher"] or "the dense net",
+        "learning_rates": _rates(optimizer, scheduler, epochs) if scheduler else None,
+        "teacher": (model.hparams["teacher"] or DENSE) if model.hparams["distill_weight"] else None,
         **{name: model.hparams[name] for name in _MODEL},
         **{name: getattr(data, name) for name in _DATA},
         **{name: getattr(like, name) for name in _TRAINER},
     }
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if isinstance(value, (bool, float, int, str))}
+def _rates(optimizer: Optimizer, scheduler: LRScheduler, epochs: int) -> tuple[float, ...]:
+    """Of each epoch."""
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return tuple(rates)
 
 
 def _accuracy(net: nn.Module, batches: Iterable[Batch]) -> float:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count, product
 from pathlib import Path
 
+from lightning_modules.alone import alone
 from lightning_modules.study.factors import REALISED
 from lightning_modules.study.findings import points
 from lightning_modules.study.grid import Trial
@@ -54,9 +55,15 @@ def run_study(subject: Subject, path: Path, progress: Progress = lambda *_: None
         progress: called at every step.
 
     Raises:
-        ValueError: the journal is of another study.
+        ValueError: the journal is of another study, or another process is writing it.
     """
-    journal = Journal(path, subject.study())
+    with alone(path) as lock:
+        if lock is None:
+            raise ValueError(f"{path} is being written by another study: wait for it, or give another --out")
+        return _run(subject, Journal(path, subject.study()), progress)
+
+
+def _run(subject: Subject, journal: Journal, progress: Progress) -> list[Row]:
     works = list(_works(subject, journal))
     total, done = sum(work.cost for work in works), 0.0
     for work in works:

@@ -181,9 +181,11 @@ def _retrained(measured: Measured) -> Section:
 
 def _how_trained(measured: Measured) -> str:
     training = measured.study.training
-    if not training["distill_weight"]:
-        return "They learn from the labels."
-    return f"They learn from the labels and, with a weight of {training['distill_weight']:g}, from the outputs of {training['teacher']}."
+    weight = training["distill_weight"] if training["teacher"] else 0
+    labels, teacher = "from the labels", f"from the outputs of {training['teacher']}"
+    if weight in (0, 1):
+        return f"They learn {teacher if weight else labels}."
+    return f"They learn {labels} and, with a weight of {weight:g}, {teacher}."
 
 
 def _spectra(measured: Measured) -> Section:
@@ -197,12 +199,13 @@ def _spectra(measured: Measured) -> Section:
 def _together(measured: Measured) -> Section:
     text = (
         "For each layer the factorization with the fewest MACs whose truncation, alone, loses at most so much, and every milder one too; "
-        "all of them applied together, and their factors retrained."
+        "all of them applied together, BatchNorm's statistics estimated anew where that helps, and the factors retrained."
     )
 
     def row(of: Recommendation) -> tuple[str, ...]:
         kept = (f"{of.params_kept:.0%}", f"{of.macs_kept:.0%}")
-        after = (f"{of.accuracy[0]:.1%}", f"{of.accuracy[-1]:.1%}", f"{100 * measured.lost(of.accuracy[-1]):.1f}")
+        trained = f"{of.accuracy[-1]:.1%}" if len(of.accuracy) > 1 else ""
+        after = (f"{of.accuracy[0]:.1%}", trained, f"{100 * measured.lost(of.accuracy[-1]):.1f}")
         chosen = of is measured.recommendation and measured.within(of.accuracy[-1])
         return (points(of.tolerance, 2), *kept, *after, "recommended" if chosen else "")
 
@@ -223,9 +226,9 @@ def _recommended(measured: Measured) -> Section:
         "no part in it."
     )
     use = (
-        "rules.yaml and config.yaml, beside this report, hold it. To use it, from here: `tnlayers compress -c config.yaml "
-        f"--checkpoint path/to/{study.checkpoint} --out compressed`, which measures the time too (fewer MACs are not always less), and "
-        "then retrain."
+        "rules.yaml and config.yaml, beside this report, hold it. To use it, from where the study was run: `tnlayers compress -c "
+        f"path/to/config.yaml --checkpoint path/to/{study.checkpoint} --out path/to/compressed`, which measures the time too, and then "
+        "retrain. Each layer is computed in the way that is held to be the fastest, with more MACs than it could where these are not."
     )
     reasons: dict[str, list[str]] = {}
     for rule in found.rules:

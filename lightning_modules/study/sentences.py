@@ -199,10 +199,10 @@ def together_sentence(measured: Measured) -> str:
     if not found:
         return "No layer tolerates a factorization that saves."
     good = [row for row in found if measured.within(row.accuracy[-1])]
-    which = f"Of {len(found)} ways to factorize the whole net" if len(found) > 1 else "The whole net in factors"
+    which = f"Of {len(found)} way{'' if len(found) == 1 else 's'} to factorize the whole net"
     if not good:
-        return f"{which}, none ends within the tolerance: the layers tolerate less together than alone."
-    return f"{which}, {len(good)} {'ends' if len(good) == 1 else 'end'} within the tolerance."
+        return f"{which} none ends within the tolerance: the layers tolerate less together than alone."
+    return f"{which} {len(good)} {'ends' if len(good) == 1 else 'end'} within the tolerance."
 
 
 def recommendation_sentence(measured: Measured) -> str:

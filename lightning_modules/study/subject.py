@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compression import CALIBRATION_BATCHES, recalibrate_if_better
+from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
 from lightning_modules.study.evaluation import score, scores_of_layer, weights
@@ -21,7 +21,7 @@ from lightning_modules.study.factors import factorization_of, fewer_params, reco
 from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
-from lightning_modules.study.retraining import retrain, training_options
+from lightning_modules.study.retraining import DENSE, retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
@@ -70,7 +70,7 @@ class Subject:
             raise ValueError(
                 f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
             )
-        self.training = training_options(model, data, trainer)
+        self.training = training_options(model, data, trainer, protocol.epochs)
         loaded = model.load(checkpoint)
         factorized = len(rules_of(model.net))
         self.loaded = f"{loaded}{f'; {factorized} factorized layers made dense' if factorized else ''}"
@@ -78,7 +78,7 @@ class Subject:
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
         self._net = model.net.to(self._device).eval()
-        if not model.hparams["teacher"] and model.hparams["distill_weight"] > 0:
+        if self.training["teacher"] == DENSE:
             model._teacher = (self._net,)  # as after `compress`
         with torch.no_grad():
             self._forward = FromLayer(self._net, next(self._batches())[0][:2])
@@ -231,7 +231,7 @@ class Subject:
             if json.dumps(known.rules) == json.dumps(plain):
                 return replace(known, tolerance=tolerance)
         net = tensorize(copy.deepcopy(self._net), resolved)
-        recalibrate_if_better(net, self._net, self._data.calibration_batches(CALIBRATION_BATCHES))  # as `compress` does
+        recalibrate_if_better(net, self._net, calibration_batches(self._data))  # as `compress` does
         totals = summarize(net, self._example, measure=False).totals
         return Recommendation(tolerance, plain, self._retrain(net, tick), totals.params_kept, totals.macs_kept)
 
