@@ -43,7 +43,9 @@ def cifar10_png(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lossless CIFAR-10 pictures as class folders under train/ and test/."""
     folder = tmp_path_factory.mktemp("pictures")
     with tarfile.open(shared / "data" / "cifar10-png.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     found = next(path.parent for path in folder.rglob("train") if path.is_dir())
     return found
 
