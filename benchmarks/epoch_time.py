@@ -26,11 +26,6 @@ from results.experiments import EXPERIMENTS, Experiment, Variant
 from tnlayers import tensorize
 
 PICTURES, SHAPE, CLASSES, DEFAULT_BATCH = 50_000, (3, 32, 32), 10, 128
-WHOLE = [
-    name
-    for name, experiment in EXPERIMENTS.items()
-    if "callbacks" not in yaml.safe_load(Path(experiment.config).read_text())["trainer"]
-]
 
 
 def step_of(experiment: Experiment, variant: Variant, batch: int) -> Callable[[], None]:
@@ -62,6 +57,11 @@ def classifier(experiment: Experiment, variant: Variant) -> ImageClassifier:
     return parser.instantiate(parser.parse_object({"model": model})).model
 
 
+def trains_a_part(experiment: Experiment) -> bool:
+    """Whether callbacks change what is trained, which a step here knows nothing of."""
+    return "callbacks" in yaml.safe_load(Path(experiment.config).read_text())["trainer"]
+
+
 def times(experiment: Experiment, rounds: int) -> dict[str, Any]:
     """What a step and an epoch of each variant take; the first is what the others are compared with."""
     data = yaml.safe_load(Path(experiment.config).read_text())["data"]["init_args"]
@@ -77,8 +77,9 @@ def times(experiment: Experiment, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    whole = [name for name, experiment in EXPERIMENTS.items() if not trains_a_part(experiment)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=WHOLE, metavar="name", help=", ".join(WHOLE))
+    parser.add_argument("names", nargs="+", choices=whole, metavar="name", help=", ".join(whole))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()

@@ -84,8 +84,7 @@ def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) 
 
 def calibration_batches(data: ImageData) -> list[Tensor]:
     """Training pictures to estimate statistics from, fewer where there are few."""
-    data.setup("fit")
-    return data.calibration_batches(min(_CALIBRATION_BATCHES, len(data.train_dataloader().dataset)))  # type: ignore[arg-type]
+    return data.calibration_batches(min(_CALIBRATION_BATCHES, data.num_train))
 
 
 def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:

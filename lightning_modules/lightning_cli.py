@@ -58,7 +58,6 @@ _HARMLESS = (
     "Checkpoint directory .* exists and is not empty",
 )
 
-
 _SOME_EPOCHS = " --trainer.max_epochs 15"
 
 
@@ -119,20 +118,19 @@ class CompressionTrainer(Trainer):
             protocol: what is measured.
         """
         subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / "study.jsonl"
-        Console().print(f"from        {checkpoint}: {subject.loaded}", highlight=False, soft_wrap=True)
-        if path.is_file():
-            Console().print(f"goes on     after {len(read_rows(path))} rows of {path}", highlight=False, soft_wrap=True)
+        _say(f"from        {checkpoint}: {subject.loaded}")
+        if path.is_file() and (begun := read_rows(path)):
+            _say(f"goes on     after {len(begun)} rows of {path}")
         try:
             with progress_bar(Console(stderr=True)) as progress:
                 rows = run_study(subject, path, progress)
         except KeyboardInterrupt:
-            kept = f"stopped     {path} has what was measured; the same command goes on"
-            Console(stderr=True).print(kept, highlight=False, soft_wrap=True)
+            _say(f"stopped     {path} has what was measured; the same command goes on", stderr=True)
             raise
         write_report(rows, Path(out))
         log_study(self.loggers, rows, Path(out))
         for line in summary(rows):
-            Console().print(line, highlight=False, soft_wrap=True)
+            _say(line)
 
 
 class TensorCLI(LightningCLI):
@@ -219,11 +217,9 @@ class TensorCLI(LightningCLI):
         out = Path(self._given.out)
         resolved = resolved_config(given, out, trainer.resolved_rules)
         (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        Console().print(
+        _say(
             f"written     {out}/: model.ckpt, config.yaml, report.md, report.json, plots\n"
-            f"retrain     tnlayers fit -c {out}/config.yaml{'' if _ends(resolved['trainer']) else _SOME_EPOCHS}",
-            highlight=False,
-            soft_wrap=True,
+            f"retrain     tnlayers fit -c {out}/config.yaml{'' if _ends(resolved['trainer']) else _SOME_EPOCHS}"
         )
 
     def after_study(self) -> None:
@@ -238,26 +234,24 @@ class TensorCLI(LightningCLI):
             given.pop(key, None)
         given["model"]["rules"] = yaml.safe_load((out / "rules.yaml").read_text())["model"]["rules"]
         (out / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
-        Console().print(
+        _say(
             f"written     {out}/: study.jsonl, report.md, report.html, rules.yaml, config.yaml, plots\n"
-            f"compress    tnlayers compress -c {out}/config.yaml --checkpoint {self._given.checkpoint} --out {out}/compressed",
-            highlight=False,
-            soft_wrap=True,
+            f"compress    tnlayers compress -c {out}/config.yaml --checkpoint {self._given.checkpoint} --out {out}/compressed"
         )
 
     def after_fit(self) -> None:
         saved = self.trainer.checkpoint_callback
         if self.trainer.is_global_zero and isinstance(saved, ModelCheckpoint) and saved.last_model_path:
             path = _shown(saved.last_model_path)
-            Console().print(f"checkpoint  {path}", highlight=False, soft_wrap=True)
+            _say(f"checkpoint  {path}")
             if (config := Path(saved.last_model_path).parents[1] / "config.yaml").is_file():
                 command = f"tnlayers test -c {_shown(str(config))} --ckpt_path {path}"
-                Console().print(f"test        {command}", highlight=False, soft_wrap=True)
+                _say(f"test        {command}")
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
             folder = _shown(str(run_folder(self.trainer)))
-            Console().print(f"written     {folder}/predictions.csv", highlight=False, soft_wrap=True)
+            _say(f"written     {folder}/predictions.csv")
 
 
 def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
@@ -284,6 +278,11 @@ def _ends(trainer: dict[str, Any]) -> bool:
 
 def _no_advertising(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
+
+
+def _say(text: str, *, stderr: bool = False) -> None:
+    """As it is: no colours for numbers, no markup, no line broken where it is to be copied."""
+    Console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _shown(path: str) -> str:

@@ -56,7 +56,9 @@ def section(experiment: Experiment, results: Path, times: Path = TIMES) -> str:
 def _sentence(runs: Sequence[dict[str, Any]], planned: int) -> str:
     epochs = " to ".join(str(number) for number in sorted({run["epochs"] for run in runs}))
     versions = "; ".join(sorted({f"torch {run['environment']['torch']}, {_machine(run)}" for run in runs}))
-    return f"{runs[0]['data']}; {epochs} epochs; {len(runs)} of {planned} runs. {versions}."
+    return (
+        f"{runs[0]['data']}; {epochs} epoch{'' if epochs == '1' else 's'}; {len(runs)} of {planned} runs. {versions}."
+    )
 
 
 def _machine(run: dict[str, Any]) -> str:

@@ -78,6 +78,13 @@ class ImageData(LightningDataModule):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def num_train(self) -> int:
+        """How many pictures are trained with; reads them if they are not there."""
+        self.setup("fit")
+        assert self._train is not None
+        return len(self._train)
+
     def load(self, part: Literal["train", "test"]) -> PictureSet:
         """Reads the training or the test pictures."""
         raise NotImplementedError

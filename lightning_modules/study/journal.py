@@ -97,4 +97,4 @@ def _flat(study: Study) -> dict[str, Any]:
 
 
 def _same(name: str, old: Any, new: Any) -> bool:
-    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED and old is not None else old == new
+    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED else old == new

@@ -18,10 +18,9 @@ from lightning_modules.quiet import quiet
 from lightning_modules.study.evaluation import score
 from tnlayers.tracing import evaluating
 
-__all__ = ["DENSE", "retrain", "training_options"]
+__all__ = ["retrain", "training_options"]
 
 _MODEL = ("distill_weight", "temperature")
-DENSE = "the dense net"
 _DATA = ("batch_size", "val_fraction", "split_seed", "augment")
 _TRAINER = (
     "precision",
@@ -82,7 +81,6 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epo
     Raises:
         ValueError: a scheduler that waits for a validation, of which there is none.
     """
-    data.setup("fit")
     optimizer = model._optimizer([nn.Parameter(torch.zeros(1))])
     scheduler = model._lr_scheduler(optimizer) if model._lr_scheduler else None
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -90,10 +88,10 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epo
             "lr_scheduler ReduceLROnPlateau: a study retrains without validating; leave it out for a cosine"
         )
     return {
-        "pictures": len(data.train_dataloader().dataset),  # type: ignore[arg-type]
+        "pictures": data.num_train,
         "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
         "learning_rates": _rates(optimizer, scheduler, epochs) if scheduler else None,
-        "teacher": (model.hparams["teacher"] or DENSE) if model.hparams["distill_weight"] else None,
+        "teacher": (model.hparams["teacher"] or "the dense net") if model.hparams["distill_weight"] else None,
         **{name: model.hparams[name] for name in _MODEL},
         **{name: getattr(data, name) for name in _DATA},
         **{name: getattr(like, name) for name in _TRAINER},

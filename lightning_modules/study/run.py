@@ -25,7 +25,6 @@ Tick = Callable[[], None]
 
 _SHARES = (1.0, 0.5, 0.25, 0.0)  # of the tolerance that a layer may use up alone, where all are factorized
 Key = tuple[object, ...]
-_UNTRUNCATED: Key = ("retrained", (), 0.0, "dense")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
             name = f"all layers, {' '.join(cuts)} at up to {eps:g}"
             yield _Work(name, (("joint", cuts, eps),), 1, 1, partial(_joint, subject, cuts, eps))
     cost, steps = 1 + protocol.epochs * subject.epoch_cost, protocol.epochs + 1
-    yield _Work("retraining the dense net", (_UNTRUNCATED,), cost, steps, partial(_untruncated, subject))
+    keys = (("retrained", (), 0.0, "dense"),)
+    yield _Work("retraining the dense net", keys, cost, steps, partial(_untruncated, subject))
     for cuts in [cuts for cuts in subject.cut_sets if cuts in REALISED]:
         for eps, weights in product(protocol.retrain, ("dense", "factors")):
             name = f"retraining {' '.join(cuts)} at {eps:g}, {weights}"

@@ -21,7 +21,7 @@ from lightning_modules.study.factors import factorization_of, fewer_params, reco
 from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel, Trial
-from lightning_modules.study.retraining import DENSE, retrain, training_options
+from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy
@@ -78,7 +78,7 @@ class Subject:
         self._model, self._data, self._trainer, self.protocol = model, data, trainer, protocol
         self._device = trainer.strategy.root_device
         self._net = model.net.to(self._device).eval()
-        if self.training["teacher"] == DENSE:
+        if model.hparams["distill_weight"] and not model.hparams["teacher"]:
             model._teacher = (self._net,)  # as after `compress`
         with torch.no_grad():
             self._forward = FromLayer(self._net, next(self._batches())[0][:2])
