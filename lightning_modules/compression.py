@@ -83,14 +83,14 @@ def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) 
 
 
 def calibration_batches(data: ImageData) -> list[Tensor]:
-    """Training pictures to estimate statistics from, fewer where there are few."""
-    return data.calibration_batches(min(_CALIBRATION_BATCHES, data.num_train))
+    """Training pictures to estimate statistics from, fewer where there are few; one alone has no variance."""
+    return data.calibration_batches(max(1, min(_CALIBRATION_BATCHES, data.num_train // 2)))
 
 
 def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:
     """Estimates the BatchNorm statistics on half of the batches, and keeps them if they help on the other half."""
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms or len(batches) < 2:
+    if not norms or len(batches) < 2 or min(map(len, batches)) < 2:
         return False
     estimate, judge = batches[::2], batches[1::2]
     before = copy.deepcopy(net.state_dict())

@@ -16,11 +16,13 @@ class Variant:
     Attributes:
         options: what follows the experiment's configuration on the command line.
         seeds: how many runs, of seeds 0, 1, ...
+        against: the variant that it is compared with, which was trained as long.
     """
 
     name: str
     options: tuple[str, ...] = ()
     seeds: int = 1
+    against: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Experiment:
     Attributes:
         name: of configs/experiment/<name>.yaml, and of the folder of the results.
         data: which pictures, in words.
-        variants: the first is what the others are compared with.
+        variants: what is compared.
     """
 
     name: str
@@ -98,6 +100,7 @@ _BOND4 = [
     },
 ]
 
+_TAI_CNN, _SHORTER = ("-c", "configs/rules/tai_cnn_lowrank.yaml"), ("--trainer.max_epochs", "4")
 _METHODS = ("Tucker", "CP", "MPS", "TTConv", "LowRank")
 # conv1 stays dense, so the others keep a little less than the convolutions do in all.
 _BUDGETS = ((2, 0.49, 1), (4, 0.245, 3), (8, 0.12, 1))
@@ -113,7 +116,12 @@ EXPERIMENTS = {
         Experiment(
             "tai_cnn",
             CIFAR10_JPEG,
-            (Variant("dense"), Variant("low rank", ("-c", "configs/rules/tai_cnn_lowrank.yaml"))),
+            (
+                Variant("dense"),
+                Variant("low rank", _TAI_CNN),
+                Variant("dense, 4 epochs", _SHORTER, against="dense, 4 epochs"),
+                Variant("low rank, 4 epochs", (*_TAI_CNN, *_SHORTER), against="dense, 4 epochs"),
+            ),
         ),
         Experiment(
             "tai_nin",

@@ -3,7 +3,7 @@
 python -m results.run cnn4_from_scratch --data.root data/cifar10-jpeg
 
 A run whose JSON is there is skipped, one that was stopped goes on, and several of these commands share the runs among them.
-What follows the names is handed to `tnlayers fit` and `tnlayers test`.
+Other options are handed to `tnlayers fit` and `tnlayers test`.
 """
 
 import argparse
@@ -34,12 +34,20 @@ def result_path(results: Path, experiment: Experiment, variant: Variant, seed: i
 
 
 def run(
-    experiment: Experiment, variant: Variant, seed: int, *, handed: Sequence[str], results: Path, runs: Path
+    experiment: Experiment,
+    variant: Variant,
+    seed: int,
+    *,
+    where: Sequence[str],
+    handed: Sequence[str],
+    results: Path,
+    runs: Path,
 ) -> None:
     """Trains, tests and writes the JSON, unless it is there or another process is at it.
 
     Args:
-        handed: options for both commands that change where things are, not what comes out.
+        where: options for both commands that say where the pictures are.
+        handed: further options, which the JSON's command has too.
         results: the folder of the JSONs.
         runs: the folder of logs and checkpoints.
     """
@@ -48,12 +56,12 @@ def run(
     with alone(folder / "lock") as lock:
         if lock is None or path.exists():
             return
-        options = ["-c", experiment.config, *variant.options, "--seed_everything", str(seed)]
+        options = ["-c", experiment.config, *variant.options, "--seed_everything", str(seed), *handed]
         fit = ["--trainer.default_root_dir", str(folder / "fit"), "--ckpt_path", "last"]
-        tnlayers("fit", *options, *handed, *fit, lock=lock)
+        tnlayers("fit", *options, *where, *fit, lock=lock)
         (checkpoint,) = folder.glob("fit/*/*/checkpoints/last.ckpt")
         tested = ["--trainer.default_root_dir", str(folder / "test"), "--ckpt_path", str(checkpoint)]
-        tnlayers("test", *options, *handed, *tested, lock=lock)
+        tnlayers("test", *options, *where, *tested, lock=lock)
         trained = rows(checkpoint.parents[1] / "metrics.csv", "train/loss", "train/accuracy")
         tests = sorted(folder.glob("test/*/*/metrics.csv"), key=lambda file: file.stat().st_mtime)
         (test,) = rows(tests[-1], "test/loss", "test/accuracy")
@@ -126,20 +134,22 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="name", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--data.root", dest="root", help="folder of the pictures")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSONs")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of logs and checkpoints")
     options, handed = parser.parse_known_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
+    where = ["--data.root", options.root] if options.root else []
     failed = False
     for name in options.names:
         experiment = EXPERIMENTS[name]
         for variant, seed in experiment.runs():
             try:
-                run(experiment, variant, seed, handed=handed, results=options.results, runs=options.runs)
+                run(experiment, variant, seed, where=where, handed=handed, results=options.results, runs=options.runs)
             except subprocess.CalledProcessError as error:  # the other runs need not wait for this one
                 print(f"{name}, {variant.name}, seed {seed}: {error}", file=sys.stderr)
                 failed = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results.experiments import EXPERIMENTS, Experiment
+from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.run import RESULTS, result_path
 
 TIMES = RESULTS.parent / "benchmarks/epoch_time.json"
@@ -45,9 +45,12 @@ def section(experiment: Experiment, results: Path, times: Path = TIMES) -> str:
     done = [run for found in runs.values() for run in found]
     if not done:
         return "No run is finished yet.\n"
-    reference = [run["test"]["accuracy"] for run in runs[experiment.variants[0].name]]
     epochs = _epochs(experiment.name, times)
-    rows = [_row(name, found, reference, epochs.get(name, "")) for name, found in runs.items() if found]
+    rows = [
+        _row(variant, runs[variant.name], runs.get(variant.against, []), epochs.get(variant.name, ""))
+        for variant in experiment.variants
+        if runs[variant.name]
+    ]
     lines = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{_sentence(done, len(experiment.runs()))}\n\n{table}\n"
@@ -72,12 +75,14 @@ def _epochs(name: str, times: Path) -> dict[str, str]:
     return {row["variant"]: f"{row['epoch_seconds']:.0f} s, {row['over_dense']:.2f}x" for row in rows}
 
 
-def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], epoch: str) -> list[str]:
+def _row(
+    variant: Variant, runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], epoch: str
+) -> list[str]:
     first = runs[0]  # the counts are the same for every seed
-    totals, accuracies = first["totals"], [run["test"]["accuracy"] for run in runs]
-    against = 100 * (statistics.mean(accuracies) - statistics.mean(reference)) if reference else None
+    totals, accuracies = first["totals"], _accuracies(runs)
+    compared = reference and variant.name != variant.against
     return [
-        name,
+        variant.name,
         *(_kept(first, dimensions) for dimensions in (4, 2)),
         f"{totals['params']:,}",
         f"{totals['dense_params'] / totals['params']:.2f}x",
@@ -85,9 +90,13 @@ def _row(name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], 
         epoch,
         _spread([run["train"][-1]["accuracy"] for run in runs]),
         _spread(accuracies),
-        "" if against is None or accuracies == list(reference) else f"{against:+.2f}",
+        f"{100 * (statistics.mean(accuracies) - statistics.mean(_accuracies(reference))):+.2f}" if compared else "",
         str(len(runs)),
     ]
+
+
+def _accuracies(runs: Sequence[dict[str, Any]]) -> list[float]:
+    return [run["test"]["accuracy"] for run in runs]
 
 
 def _kept(run: dict[str, Any], dimensions: int) -> str:

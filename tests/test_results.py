@@ -22,7 +22,7 @@ def run_tiny(folder: Path) -> Path:
     (variant,) = TINY.variants
     variant = Variant(variant.name, ("-c", str(LOW_RANK)), variant.seeds)
     handed = ["--trainer.max_epochs", "1", *QUIET]
-    runner.run(TINY, variant, 0, handed=handed, results=folder / "results", runs=folder / "runs")
+    runner.run(TINY, variant, 0, where=[], handed=handed, results=folder / "results", runs=folder / "runs")
     return folder / "results/digits/low_rank_seed0.json"
 
 
@@ -31,7 +31,8 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
     path = run_tiny(tmp_path)
     result = json.loads(path.read_text())
     assert (result["variant"], result["seed"], result["data"]) == ("low rank", 0, "scikit-learn's digits")
-    assert result["command"] == f"tnlayers fit -c configs/experiment/digits.yaml -c {LOW_RANK} --seed_everything 0"
+    given = f"-c configs/experiment/digits.yaml -c {LOW_RANK} --seed_everything 0 --trainer.max_epochs 1"
+    assert result["command"] == " ".join(["tnlayers fit", given, *QUIET])
     assert result["epochs"] == len(result["train"]) == 1
     assert 0 < result["test"]["accuracy"] < 1
     assert "torch" in result["environment"]
@@ -68,6 +69,24 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
     path.write_text(json.dumps(result | {"layers": without}))
     *_, row, _ = section(TINY, tmp_path / "results", times).split("\n")
     assert row.split("|")[3].strip() == ""  # of linears
+
+
+def test_variants_are_compared_with_what_was_trained_as_long(tmp_path: Path) -> None:
+    short = ("--trainer.max_epochs", "1")
+    variants = (
+        Variant("dense"),
+        Variant("low rank"),
+        Variant("dense, short", short, against="dense, short"),
+        Variant("low rank, short", short, against="dense, short"),
+        Variant("of a dense net that has no run", against="another"),
+    )
+    experiment = Experiment("tiny", "", variants)
+    run = json.loads((ROOT / "results/cnn4_from_scratch/dense_seed0.json").read_text())
+    for variant, accuracy in zip(variants, (0.7, 0.7, 0.5, 0.45, 0.4), strict=True):
+        path = runner.result_path(tmp_path, experiment, variant, 0)
+        runner.write(path, run | {"test": {"loss": 0.0, "accuracy": accuracy}})
+    rows = [line.split("|") for line in section(experiment, tmp_path).splitlines() if line.startswith("| ")][2:]
+    assert [cells[10].strip() for cells in rows] == ["", "+0.00", "", "-5.00", ""]
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

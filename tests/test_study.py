@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lightning_modules import ImageClassifier, build_net
 from lightning_modules.alone import alone
+from lightning_modules.classifier import load_net
+from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.study import subject as subjects
@@ -310,16 +312,17 @@ def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) ->
     assert isinstance(begun, Study)
     found = [row for row in rows if isinstance(row, Recommendation)]
     layers = {row.name: row for row in rows if isinstance(row, Layer)}
+    rests_on = {method: cuts for cuts, method in REALISED.items()}
     assert [row.macs_kept for row in found] == sorted(row.macs_kept for row in found)
     assert {rule["method"] for rule in found[0].rules} & {"Tucker", "MPS", "LowRank", "TT"}
     for recommended in found:
         assert [rule["pattern"] for rule in recommended.rules] == list(layers)
         for rule in recommended.rules:
-            if rule["method"] == "LowRank":
-                (rank,) = rule["rank"]
-                curve = [row for row in rows if isinstance(row, Single) and row.key[1:3] == (rule["pattern"], ("ih",))]
-                assert any(row.bonds == (rank,) for row in curve)
-                kept = [row.accuracy for row in curve if row.bonds[0] >= rank]
+            if rule["method"] != "dense":
+                cuts = rests_on.get(rule["method"], ("i",))
+                curve = [row for row in rows if isinstance(row, Single) and row.key[1:3] == (rule["pattern"], cuts)]
+                (at,) = {row.eps for row in curve if row.bonds == tuple(rule["rank"]) and not row.control}
+                kept = [row.accuracy for row in curve if row.eps <= at and not row.control]
                 assert min(kept) >= begun.accuracy - recommended.tolerance - 1e-9
 
 
@@ -403,15 +406,65 @@ def test_what_cannot_be_studied_is_said_at_the_start(dense: Path, tmp_path: Path
         Subject(model, data, trainer, tmp_path / "computed.pt", Protocol())
 
 
-def test_few_training_pictures_are_enough(dense: Path, rows: list[Row]) -> None:
-    class Few(Digits):
-        def load(self, part: Literal["train", "test"]) -> PictureSet:
-            found = super().load(part)
-            assert isinstance(found, Pictures)
-            return Pictures(found.pictures[:12], found.labels[:12])
+def test_degenerate_weights(dense: Path, tmp_path: Path) -> None:
+    data, trainer = Digits(), Trainer(accelerator="cpu", logger=False)
+    net = load_net(dense)[0]
+    nn.init.zeros_(net.get_submodule("conv2").weight)  # type: ignore[arg-type]
+    torch.save(net.state_dict(), tmp_path / "zeros.pt")
+    subject = Subject(ImageClassifier(), data, trainer, tmp_path / "zeros.pt", Protocol(pictures=64, layers="conv2"))
+    joint = subject.joint(("o", "i"), 0.3)
+    assert (joint.bonds, joint.eps, joint.delta) == ({"conv2": (1, 1)}, 0, 0)
+    net.get_submodule("conv3").weight.data[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    torch.save(net.state_dict(), tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="the weight of conv3 has values that are not finite"):
+        Subject(ImageClassifier(), data, trainer, tmp_path / "nan.pt", Protocol())
 
+
+def test_linears_alone_are_retrained_too(dense: Path, tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, limit_train_batches=2)
+    protocol = Protocol(losses=(0.5,), retrain=(0.6,), epochs=1, pictures=64, layers="fc*")
+    subject = Subject(ImageClassifier(), Digits(val_fraction=0), trainer, dense, protocol)
+    rows = run_study(subject, tmp_path / "study.jsonl")
+    retrained = {(row.cuts, row.weights): row for row in rows if isinstance(row, Retrained)}
+    assert set(retrained) == {((), "dense"), (("i",), "dense"), (("i",), "factors")}
+    assert retrained[("i",), "factors"].params_kept < 1
+    assert retrained[("i",), "factors"].accuracy[0] == pytest.approx(retrained[("i",), "dense"].accuracy[0], abs=1 / 64)
+
+
+def test_no_grouped_convolution_is_factorized_and_the_reason_says_so() -> None:
+    module, study = nn.Conv2d(16, 16, 3, groups=2), Study("net", "", "", "", 100, 10, 0.9, 0.3, Protocol(), {})
+    layer = Layer("layer", tuple(module.weight.shape), module.weight.numel(), 0, {"ih": 24}, {})
+    rows = [study, layer, Single("layer", ("ih",), (1,), "", 0.5, 0, 0.9, 0.3)]
+    (rule,) = recommend(Measured.of(rows), {"layer": module}, {"layer": [Call(1, (8, 8))]}, 0.01)
+    assert (rule.factorization, rule.reason) == (None, "a study factorizes no grouped convolution")
+
+
+class Few(Digits):
+    """The first pictures of the digits."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__(val_fraction=0)
+        self.num = num
+
+    def load(self, part: Literal["train", "test"]) -> PictureSet:
+        found = super().load(part)
+        assert isinstance(found, Pictures)
+        return Pictures(found.pictures[: self.num], found.labels[: self.num])
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 12])
+def test_batch_norm_is_estimated_from_no_picture_alone(num: int) -> None:
+    """Of one picture in a batch BatchNorm1d has no variance."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    batches = calibration_batches(Few(num))
+    assert sum(map(len, batches)) == num
+    kept = recalibrate_if_better(net, copy.deepcopy(net), batches)
+    assert not kept  # the outputs were the same before
+
+
+def test_few_training_pictures_are_enough(dense: Path, rows: list[Row]) -> None:
     trainer = Trainer(accelerator="cpu", logger=False)
-    subject = Subject(ImageClassifier(), Few(val_fraction=0), trainer, dense, Protocol(epochs=0))
+    subject = Subject(ImageClassifier(), Few(12), trainer, dense, Protocol(epochs=0))
     assert subject.training["pictures"] == 12
     measured = [row for row in rows if not isinstance(row, Recommendation)]
     assert len(subject.recommendation(measured, 0.01, lambda: None).accuracy) == 1
@@ -496,6 +549,8 @@ def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) 
     path = tmp_path / "study.jsonl"
     Journal(path, begun)
     Journal(path, replace(begun, accuracy=1.001 * begun.accuracy, loss=1.001 * begun.loss))  # measured elsewhere
+    for _ in range(2):  # a net that gives nan for a picture
+        Journal(tmp_path / "nan.jsonl", replace(begun, loss=math.nan))
     with path.open("a") as file:
         file.write('{"kind": ')
     before = path.read_bytes()
@@ -522,6 +577,8 @@ PROTOCOLS = [
     ({"retrain": (0.0,)}, "retrain [0.0]: expected norm losses between 0 and 1"),
     ({"epochs": -1}, "epochs is -1; expected at least 0"),
     ({"pictures": 0}, "pictures is 0; expected at least 1"),
+    ({"tolerance": 1}, "tolerance is 1; expected a fraction of the pictures below 1: 0.01 is one point"),
+    ({"tolerance": math.nan}, "tolerance is nan; expected a fraction"),
 ]
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "norm_loss",
     "random_weight",
     "split",
+    "splits",
     "truncate_cuts",
 ]
 
@@ -68,7 +69,7 @@ def cut_label(cut: str, shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A weight as a matrix over a cut, as it was when it was split.
+    """A weight over a cut, as it was when it was split.
 
     Attributes:
         values: (k,) singular values in float64, descending.
@@ -76,9 +77,8 @@ class Split:
 
     values: Tensor
     _basis: Tensor = field(repr=False)  # (m, k)
-    _matrix: Tensor = field(repr=False)  # (m, n)
     _rows: tuple[int, ...] = field(repr=False)
-    _weight: Tensor = field(repr=False)  # its shape, dtype and device are those of what is truncated
+    _weight: Tensor = field(repr=False)
 
     def eps(self, bond: int) -> float:
         """||W - W~|| / ||W|| of the truncation to this bond dimension: sqrt(discarded s^2 / all s^2).
@@ -106,10 +106,11 @@ class Split:
             ValueError: a bond dimension that the cut does not have.
         """
         self._check(bond)
+        if bond == len(self.values):  # which projects on everything
+            return self._weight.clone()
         with decomposing():
             basis = self._basis[:, :bond]
-            whole = bond == len(self.values)  # which projects on everything
-            kept = self._matrix.clone() if whole else basis @ (basis.mT @ self._matrix)
+            kept = basis @ (basis.mT @ unfold(precise(self._weight), self._rows))
             return fold(kept, self._rows, self._weight.shape).to(self._weight)
 
     def _losses(self) -> list[float]:
@@ -128,13 +129,17 @@ def split(weight: Tensor, cut: str) -> Split:
     Raises:
         ValueError: a cut that this weight does not have, or values that are not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has values that are not finite; it has no spectrum")
-    rows = _rows(weight.shape, cut)
-    with decomposing():
-        matrix = unfold(precise(weight).clone(), rows)  # a copy: the weight may be overwritten with what is truncated
-        basis, values = left_svd(matrix)
-    return Split(values, basis, matrix, rows, weight)
+    return _split(weight.detach().clone(), cut)  # the weight may be overwritten with what is truncated
+
+
+def splits(weight: Tensor) -> dict[str, Split]:
+    """Cut -> the split there, for every cut that the weight has; together they hold one copy of it.
+
+    Raises:
+        ValueError: a shape that `cuts_of` does not take, or values that are not finite.
+    """
+    copy = weight.detach().clone()
+    return {cut: _split(copy, cut) for cut in cuts_of(weight.shape)}
 
 
 def truncate_cuts(weight: Tensor, bonds: Sequence[tuple[str, int]]) -> Tensor:
@@ -217,6 +222,16 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
             raise ValueError(f"{k} singular values: the cut {cut!r} of a weight of shape {tuple(shape)} has {m}")
         left, right = _random_basis(m, k, generator), _random_basis(math.prod(shape) // m, k, generator)
         return fold((left * precise(values).cpu()) @ right.mT, rows, shape)
+
+
+def _split(weight: Tensor, cut: str) -> Split:
+    """Of a weight that does not change."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has values that are not finite; it has no spectrum")
+    rows = _rows(weight.shape, cut)
+    with decomposing():
+        basis, values = left_svd(unfold(precise(weight), rows))
+    return Split(values, basis, rows, weight)
 
 
 def _random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:

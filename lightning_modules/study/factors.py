@@ -14,6 +14,8 @@ __all__ = ["REALISED", "factorization_of", "fewer_params", "recommend"]
 REALISED = {CUT_SETS["Tucker-2"]: "Tucker", CUT_SETS["MPS"]: "MPS", ("ih",): "LowRank"}
 """Cuts of a Conv2d kernel -> the method whose ranks are their bond dimensions."""
 
+_NONE, _GROUPED = "no factorization that saves is tolerated", "a study factorizes no grouped convolution"
+
 
 def factorization_of(module: nn.Module, cuts: Sequence[str], bonds: Sequence[int]) -> Factorization | None:
     """The factorization of a layer whose weight has these bond dimensions at these cuts; None if no method makes them low rank."""
@@ -47,6 +49,8 @@ def recommend(
 ) -> list[Rule]:
     """For each layer the factorization with the fewest multiply-accumulates whose truncation, alone, was tolerated.
 
+    Of a convolution it is one of `REALISED`, of a linear a product of two matrices.
+
     Args:
         measured: all truncations of single layers.
         modules: name -> the dense layer.
@@ -59,7 +63,7 @@ def recommend(
         good = [row for curve in curves for row in curve[: measured.num_tolerated(curve, tolerance)]]
         methods = [method for row in good if (method := factorization_of(module, row.cuts, row.bonds))]
         found = _cheapest(module, methods, calls[layer.name])
-        rules.append(Rule(layer.name, found, "" if found else "no factorization that saves is tolerated"))
+        rules.append(Rule(layer.name, found, "" if found else _GROUPED if Geometry(module).groups > 1 else _NONE))
     return rules
 
 

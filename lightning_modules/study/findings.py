@@ -149,6 +149,10 @@ class Measured:
         shape = max((layer.shape for layer in self.layers if cuts[0] in layer.bonds), key=len)
         return cut_label(cuts[0], shape)
 
+    def layers_with(self, cuts: Sequence[str]) -> str:
+        """What the layers that have these cuts are called: a linear has but one."""
+        return "layers" if all(set(cuts) <= layer.bonds.keys() for layer in self.layers) else "convolutions"
+
     def depth(self) -> "Depth | None":
         """Tolerated norm loss against depth: of convolutions where there are any, over the cuts that all of them have."""
         convolutions = [layer for layer in self.layers if len(layer.shape) > 2] or list(self.layers)

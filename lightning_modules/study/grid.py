@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.study.rows import CONTROLS, CUT_SETS
-from tnlayers.cuts import NormLoss, Split, cuts_of, norm_loss, random_weight, split, truncate_cuts
+from tnlayers.cuts import NormLoss, Split, norm_loss, random_weight, splits, truncate_cuts
 
 __all__ = ["Kernel", "Trial"]
 
@@ -32,21 +33,31 @@ class Kernel:
 
     Attributes:
         weight: (o, i, h, w), or (o, i) of a linear.
-        splits: cut -> its spectrum.
+
+    Raises:
+        ValueError: the weight has values that are not finite.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         assert isinstance(module.weight, Tensor)
         self.weight = module.weight.detach().clone()
-        self.splits: dict[str, Split] = {cut: split(self.weight, cut) for cut in cuts_of(self.weight.shape)}
+        if not torch.isfinite(self.weight).all():
+            raise ValueError(
+                f"the weight of {name} has values that are not finite: nothing can be said of its spectrum"
+            )
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Cut -> its spectrum."""
+        return splits(self.weight)
 
     def cut_sets(self) -> list[tuple[str, ...]]:
         """Every cut alone, then those sets of several that this weight has."""
         return [*((cut,) for cut in self.splits), *(cuts for cuts in CUT_SETS.values() if self.has(cuts))]
 
     def has(self, cuts: Sequence[str]) -> bool:
-        return all(cut in self.splits for cut in cuts)
+        return set(cuts) <= self.splits.keys()
 
     def bonds(self, cuts: Sequence[str], eps: float) -> tuple[int, ...]:
         """For each cut the smallest bond dimension that loses at most `eps` there."""

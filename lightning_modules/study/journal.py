@@ -97,4 +97,6 @@ def _flat(study: Study) -> dict[str, Any]:
 
 
 def _same(name: str, old: Any, new: Any) -> bool:
-    return math.isclose(old, new, rel_tol=_ROUNDING) if name in _ROUNDED else old == new
+    if name not in _ROUNDED:
+        return old == new
+    return math.isclose(old, new, rel_tol=_ROUNDING) or (math.isnan(old) and math.isnan(new))

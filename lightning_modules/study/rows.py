@@ -42,7 +42,7 @@ class Protocol:
         seed: of that draw, of the random controls and of the retraining.
 
     Raises:
-        ValueError: a norm loss that is not between 0 and 1, or a number below its least.
+        ValueError: a norm loss that is not between 0 and 1, a tolerance that is no fraction below 1, or a number below its least.
     """
 
     layers: str = "*"
@@ -61,11 +61,14 @@ class Protocol:
             object.__setattr__(self, name, given)
         if not self.losses:
             raise ValueError("losses is empty: give at least one norm loss, such as 0.3")
-        least: dict[str, float] = {"epochs": 0, "tolerance": 0, "pictures": 1}
-        for name, bound in least.items():
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"tolerance is {self.tolerance}; expected a fraction of the pictures below 1: 0.01 is one point"
+            )
+        for name, least in (("epochs", 0), ("pictures", 1)):
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} is {value}; expected at least {bound:g}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ class Single:
     Attributes:
         cuts: in the order in which they were truncated, to the dimensions `bonds`.
         control: empty for the truncation itself; "random weight": the layer's weight is one with the same singular values in random
-            directions, truncated likewise; "random error": what the truncation took is taken in random directions instead.
+            directions, truncated likewise; "random error": the singular values that the truncation took, in random directions, are
+            added to the weight.
     """
 
     kind: ClassVar[str] = "single"

@@ -101,7 +101,7 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
     cost, steps = 1 + protocol.epochs * subject.epoch_cost, protocol.epochs + 1
     keys = (("retrained", (), 0.0, "dense"),)
     yield _Work("retraining the dense net", keys, cost, steps, partial(_untruncated, subject))
-    for cuts in [cuts for cuts in subject.cut_sets if cuts in REALISED]:
+    for cuts in [cuts for cuts in subject.cut_sets if cuts in REALISED] or [("i",)]:  # those of linears where all are
         for eps, weights in product(protocol.retrain, ("dense", "factors")):
             name = f"retraining {' '.join(cuts)} at {eps:g}, {weights}"
             keys = (("retrained", cuts, eps, weights),)

@@ -125,9 +125,9 @@ def _several(measured: Measured) -> Section:
 def _controls(measured: Measured) -> Section:
     cuts = dict.fromkeys(measured.label(cuts) for _, cuts, control in measured.singles if control)
     text = (
-        f"Measured at {', '.join(cuts)}. Random error: what a truncation takes is taken in random directions instead. Random weight: the "
-        "layer's weight is one with the same singular values in random directions, truncated likewise. A truncation takes from the "
-        "weight's norm, a random error adds to it; BatchNorm's statistics stay those of the dense net."
+        f"Measured at {', '.join(cuts)}. Random error: the singular values that a truncation takes, in random directions, are added to "
+        "the weight. Random weight: the layer's weight is one with the same singular values in random directions, truncated likewise. "
+        "A truncation takes from the weight's norm, a random error adds to it; BatchNorm's statistics stay those of the dense net."
     )
     said = [sentence for name in CONTROLS if (sentence := control_sentence(measured, name))]
     return Section("Controls", (*said, text), "controls", pictures.controls(measured))
@@ -143,9 +143,9 @@ def _joint(measured: Measured) -> Section:
 
 def _retrained(measured: Measured) -> Section:
     text = (
-        "Truncations of all layers, trained on: as dense weights, which may leave the truncation again, and as the factors themselves, "
-        "which keep that much of the whole net's parameters and MACs (all of them where no factorization has fewer). "
-        f"{_how_trained(measured)}"
+        "Truncations of all layers that have these cuts, trained on: as dense weights, which may leave the truncation again, and as "
+        "the factors themselves, which keep that much of the whole net's parameters and MACs (all of them where no factorization has "
+        f"fewer). {_how_trained(measured)}"
     )
     losses = {(row.cuts, row.target): row.eps for curve in measured.joints.values() for row in curve}
     rows = tuple(
@@ -198,8 +198,9 @@ def _spectra(measured: Measured) -> Section:
 
 def _together(measured: Measured) -> Section:
     text = (
-        "For each layer the factorization with the fewest MACs whose truncation, alone, loses at most so much, and every milder one too; "
-        "all of them applied together, BatchNorm's statistics estimated anew where that helps, and the factors retrained."
+        "For each layer the factorization with the fewest MACs whose truncation, alone, loses at most so much, and every milder one too: "
+        "of a convolution Tucker-2, an MPS or low rank, of a linear a product of two matrices. All of them applied together, BatchNorm's "
+        "statistics estimated anew where that helps, and the factors retrained."
     )
 
     def row(of: Recommendation) -> tuple[str, ...]:

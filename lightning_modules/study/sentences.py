@@ -254,8 +254,8 @@ def _where(measured: Measured, row: Single | Joint) -> str:
 
 def _fall(measured: Measured, row: Retrained) -> str:
     return (
-        f"{measured.label(row.cuts)} of all layers at up to {row.target:g} a cut, {row.accuracy[0]:.1%} before and "
-        f"{row.accuracy[-1]:.1%} after "
+        f"{measured.label(row.cuts)} of all {measured.layers_with(row.cuts)} at up to {row.target:g} a cut, "
+        f"{row.accuracy[0]:.1%} before and {row.accuracy[-1]:.1%} after "
         f"({'dense weights' if row.weights == 'dense' else f'factors, {row.params_kept:.0%} of the parameters'})"
     )
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +24,8 @@ from lightning_modules.study.grid import Kernel, Trial
 from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
-from tnlayers.cuts import entropy
+from tnlayers.cuts import entropy, norm_loss
 from tnlayers.geometry import Geometry
-from tnlayers.linalg import precise
 from tnlayers.rules import fits
 from tnlayers.tracing import calls_of, layer_inputs
 
@@ -85,7 +84,8 @@ class Subject:
         self._example = model.example_input.to(self._device)  # as `compress` has it, so that plans are the same
         names = [name for name in self._forward.layers if fits(name, protocol.layers)]
         if not names:
-            raise ValueError(f"layers {protocol.layers!r} fits none of {', '.join(self._forward.layers)}")
+            listed = ", ".join(self._forward.layers) or "the net's layers: it calls no nn.Conv2d and no nn.Linear"
+            raise ValueError(f"layers {protocol.layers!r} fits none of {listed}")
         self.modules = {name: self._net.get_submodule(name) for name in names}
         for name, module in self.modules.items():
             if "weight" not in module._parameters:
@@ -103,6 +103,12 @@ class Subject:
     def num_steps(self, name: str, trials: int) -> int:
         """How often that many truncations of a layer tick: once for each batch of pictures that each group of them sees."""
         return math.ceil(self._dense.pictures / self._data.batch_size) * math.ceil(trials / self._group(name))
+
+    @property
+    def covered(self) -> float:
+        """The fraction of the net's parameters that are weights of the layers studied."""
+        studied = sum(kernel.weight.numel() for kernel in self.kernels.values())
+        return studied / sum(parameter.numel() for parameter in self._net.parameters())
 
     @property
     def epoch_cost(self) -> float:
@@ -186,15 +192,14 @@ class Subject:
         truncated = self._truncated(cuts, bonds)
         with weights({self.modules[name]: weight for name, weight in truncated.items()}):
             result = score(self._net, self._batches())
-        before = [precise(self.kernels[name].weight) for name in truncated]
-        after = [precise(weight) for weight in truncated.values()]
-        norm = _norm(before)
+        before = torch.cat([self.kernels[name].weight.flatten() for name in truncated])
+        lost = norm_loss(before, torch.cat([weight.flatten() for weight in truncated.values()]))
         return Joint(
             cuts=cuts,
             target=target,
             bonds=bonds,
-            eps=_norm([new - old for new, old in zip(after, before, strict=True)]) / norm,
-            delta=1 - _norm(after) / norm,
+            eps=lost.eps,
+            delta=lost.delta,
             accuracy=result.accuracy,
             loss=result.loss,
         )
@@ -248,7 +253,3 @@ class Subject:
     def _batches(self) -> Iterator[Batch]:
         for pictures, labels in self._data.test_batches(self.protocol.pictures, self.protocol.seed):
             yield pictures.to(self._device).contiguous(memory_format=torch.channels_last), labels
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
