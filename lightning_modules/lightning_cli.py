@@ -119,7 +119,7 @@ class CompressionTrainer(Trainer):
         """
         subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / "study.jsonl"
         _say(f"from        {checkpoint}: {subject.loaded}")
-        _say(f"studied     {', '.join(subject.kernels)}: {subject.covered:.1%} of the net's parameters")
+        _say(f"studied     {len(subject.kernels)} of the net's layers, {subject.covered:.1%} of its parameters")
         if path.is_file() and (begun := read_rows(path)):
             _say(f"goes on     after {len(begun)} rows of {path}")
         try:
