@@ -71,6 +71,15 @@ def _garipov(name: str, method: dict[str, Any], kept: float) -> Variant:
     return Variant(name, _rules({"pattern": "conv1_1", "method": "dense"}, *rules))
 
 
+_TAI_CNN, _SHORTER = ("-c", "configs/rules/tai_cnn_lowrank.yaml"), ("--trainer.max_epochs", "4")
+
+
+def _tai_rate(name: str, rate: float, rules: Sequence[str] = ()) -> Variant:
+    """Tai's CIFAR CNN at another learning rate than the usual 0.002."""
+    optimizer = ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", str(rate))
+    return Variant(f"{name}, lr {rate:g}", (*rules, *_SHORTER, *optimizer), against="dense, 4 epochs")
+
+
 def _heads(name: str, rules: Sequence[dict[str, Any]], frozen: Sequence[str] = ()) -> Variant:
     """fc1 and fc2 by these rules; `frozen` are left untrained beside the features."""
     freeze = {"class_path": "lightning_modules.callbacks.Freeze", "init_args": {"patterns": ["features", *frozen]}}
@@ -100,7 +109,6 @@ _BOND4 = [
     },
 ]
 
-_TAI_CNN, _SHORTER = ("-c", "configs/rules/tai_cnn_lowrank.yaml"), ("--trainer.max_epochs", "4")
 _METHODS = ("Tucker", "CP", "MPS", "TTConv", "LowRank")
 # conv1 stays dense, so the others keep a little less than the convolutions do in all.
 _BUDGETS = ((2, 0.49, 1), (4, 0.245, 3), (8, 0.12, 1))
@@ -121,6 +129,10 @@ EXPERIMENTS = {
                 Variant("low rank", _TAI_CNN),
                 Variant("dense, 4 epochs", _SHORTER, against="dense, 4 epochs"),
                 Variant("low rank, 4 epochs", (*_TAI_CNN, *_SHORTER), against="dense, 4 epochs"),
+                _tai_rate("low rank, 4 epochs", 0.005, _TAI_CNN),
+                _tai_rate("dense, 4 epochs", 0.005),
+                _tai_rate("low rank, 4 epochs", 0.01, _TAI_CNN),
+                _tai_rate("dense, 4 epochs", 0.001),
             ),
         ),
         Experiment(
