@@ -63,14 +63,15 @@ def trains_a_part(experiment: Experiment) -> bool:
 
 
 def times(experiment: Experiment, rounds: int) -> dict[str, Any]:
-    """What a step and an epoch of each variant take; the first is what the others are compared with."""
+    """What a step and an epoch take of the first variant and of those that are compared with it."""
     data = yaml.safe_load(Path(experiment.config).read_text())["data"]["init_args"]
     batch = data.get("batch_size", DEFAULT_BATCH)
     steps = math.ceil(PICTURES / batch)
-    seconds = medians({variant.name: step_of(experiment, variant, batch) for variant in experiment.variants}, rounds)
-    first = seconds[experiment.variants[0].name]
+    first = experiment.variants[0].name
+    compared = [variant for variant in experiment.variants if variant.against == first]
+    seconds = medians({variant.name: step_of(experiment, variant, batch) for variant in compared}, rounds)
     variants = [
-        {"variant": name, "step_seconds": step, "epoch_seconds": steps * step, "over_dense": step / first}
+        {"variant": name, "step_seconds": step, "epoch_seconds": steps * step, "over_dense": step / seconds[first]}
         for name, step in seconds.items()
     ]
     return {"batch": batch, "steps": steps, "variants": variants, "environment": environment()}

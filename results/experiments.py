@@ -71,13 +71,20 @@ def _garipov(name: str, method: dict[str, Any], kept: float) -> Variant:
     return Variant(name, _rules({"pattern": "conv1_1", "method": "dense"}, *rules))
 
 
-_TAI_CNN, _SHORTER = ("-c", "configs/rules/tai_cnn_lowrank.yaml"), ("--trainer.max_epochs", "4")
+_TAI_CNN = ("-c", "configs/rules/tai_cnn_lowrank.yaml")
 
 
-def _tai_rate(name: str, rate: float, rules: Sequence[str] = ()) -> Variant:
-    """Tai's CIFAR CNN at another learning rate than the usual 0.002."""
-    optimizer = ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", str(rate))
-    return Variant(f"{name}, lr {rate:g}", (*rules, *_SHORTER, *optimizer), against="dense, 4 epochs")
+def _tai_cnn_pair(how: str = "", *options: str) -> tuple[Variant, Variant]:
+    """Dense and low rank for 4 epochs, with these options."""
+    dense, shorter = f"dense, 4 epochs{how}", ("--trainer.max_epochs", "4", *options)
+    return Variant(dense, shorter, against=dense), Variant(
+        f"low rank, 4 epochs{how}", (*_TAI_CNN, *shorter), against=dense
+    )
+
+
+def _rate(rate: float) -> tuple[str, ...]:
+    """AdamW's, which is 0.002 otherwise."""
+    return ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", str(rate))
 
 
 def _heads(name: str, rules: Sequence[dict[str, Any]], frozen: Sequence[str] = ()) -> Variant:
@@ -127,12 +134,10 @@ EXPERIMENTS = {
             (
                 Variant("dense"),
                 Variant("low rank", _TAI_CNN),
-                Variant("dense, 4 epochs", _SHORTER, against="dense, 4 epochs"),
-                Variant("low rank, 4 epochs", (*_TAI_CNN, *_SHORTER), against="dense, 4 epochs"),
-                _tai_rate("low rank, 4 epochs", 0.005, _TAI_CNN),
-                _tai_rate("dense, 4 epochs", 0.005),
-                _tai_rate("low rank, 4 epochs", 0.01, _TAI_CNN),
-                _tai_rate("dense, 4 epochs", 0.001),
+                *_tai_cnn_pair(),
+                *_tai_cnn_pair(", lr 0.005", *_rate(0.005)),
+                *_tai_cnn_pair(", lr 0.001", *_rate(0.001)),
+                *_tai_cnn_pair(", no BatchNorm", "--model.net_options.batch_norm", "false"),
             ),
         ),
         Experiment(
