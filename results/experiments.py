@@ -74,11 +74,12 @@ def _garipov(name: str, method: dict[str, Any], kept: float) -> Variant:
 _TAI_CNN = ("-c", "configs/rules/tai_cnn_lowrank.yaml")
 
 
-def _tai_cnn_pair(how: str = "", *options: str) -> tuple[Variant, Variant]:
+def _tai_cnn_pair(how: str = "", *options: str, seeds: int = 1) -> tuple[Variant, Variant]:
     """Dense and low rank for 4 epochs, with these options."""
     dense, shorter = f"dense, 4 epochs{how}", ("--trainer.max_epochs", "4", *options)
-    return Variant(dense, shorter, against=dense), Variant(
-        f"low rank, 4 epochs{how}", (*_TAI_CNN, *shorter), against=dense
+    return (
+        Variant(dense, shorter, seeds, against=dense),
+        Variant(f"low rank, 4 epochs{how}", (*_TAI_CNN, *shorter), seeds, against=dense),
     )
 
 
@@ -137,7 +138,7 @@ EXPERIMENTS = {
                 *_tai_cnn_pair(),
                 *_tai_cnn_pair(", lr 0.005", *_rate(0.005)),
                 *_tai_cnn_pair(", lr 0.001", *_rate(0.001)),
-                *_tai_cnn_pair(", no BatchNorm", "--model.net_options.batch_norm", "false"),
+                *_tai_cnn_pair(", no BatchNorm", "--model.net_options.batch_norm", "false", seeds=2),
             ),
         ),
         Experiment(
