@@ -114,7 +114,7 @@ class CompressionTrainer(Trainer):
             model: the net, and how it is retrained; its rules are not used.
             datamodule: gives the test pictures to evaluate on and the training pictures.
             checkpoint: of the dense net: .pt, .pth, .th, .ckpt or .safetensors.
-            out: a folder for study.jsonl, report.md, report.html, rules.yaml and the plots; a study that is there goes on.
+            out: a folder for study.jsonl, report.md, report.html, rules.yaml, config.yaml and the plots; a study that is there goes on.
             protocol: what is measured.
         """
         subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / "study.jsonl"
