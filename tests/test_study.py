@@ -541,6 +541,7 @@ def test_a_journal_that_another_process_writes_to_is_left_to_it(dense: Path, tmp
         run_study(subject, path)
     assert path.read_text() == '{"half'
     assert [row.key for row in run_study(subject, path)] == [row.key for row in read_rows(path)]
+    assert not any(isinstance(row, Retrained) for row in read_rows(path))  # in no epochs nothing is
 
 
 def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def split(weight: Tensor, cut: str) -> Split:
     Raises:
         ValueError: a cut that this weight does not have, or values that are not finite.
     """
-    return _split(weight.detach().clone(), cut)  # the weight may be overwritten with what is truncated
+    return _split(_kept(weight), cut)
 
 
 def splits(weight: Tensor) -> dict[str, Split]:
@@ -138,8 +138,8 @@ def splits(weight: Tensor) -> dict[str, Split]:
     Raises:
         ValueError: a shape that `cuts_of` does not take, or values that are not finite.
     """
-    copy = weight.detach().clone()
-    return {cut: _split(copy, cut) for cut in cuts_of(weight.shape)}
+    kept = _kept(weight)
+    return {cut: _split(kept, cut) for cut in cuts_of(weight.shape)}
 
 
 def truncate_cuts(weight: Tensor, bonds: Sequence[tuple[str, int]]) -> Tensor:
@@ -158,9 +158,9 @@ def truncate_cuts(weight: Tensor, bonds: Sequence[tuple[str, int]]) -> Tensor:
     Raises:
         ValueError: a cut that this weight does not have, a bond dimension below 1, or values that are not finite.
     """
-    left = precise(weight)
+    left = precise(_kept(weight))
     for cut, bond in bonds:
-        now = split(left, cut)
+        now = _split(left, cut)
         left = now.truncated(min(bond, len(now.values)))
     return left.to(weight)
 
@@ -224,10 +224,15 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
         return fold((left * precise(values).cpu()) @ right.mT, rows, shape)
 
 
-def _split(weight: Tensor, cut: str) -> Split:
-    """Of a weight that does not change."""
+def _kept(weight: Tensor) -> Tensor:
+    """A copy of a weight that has a spectrum, for it may be overwritten with what is truncated."""
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite; it has no spectrum")
+    return weight.detach().clone()
+
+
+def _split(weight: Tensor, cut: str) -> Split:
+    """Of a weight that is finite and does not change."""
     rows = _rows(weight.shape, cut)
     with decomposing():
         basis, values = left_svd(unfold(precise(weight), rows))

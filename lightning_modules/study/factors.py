@@ -63,7 +63,8 @@ def recommend(
         good = [row for curve in curves for row in curve[: measured.num_tolerated(curve, tolerance)]]
         methods = [method for row in good if (method := factorization_of(module, row.cuts, row.bonds))]
         found = _cheapest(module, methods, calls[layer.name])
-        rules.append(Rule(layer.name, found, "" if found else _GROUPED if Geometry(module).groups > 1 else _NONE))
+        reason = _GROUPED if Geometry(module).groups > 1 else _NONE
+        rules.append(Rule(layer.name, found, "" if found else reason))
     return rules
 
 

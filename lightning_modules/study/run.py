@@ -99,17 +99,23 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
             name = f"all layers, {' '.join(cuts)} at up to {eps:g}"
             yield _Work(name, (("joint", cuts, eps),), 1, 1, partial(_joint, subject, cuts, eps))
     cost, steps = 1 + protocol.epochs * subject.epoch_cost, protocol.epochs + 1
-    keys = (("retrained", (), 0.0, "dense"),)
+    if protocol.epochs:
+        yield from _retrainings(subject, cost, steps)
+    for tolerance in dict.fromkeys(share * protocol.tolerance for share in _SHARES):
+        name = f"all layers as factors that lose at most {points(tolerance, 2)} alone"
+        keys = (("recommendation", tolerance),)
+        yield _Work(name, keys, cost, steps, partial(_recommended, subject, journal, tolerance))
+
+
+def _retrainings(subject: Subject, cost: float, steps: int) -> Iterator[_Work]:
+    """Of the dense net, and of joint truncations that a factorization makes: of the linears' where there is nothing else."""
+    keys: tuple[Key, ...] = (("retrained", (), 0.0, "dense"),)
     yield _Work("retraining the dense net", keys, cost, steps, partial(_untruncated, subject))
-    for cuts in [cuts for cuts in subject.cut_sets if cuts in REALISED] or [("i",)]:  # those of linears where all are
-        for eps, weights in product(protocol.retrain, ("dense", "factors")):
+    for cuts in [cuts for cuts in subject.cut_sets if cuts in REALISED] or [("i",)]:
+        for eps, weights in product(subject.protocol.retrain, ("dense", "factors")):
             name = f"retraining {' '.join(cuts)} at {eps:g}, {weights}"
             keys = (("retrained", cuts, eps, weights),)
             yield _Work(name, keys, cost, steps, partial(_retrained, subject, cuts, eps, weights))
-    for tolerance in dict.fromkeys(share * protocol.tolerance for share in _SHARES):
-        name = f"retraining all in factors that lose at most {points(tolerance, 2)} alone"
-        keys = (("recommendation", tolerance),)
-        yield _Work(name, keys, cost, steps, partial(_recommended, subject, journal, tolerance))
 
 
 def _layer(subject: Subject, name: str, missing: Sequence[Key], tick: Tick) -> list[Row]:
