@@ -20,6 +20,8 @@ install: $(VENV)/.installed  ## make the environment in .venv
 quickstart: install  ## train, compress and retrain a CNN on the embedded digits (less than a minute)
 	$(BIN)/tnlayers quickstart
 
+# Two workers with as many threads each as there are cores would crowd each other out.
+test: export OMP_NUM_THREADS ?= 1
 test: install  ## run every test, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

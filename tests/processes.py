@@ -41,7 +41,11 @@ def start(command: Sequence[object], folder: Path, **environment: str) -> "subpr
     )
 
 
-def finish(process: "subprocess.Popen[str]", timeout: float = 240) -> tuple[int, str]:
+HANGING = 1200.0
+"""Seconds after which a process hangs, on a machine that does much else beside."""
+
+
+def finish(process: "subprocess.Popen[str]", timeout: float = HANGING) -> tuple[int, str]:
     """The exit code and the last of what a process said; none of its processes outlives the timeout."""
     try:
         said, _ = process.communicate(timeout=timeout)
@@ -73,7 +77,7 @@ class Forks:
 
     def __exit__(self, *_: object) -> None:
         self._server.kill()
-        self._server.wait(10)
+        self._server.wait(HANGING)
 
     def start(self, arguments: Sequence[object], folder: Path, *, largest_file: int = -1, **environment: str) -> "Fork":
         """Runs `tnlayers` with these arguments in `folder`; what it says goes to said.txt there.
@@ -82,11 +86,11 @@ class Forks:
         """
         if self.running:  # a test that failed has left it
             self.running.kill()
-            self.running.wait(10)
+            self.running.wait()
         job = [[str(argument) for argument in arguments], str(folder), largest_file, environment]
         assert self._server.stdin is not None
         self._server.stdin.write(f"{json.dumps(job)}\n".encode())
-        self.running = Fork(int(self.answer(180)), folder / "said.txt", self)
+        self.running = Fork(int(self.answer(HANGING)), folder / "said.txt", self)
         return self.running
 
     def answer(self, timeout: float) -> str:
@@ -108,13 +112,13 @@ class Fork:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 180) -> int:
+    def wait(self, timeout: float = HANGING) -> int:
         """The exit code; minus the signal's number where one has ended it."""
         code = int(self._forks.answer(timeout))
         self._forks.running = None
         return code
 
-    def until(self, happened: Callable[[], object], timeout: float = 180) -> Self:
+    def until(self, happened: Callable[[], object], timeout: float = HANGING) -> Self:
         """Waits for something that the command does."""
         end = time.monotonic() + timeout
         while not happened():
@@ -202,6 +206,24 @@ class Signalled(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.step + trainer.global_rank and not self.resumed:
             os.kill(os.getpid(), self.signal)
+
+
+class KilledAtSave(Callback):
+    """Kills its own process once a checkpoint of this name and step is written, before anything else is."""
+
+    def __init__(self, name: str, step: int) -> None:
+        self.name, self.step = name, step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        files = trainer.strategy.checkpoint_io
+        save = files.save_checkpoint
+
+        def save_and_die(checkpoint: dict[str, Any], path: str, *options: Any, **more: Any) -> None:
+            save(checkpoint, path, *options, **more)
+            if checkpoint["global_step"] == self.step and Path(path).name.startswith(self.name):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        files.save_checkpoint = save_and_die  # type: ignore[method-assign]
 
 
 class OddDigits(Digits):

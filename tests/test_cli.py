@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from lightning_modules import load_net
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
+from tests.processes import HANGING
 from tnlayers import methods_table
 
 COMMANDS = ["quickstart", "compress", "study", "fit", "test", "validate", "predict", "report", "export", "methods"]
@@ -332,7 +333,7 @@ def test_a_real_process_says_it_once(tmp_path: Path) -> None:
         [argument.replace("@", str(tmp_path)) for argument in command],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGING,
         cwd=tmp_path,
     )
     assert done.returncode == 2

@@ -9,12 +9,15 @@ import pytest
 
 import lightning_modules
 import tnlayers
+from tests.processes import HANGING
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGING
+    ).stdout
 
 
 @pytest.mark.parametrize("package", [tnlayers, lightning_modules], ids=lambda package: package.__name__)
@@ -88,7 +91,7 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
         check=True,
-        timeout=300,
+        timeout=HANGING,
     )
     (wheel,) = tmp_path.glob("tnlayers-*.whl")
     environment = tmp_path / "environment"
@@ -98,13 +101,13 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
         check=True,
-        timeout=300,
+        timeout=HANGING,
     )
     dependencies = next(Path(path) for path in sys.path if path.endswith("site-packages"))
     (site / "dependencies.pth").write_text(f"{dependencies}\n")
     code = "import tnlayers, lightning_modules; print(tnlayers.__file__, lightning_modules.__file__)"
     where = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
+        [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=HANGING
     ).stdout
     assert all(part.startswith(str(site)) for part in where.split())
     done = subprocess.run(
@@ -112,7 +115,7 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=HANGING,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.md").is_file()

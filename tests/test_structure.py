@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.cases import CASES, GEOMETRIES, Case
+from tests.processes import HANGING
 from tests.tolerances import EXACT
 from tnlayers import (
     ADTN,
@@ -176,7 +177,7 @@ def test_a_save_that_is_cut_off_leaves_the_file_that_was_there(disposition: str,
         [sys.executable, "-c", SAVE, str(path), disposition],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGING,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     if disposition == "SIG_IGN":

@@ -60,6 +60,12 @@ class RunCheckpoint(ModelCheckpoint):
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where nothing was left to train: a process that was killed between two files had not come to last.ckpt."""
+        resumed = trainer.ckpt_path and os.path.abspath(trainer.ckpt_path)
+        if resumed != os.path.abspath(self.last_model_path):  # what is finished stays as it is
+            self.on_train_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In a folder that goes on, its files are this run's, whatever path it had before."""
         folder = str(self.dirpath)
