@@ -2,13 +2,18 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import re
+import socket
+import struct
 import tarfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,16 +23,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from lightning_modules.data import CIFAR10, CIFAR100, Digits, FashionMNIST, Folders, ImageData, folders
 from lightning_modules.data.augment import crop_flip, normalise
-from lightning_modules.data.picture_files import PictureFiles
+from lightning_modules.data.picture_files import PictureError, PictureFiles, open_picture
 from lightning_modules.data.pictures import Pictures
 from lightning_modules.nets import build_net
+from tests.commands import CONFIGS, QUIET, tnlayers
+from tests.damaged_pictures import damaged_pictures
 
 
 def fingerprints(loader: Any) -> list[bytes]:
@@ -437,6 +444,249 @@ def test_mixed_sizes_need_an_image_size(pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"cat/0.png is 6x4 but .*dog/2.png is 5x5: .*--data\.image_size"):
         data.setup("fit")
     Folders(str(pictures), image_size=4).setup("fit")
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_parts_of_another_size_are_refused(
+    pictures: Path, part: str, lazy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        draw(pictures / part / name / "0.png", (8, 8))
+    monkeypatch.setattr(folders, "MEMORY_LIMIT", 0 if lazy else folders.MEMORY_LIMIT)
+    message = rf"train/cat/0.png is 6x4 but {pictures}/{part}/cat/0.png is 8x8: .*--data\.image_size"
+    with pytest.raises(ValueError, match=message):
+        Folders(str(pictures)).setup("test" if part == "test" else "fit")
+    Folders(str(pictures), image_size=4).setup()
+
+
+def test_one_class_alone(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        draw(tmp_path / part / "cat" / "0.png")
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/train has one class folder alone, cat: there must be two or more"
+    ):
+        Folders(str(tmp_path))
+
+
+# ---- what pixels become
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+"""EXIF's orientations: how the stored rows and columns become the picture."""
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "lzw.tif", "16.png", "16.tif", "L.tif", "P.tif"])
+def test_pictures_are_the_way_up_that_their_exif_says(kind: str, orientation: int, tmp_path: Path) -> None:
+    pixels = np.random.randint(0, 256, (4, 6, 3), np.uint8)
+    stored = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256 if "16" in kind else pixels)
+    stored = stored.convert(kind[0]) if kind[0] in "LP" else stored
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options: dict[str, Any] = {"webp": {"lossless": True}, "lzw.tif": {"compression": "tiff_lzw"}}.get(kind, {})
+    stored.save(tmp_path / f"turned.{kind}", exif=exif, **options)
+    stored.save(tmp_path / f"stored.{kind}", **options)
+    expected = UPRIGHT[orientation](np.asarray(open_picture(str(tmp_path / f"stored.{kind}"), None)))
+    np.testing.assert_array_equal(open_picture(str(tmp_path / f"turned.{kind}"), None), expected)
+
+
+def test_sizes_are_those_of_upright_pictures(pictures: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in pictures.rglob("*.png"):
+        Image.new("RGB", (4, 6)).save(path, exif=exif)
+    draw(pictures / "test" / "dog" / "0.png")
+    data = Folders(str(pictures))
+    data.setup()
+    assert data.input_shape == (3, 4, 6)
+
+
+RAMP = np.linspace(0, 65535, 512).astype(np.uint16).reshape(-1, 4)
+
+
+def tiff(pixels: np.ndarray, bits: int, white: int, data: bytes) -> bytes:
+    """A grey TIFF of one strip; `white` is its photometric interpretation."""
+    height, width = pixels.shape
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, white),
+        (273, 122),
+        (278, height),
+        (279, len(data)),
+    ]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (339, 1)])
+    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    "name", ["png", "tif", "lzw.tif", "big.tif", "pgm", "text.pgm", "white.tif", "12.tif", "12.pgm"]
+)
+def test_16_bits_become_8_by_their_range(name: str, tmp_path: Path) -> None:
+    path, expected = tmp_path / f"ramp.{name}", RAMP >> 8
+    if name == "text.pgm":
+        path.write_text(f"P2 4 {len(RAMP)} 65535\n" + " ".join(map(str, RAMP.flat)))
+    elif name == "12.pgm":
+        path.write_bytes(b"P5 4 %d 4095\n" % len(RAMP) + (RAMP >> 4).astype(">u2").tobytes())
+    elif name == "white.tif":
+        path.write_bytes(tiff(RAMP, 16, 0, RAMP.tobytes()))
+        expected = 255 - expected
+    elif name == "12.tif":
+        bits = np.unpackbits(RAMP.astype(">u2").view(np.uint8)).reshape(-1, 16)
+        path.write_bytes(tiff(RAMP, 12, 1, np.packbits(bits[:, :12]).tobytes()))
+    else:
+        options = {"compression": "tiff_lzw"} if name == "lzw.tif" else {}
+        Image.fromarray(RAMP.astype(">u2") if name == "big.tif" else RAMP).save(path, **options)
+    picture = np.asarray(open_picture(str(path), None))
+    np.testing.assert_array_equal(picture, np.repeat(expected[..., None], 3, 2))
+    assert (picture.min(), picture.max()) == (0, 255)
+
+
+@pytest.mark.parametrize(("dtype", "values"), [(np.int32, "32 bits"), (np.float32, "floating-point numbers")])
+def test_values_of_unknown_range_are_refused(dtype: type, values: str, tmp_path: Path) -> None:
+    path = tmp_path / "ramp.tif"
+    Image.fromarray(RAMP.astype(dtype)).save(path)
+    with pytest.raises(PictureError, match=f"{path} .*{values}, whose range is not known; save it with 8 or 16 bits"):
+        open_picture(str(path), None)
+
+
+@pytest.mark.parametrize(
+    "kind", ["1 png", "L jpg", "P png", "LA png", "RGB jpg", "RGBA webp", "CMYK jpg", "LAB tif", "YCbCr tif"]
+)
+def test_other_modes_are_converted_as_pil_does(kind: str, tmp_path: Path) -> None:
+    mode, suffix = kind.split()
+    path = tmp_path / f"a.{suffix}"
+    picture = Image.fromarray(np.random.randint(0, 256, (5, 7, 3), np.uint8))
+    picture.convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
+    with Image.open(path) as file:
+        np.testing.assert_array_equal(open_picture(str(path), None), file.convert("RGB"))
+
+
+# ---- what is no picture
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_pictures_are_read_or_refused(seed: int, pictures: Path) -> None:
+    some = [Image.fromarray(np.random.randint(0, 256, (20, 30, 3), np.uint8)), Image.new("RGB", (6, 4), "red")]
+    refused = 0
+    with warnings.catch_warnings(action="error"):
+        for suffix, content in damaged_pictures(some, 54, seed):
+            path = pictures / "test" / "dog" / f"1{suffix}"
+            path.write_bytes(content)
+            data = Folders(str(pictures), image_size=4)
+            try:
+                data.setup("test")
+                assert next(iter(data.test_dataloader()))[0].shape == (3, 3, 4, 4)
+            except PictureError as error:
+                assert re.fullmatch(rf"{path} cannot be read as a picture \(.+\): replace it or delete it", str(error))  # noqa: PT017
+                refused += 1
+            path.unlink()
+    assert 27 < refused < 54
+
+
+STRANGE: dict[str, Callable[[Path], Any]] = {
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "damaged PPM": lambda path: path.write_bytes(b"P6 6 x4 255\n" + bytes(72)),
+    "damaged 16-bit TIFF": lambda path: path.write_bytes(tiff(RAMP, 16, 1, RAMP.tobytes())[:900]),
+    "bomb": lambda path: path.write_bytes(b"P6 20000 20000 255\n"),
+    "no width": lambda path: path.write_bytes(tiff(RAMP[:, :0], 16, 1, b"")),
+}
+
+
+@pytest.mark.parametrize(
+    ("strange", "way"), [*product(STRANGE, ["memory", "lazy"]), ("pipe", "workers"), ("bomb", "workers")]
+)
+def test_what_is_no_picture_is_named(
+    strange: str, way: str, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)  # a socket's path is short
+    monkeypatch.setattr(folders, "MEMORY_LIMIT", folders.MEMORY_LIMIT if way == "memory" else 0)
+    STRANGE[strange](Path("test/dog/1.png"))
+    data = Folders(str(pictures), image_size=4, num_workers=int(way == "workers"))
+    limit = "limit of 178956970 pixels" if strange == "bomb" else ""
+    path = pictures / "test/dog/1.png"
+    with pytest.raises(PictureError) as caught:  # noqa: PT012
+        data.setup("test")
+        list(data.test_dataloader())
+    assert re.fullmatch(
+        rf"{path} cannot be read as a picture \(.*{limit}.*\): replace it or delete it", str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_command_answers_in_one_line(
+    num_workers: int, pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folders, "MEMORY_LIMIT", 0)
+    os.mkfifo(pictures / "test/dog/1.png")
+    data = ["-c", str(CONFIGS / "data/folders.yaml"), "--data.root", str(pictures), "--data.image_size", "8"]
+    trainer = ["--trainer.logger", "false", "--trainer.default_root_dir", str(pictures), "--trainer.accelerator", "cpu"]
+    assert tnlayers("test", *data, "--data.num_workers", str(num_workers), *trainer, *QUIET) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tnlayers: error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"tnlayers: error: {pictures}/test/dog/1.png cannot be read as a picture (")
+
+
+def test_large_pictures_are_read_without_a_warning(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # PIL warns from here on, and refuses twice as many
+    with warnings.catch_warnings(action="error"):
+        Folders(str(pictures)).setup()
+
+
+def test_folders_that_cannot_be_walked(pictures: Path) -> None:
+    (pictures / "test" / "dog" / "again").symlink_to(pictures / "test")
+    with pytest.raises(
+        PictureError, match=f"{pictures}/test/dog/again is a link to a folder that it lies in: delete it"
+    ):
+        Folders(str(pictures)).setup("test")
+
+
+def test_folders_that_may_not_be_listed(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def forbidding(path: Any) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    with pytest.raises(PictureError, match=r"test/dog cannot be listed \(Permission denied\): allow it or delete it"):
+        Folders(str(pictures)).setup("test")
+
+
+@pytest.mark.parametrize("image_size", [20_000, 10**9])
+def test_image_size_that_fills_the_memory(pictures: Path, image_size: int) -> None:
+    message = (
+        rf"a batch of 1 pictures of {image_size}x{image_size} takes .* above the limit of 4 GiB: .*--data.image_size"
+    )
+    with pytest.raises(ValueError, match=message):
+        Folders(str(pictures), image_size=image_size)
+
+
+def test_batches_that_fill_the_memory(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "BATCH_LIMIT", 5 * 6 * 4 * 3 * 4)
+    Folders(str(pictures)).setup("test")  # two pictures, however large a batch may be
+    Folders(str(pictures), batch_size=5).setup("fit")
+    with pytest.raises(
+        ValueError, match=r"a batch of 6 pictures of 6x4 takes .* --data.image_size or --data.batch_size"
+    ):
+        Folders(str(pictures)).setup("fit")
 
 
 def test_image_size_out_of_range(pictures: Path) -> None:

@@ -5,21 +5,26 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lightning_modules.data.base import Augment, ImageData
-from lightning_modules.data.picture_files import PictureFiles, list_pictures, open_picture
+from lightning_modules.data.picture_files import PictureFiles, list_pictures, refuse_folder
 from lightning_modules.data.pictures import PictureSet
 
 __all__ = ["Folders"]
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of pixels up to which a part (train, val or test) is decoded into memory once."""
+BATCH_LIMIT = 4 * 2**30
+"""Bytes that the pictures of one batch may take as float32."""
 
 
 class Folders(ImageData):
     """Colour pictures in `root/{train,test}/<class>/`, the layout of torchvision's ImageFolder.
 
     Where there is a `root/val/`, its pictures are the validation ones and `val_fraction` is ignored. Up to 4 GiB of
-    pixels are kept in memory; beyond, files are read as they are needed, so give `num_workers`.
+    pixels are kept in memory; beyond, files are read as they are needed, so give `num_workers`. Pictures are turned as
+    their EXIF says, 16 bits become 8 by their range, and transparency is ignored.
 
     Args:
         root: the folder of train/ and test/.
@@ -31,7 +36,8 @@ class Folders(ImageData):
 
     Raises:
         FileNotFoundError: where a folder or its pictures are missing.
-        ValueError: where parts differ in their classes, pictures in their sizes, or a file is no picture.
+        ValueError: where there is one class alone, parts differ in their classes, pictures in their sizes, a file is no
+            picture, or a batch takes more than 4 GiB.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -55,6 +61,7 @@ class Folders(ImageData):
         self.root = root
         self.image_size = image_size
         self.class_names = self._find_classes()
+        self._first = list_pictures(self._path("train"), self.class_names[:1])[0][0]
         self.input_shape = self._find_shape()
         super().__init__(
             batch_size=batch_size,
@@ -67,7 +74,8 @@ class Folders(ImageData):
         )
 
     def load(self, part: Literal["train", "val", "test"]) -> PictureSet:
-        files = PictureFiles(*list_pictures(self._path(part), self.class_names), self.image_size)
+        files = PictureFiles(*list_pictures(self._path(part), self.class_names), self.image_size, self._first)
+        self._require_room(min(self.batch_size, len(files)), self.input_shape)
         return files.in_memory() if len(files) * math.prod(self.input_shape) <= MEMORY_LIMIT else files
 
     def picture_names(self) -> list[str]:
@@ -75,15 +83,19 @@ class Folders(ImageData):
         return [str(Path(path).relative_to(self._path("test"))) for path in paths]
 
     def load_val(self) -> PictureSet | None:
-        return self.load("val") if self._path("val").is_dir() else None
+        return self.load("val") if self._has("val") else None
 
     def _path(self, part: str) -> Path:
         return Path(self.root).absolute() / part
 
+    def _has(self, part: str) -> bool:
+        # Path.is_dir raises an error of its own for too long a name, or inside of a folder that may not be entered.
+        return os.path.isdir(self._path(part))
+
     def _find_classes(self) -> list[str]:
         """Names the class folders, which every part must agree on."""
         for part in ("train", "test"):
-            if not self._path(part).is_dir():
+            if not self._has(part):
                 raise FileNotFoundError(
                     f"there is no {self._path(part)}: --data.root must name a folder with train/ and test/, each with "
                     "one folder per class"
@@ -93,8 +105,13 @@ class Folders(ImageData):
             raise FileNotFoundError(
                 f"{self._path('train')} has no class folders: expected one per class, with that class's pictures in it"
             )
+        if len(class_names) == 1:
+            raise ValueError(
+                f"{self._path('train')} has one class folder alone, {class_names[0]}: there must be two or more, since "
+                "there is nothing to tell one class from"
+            )
         for part in ("val", "test"):
-            if self._path(part).is_dir():
+            if self._has(part):
                 different = sorted(set(class_names) ^ set(_list_folders(self._path(part))))
                 if different:
                     raise ValueError(
@@ -104,13 +121,24 @@ class Folders(ImageData):
         return class_names
 
     def _find_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of the first picture."""
-        first = self.class_names[:1]
-        paths, _ = list_pictures(self._path("train"), first)
-        width, height = open_picture(paths[0], self.image_size).size
+        """(3, H, W) of the first training picture."""
+        if self.image_size is not None:
+            self._require_room(1, (3, self.image_size, self.image_size))
+        width, height = PictureFiles([self._first], torch.zeros(1), self.image_size).width_height
         return 3, height, width
+
+    def _require_room(self, num_pictures: int, shape: tuple[int, int, int]) -> None:
+        """Refuses a batch that would fill the memory, before it does."""
+        size = num_pictures * math.prod(shape) * 4
+        if size > BATCH_LIMIT:
+            _, height, width = shape
+            raise ValueError(
+                f"a batch of {num_pictures} pictures of {width}x{height} takes {size / 2**30:.1f} GiB, above the limit of "
+                f"{BATCH_LIMIT / 2**30:.0f} GiB: give a smaller --data.image_size or --data.batch_size"
+            )
 
 
 def _list_folders(folder: Path) -> list[str]:
+    _, folders, _ = next(os.walk(folder, onerror=refuse_folder))
     # Hidden folders are tools' own, such as .ipynb_checkpoints.
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(name for name in folders if not name.startswith("."))
