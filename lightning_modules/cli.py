@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from lightning_modules.interrupts import interruptible
+
 __all__ = ["main"]
 
 _FOR_USERS = (ValueError, OSError, ArithmeticError)
@@ -33,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 for a user's error, which is one line on stderr; 130 after Ctrl-C, 1 where it was training; 143 after SIGTERM.
+        0; 2 for a user's error, which is one line on stderr; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0
     try:
-        with _terminable():
+        with _terminable(), interruptible():
             return _command(arguments[0])(arguments)
     except KeyboardInterrupt:
         print("tnlayers: interrupted", file=sys.stderr)
@@ -93,9 +95,53 @@ def _users_error(error: BaseException | None) -> BaseException | None:
         error = error.__cause__ or error.__context__
     for packages in (("tnlayers", "lightning_modules"), ("lightning",)):
         for link in chain:
-            if isinstance(link, _FOR_USERS) and _raised_in(link) in packages:
+            # A kind of error that is ours may be raised by others: torch does it with what a worker raised.
+            ours = {_raised_in(link), type(link).__module__.partition(".")[0]}
+            if isinstance(link, _FOR_USERS) and not ours.isdisjoint(packages):
                 return link
-    return next((link for link in chain if isinstance(link, ArgumentError) or _is_misconfiguration(link)), None)
+    refused = (ArgumentError, MemoryError)
+    found = next((link for link in chain if isinstance(link, refused) or _is_misconfiguration(link)), None)
+    return found or next((_Refused(link) for link in chain if _by_options_alone(link)), None)
+
+
+class _Refused(Exception):
+    """An error of a library in what it was made of by options."""
+
+    def __str__(self) -> str:
+        error = self.args[0]
+        place = _places(error)[-1]
+        name = type(place["self"]).__name__ if "self" in place else place["__name__"]
+        return f"{name} does not work with the options given to it, {type(error).__name__}: {error}"
+
+
+def _by_options_alone(error: BaseException) -> bool:
+    """Whether Lightning or an optimizer stopped where no line of ours had called it: only options have made it what it is.
+
+    What torch's other parts raise may be about tensors that are ours, also where none of our lines is (a backward pass).
+    """
+    names = [place["__name__"] for place in _places(error)]
+    entered = next((number for number, name in enumerate(names) if name.startswith("lightning.pytorch.trainer.")), None)
+    if entered is None or isinstance(error, AssertionError):
+        return False
+    called = {name.partition(".")[0] for name in names[entered:]}
+    return called.isdisjoint({"tnlayers", "lightning_modules"}) and names[-1].startswith(("lightning.", "torch.optim."))
+
+
+def _places(error: BaseException) -> list[dict[str, Any]]:
+    """The functions on the way to an error, outermost first: their module's name, and `self` where they have one."""
+    found, place = [], error.__traceback__
+    while place is not None:
+        frame = place.tb_frame
+        own = {"self": frame.f_locals["self"]} if "self" in frame.f_locals else {}
+        found.append({"__name__": frame.f_globals.get("__name__", ""), **own})
+        place = place.tb_next
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    """Of bounded length: the beginning says what and where, the end how to mend it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH // 2]} ... {text[-_LENGTH // 2 + 5 :]}"
 
 
 def _raised_in(error: BaseException) -> str | None:
