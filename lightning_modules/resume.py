@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
+from tnlayers.structure import shortened
 
 __all__ = ["check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
 
@@ -68,6 +69,7 @@ def _check_same_net(found: _Saved, config: Namespace) -> None:
     for key, theirs in found.net.items():
         ours = config.model.get(key)
         if (ours or None) != (theirs or None):
+            theirs = shortened(str(theirs), 300)
             raise ValueError(
                 f"--ckpt_path last: the newest run, {found.path.parents[1]}, has {key} {theirs} and not {ours}; give the path of the "
                 "checkpoint that you mean, or each experiment a --trainer.default_root_dir of its own"

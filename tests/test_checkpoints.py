@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_modules import load_net
+from tests.cases import CASES, Case
 from tests.fixtures.make import FOLDER, RULES, example
-from tnlayers import CheckpointError, load_checkpoint
+from tnlayers import CP, CheckpointError, Rule, Tucker, load_checkpoint, save_safetensors, tensorize
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.factorizations import METHODS
 
@@ -31,7 +32,11 @@ def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".ckpt", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.", "_orig_mod.", "model._orig_mod.", "module.model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "model.", "net.", "_orig_mod.", "model._orig_mod.", "module.model.", "ema_model.", "module.ema_model.module.",
+     "backbone."],
+)  # fmt: skip
 def test_prefixes_and_formats(tmp_path: Path, suffix: str, prefix: str) -> None:
     source, target, path = net(), net(), tmp_path / f"weights{suffix}"
     state = prefixed(source.state_dict(), prefix)
@@ -46,8 +51,10 @@ def test_prefixes_and_formats(tmp_path: Path, suffix: str, prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [("state_dict",), ("model_state_dict",), ("model",), ("net",), ("model", "state_dict")]
-)
+    "keys",
+    [("state_dict",), ("model_state_dict",), ("model",), ("net",), ("model", "state_dict"), ("state_dict_ema",), ("model_ema",),
+     ("ema",), ("ema_model", "state_dict")],
+)  # fmt: skip
 def test_nesting(tmp_path: Path, keys: tuple[str, ...]) -> None:
     source, target = net(), net()
     content: Any = source.state_dict()
@@ -72,6 +79,84 @@ def test_another_architecture_names_the_keys_and_changes_nothing(tmp_path: Path)
     report = load_checkpoint(tmp_path / "a.pt", target, strict=False)
     assert report.missing == ("2.weight", "2.bias")
     assert "1.weight" in report.matched
+
+
+def test_averaged_weights_are_taken_where_there_are_no_others(tmp_path: Path) -> None:
+    """torch's AveragedModel counts beside them; where both are there the plain ones are taken, and the report says so."""
+    plain, averaged = net(), torch.optim.swa_utils.AveragedModel(net())
+    torch.save({"model_ema": averaged.state_dict()}, tmp_path / "a.pt")
+    target = net()
+    assert str(load_checkpoint(tmp_path / "a.pt", target)) == "9 entries matched, prefix 'module.' taken off"
+    torch.testing.assert_close(target.state_dict(), averaged.module.state_dict(), rtol=0, atol=0)
+    for content in (
+        {"state_dict": plain.state_dict(), "state_dict_ema": averaged.state_dict()},
+        plain.state_dict() | {"state_dict_ema": averaged.state_dict()},
+    ):
+        torch.save(content, tmp_path / "b.pt")
+        report = load_checkpoint(tmp_path / "b.pt", target)
+        assert "plain weights taken and the averaged ones under 'state_dict_ema' left" in str(report)
+        torch.testing.assert_close(target.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+TUCKER = [Rule("0", Tucker((3, 2)))]
+
+
+@pytest.mark.parametrize(
+    ("state", "rules", "message"),
+    [
+        (lambda: prefixed(net().state_dict(), "a.") | prefixed(net().state_dict(), "b."), [],
+         r"holds these weights 2 times, under the prefixes 'a.', 'b.'; save those that you mean alone"),
+        (lambda: prefixed(net().state_dict(), "online_model.") | prefixed(net().state_dict(), "ema_model."), [],
+         "holds these weights 2 times, under the prefixes 'online_model.', 'ema_model.'"),
+        (lambda: prefixed({k: v for k, v in net().state_dict().items() if k != "2.bias"}, "body."), [],
+         r"7 of its keys are the model's after the prefix 'body.': take it off"),
+        (lambda: nn.Sequential(*net()[:2], nn.Linear(4, 1000)).state_dict(), [],
+         "its head '2' has 1000 classes and the model's 2: build the model with num_classes 1000, or load with strict=False"),
+        (lambda: nn.Sequential(*net()[:2], nn.Linear(5, 2)).state_dict(), [], "most of it fits: build the model with the options"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4)).state_dict(), [], "another architecture"),
+        (lambda: net().state_dict(), TUCKER, "its layers are dense and the model's are factorized: load it before you tensorize"),
+        (lambda: tensorize(net(), TUCKER).state_dict(), [], "holds factorized layers: tensorize the model by the same rules"),
+        (lambda: tensorize(net(), [Rule("0", CP(3))]).state_dict(), TUCKER, "holds factorized layers|of another method"),
+        (lambda: tensorize(net(), [Rule("0", Tucker(3))]).state_dict() | {"0.factors.core": torch.zeros(9, 9, 3, 3)}, TUCKER,
+         "its factorized layers are of another method or shape"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_apart(state: Any, rules: list[Rule], message: str, tmp_path: Path) -> None:
+    target = tensorize(net(), rules)
+    before = copy.deepcopy(target.state_dict())
+    torch.save(state(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=f"a.pt does not fit Sequential: .*({message})"):
+        load_checkpoint(tmp_path / "a.pt", target)
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*adopted from the loaded state")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_other_ranks_are_adopted_as_load_state_dict_does(case: Case, tmp_path: Path) -> None:
+    """Of a file that says nothing of its structure; both ways, and behind a prefix."""
+    ranks = [case.rank, case.smaller_rank]
+    for theirs, ours in (ranks, ranks[::-1]):
+        source, target = (
+            tensorize(nn.Sequential(case.dense()), [Rule("0", case.method(rank))], init="random")
+            for rank in (theirs, ours)
+        )
+        torch.save(prefixed(source.state_dict(), "module."), tmp_path / "a.pt")
+        report = load_checkpoint(tmp_path / "a.pt", target)
+        assert target[0].rank == source[0].rank
+        assert set(report.matched) == source.state_dict().keys()
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_a_rank_that_no_layer_has_is_not_allocated(tmp_path: Path) -> None:
+    """Shapes that take no space in the file, and would agree with each other."""
+    target = tensorize(net(), TUCKER)
+    state = target.state_dict()
+    one = torch.zeros(1)
+    state |= {"0.factors.input": one.expand(10**12, 3), "0.factors.core": one.expand(2, 10**12, 3, 3)}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="does not fit Sequential"):
+        load_checkpoint(tmp_path / "a.pt", target)
+    assert target[0].rank == (3, 2)
 
 
 class Hostile:
@@ -252,6 +337,114 @@ def test_tensors_that_are_not_there_or_not_real(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"does not fit Sequential: .*2.weight"):
             load_checkpoint(tmp_path / "a.pt", target)
         torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0, msg=kind)
+
+
+@pytest.mark.parametrize("key", ["x" * 100_000, "0." * 50_000, "\x1b[31m" * 10_000, "a\nb" * 1000], ids=len)
+def test_what_a_file_says_is_bounded_in_messages(key: str, tmp_path: Path) -> None:
+    state = net().state_dict()
+    for content in (
+        {**state, key: state["2.bias"]},
+        {key: state["2.bias"]},
+        prefixed(state, f"{key}."),
+        {f"model.{key}.{name}{place}": value for name, value in state.items() for place in range(9)},
+        {**state, "2.weight": torch.zeros((1,) * 60)},
+        {**state, "tensorization": {"version": 1, "layers": [{"pattern": key, "method": "Tucker", "rank": 1}]}},
+        {**state, "tensorization": {"version": key, "layers": []}},
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        try:
+            said = str(load_checkpoint(tmp_path / "a.pt", net()))
+        except CheckpointError as error:
+            said = str(error)
+        assert len(said) < 1000
+        assert said.isprintable()
+
+
+def damaged(content: bytes) -> bytes:
+    """Bits flipped, parts cut out, doubled, overwritten or swapped."""
+    torn, size = bytearray(content), len(content)
+    for _ in range(random.choice([1, 1, 3, 20])):
+        first, length = random.randrange(size), random.choice([1, 4, 64, 1000])
+        part = torn[first : first + length]
+        match random.randrange(6):
+            case 0:
+                torn[first] = torn[first] ^ (1 << random.randrange(8)) if first < len(torn) else 0
+            case 1:
+                del torn[first : first + length]
+            case 2:
+                torn[first:first] = part
+            case 3:
+                torn[first : first + length] = random.randbytes(len(part))
+            case 4:
+                torn[first : first + length] = bytes(len(part))
+            case 5:
+                torn = torn[first:] + torn[:first]
+        torn.extend(b"\0" * max(0, size - len(torn)) if random.random() < 0.5 or not torn else b"")
+        size = len(torn)
+    return bytes(torn)
+
+
+def odd_state(state: dict[str, Any], trap: Path) -> Any:
+    """A state dict of which something is of another kind."""
+    odd: list[Any] = [
+        None, "text", 3, [1], {"a": {}}, float("nan"), torch.zeros(()), torch.zeros(0), torch.zeros(2, 2, dtype=torch.bool),
+        torch.zeros(3, device="meta"), torch.zeros(1).expand(10**12), torch.full((4, 3, 3, 3), float("nan")), Hostile(trap),
+        torch.zeros(2, 4).to_sparse(), "x" * 100_000,
+    ]  # fmt: skip
+    keys: list[Any] = [
+        *state,
+        "state_dict",
+        "model",
+        "ema",
+        "tensorization",
+        "hyper_parameters",
+        "x" * 100_000,
+        7,
+        ("a",),
+        b"0.weight",
+    ]
+    made: dict[Any, Any] = dict(state)
+    for _ in range(random.choice([1, 1, 3])):
+        made[random.choice(keys)] = random.choice([*odd, *state.values()])
+        made.pop(random.choice(keys), None)
+    for key in random.sample(["state_dict", "model", "ema", "state_dict_ema", "other"], random.choice([0, 0, 1, 2])):
+        made = {key: made}
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.*adopted from the loaded state")
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_damage_runs_nothing_and_changes_nothing(seed: int, tmp_path: Path) -> None:
+    """120 files each, of every kind; whatever is wrong is one short line, and the model is then what it was."""
+    random.seed(seed)
+    trap, target, path = tmp_path / "ran", tensorize(net(), TUCKER), tmp_path / "a.pt"
+    source, refused = tensorize(net(), [Rule("0", Tucker((3, 3)))]), 0
+    save_safetensors(source, tmp_path / "whole.safetensors")
+    torch.save(source.state_dict(), tmp_path / "whole.pt")
+    torch.save({"state_dict": source.state_dict(), "a": Hostile(trap)}, tmp_path / "hostile.pt")
+    for _ in range(120):
+        before = copy.deepcopy(target.state_dict())
+        if random.random() < 0.4:
+            torch.save(odd_state(source.state_dict(), trap), path)
+        else:
+            whole = tmp_path / random.choice(["whole.safetensors", "whole.pt", "hostile.pt"])
+            path = tmp_path / f"a{whole.suffix}"
+            path.write_bytes(damaged(whole.read_bytes()))
+        content = path.read_bytes()
+        said = ""
+        try:
+            load_checkpoint(path, target, strict=random.random() < 0.8)
+        except CheckpointError as error:
+            said = str(error)
+        if said:
+            refused += 1
+            assert len(said) <= 1000
+            assert said.isprintable()
+            torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+        assert path.read_bytes() == content
+        path = tmp_path / "a.pt"
+    assert refused > 80
+    assert not trap.exists()
 
 
 # ---- hostile descriptions: of the net, and in the metadata of .safetensors

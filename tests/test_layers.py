@@ -407,11 +407,17 @@ def test_complex_weights_are_refused() -> None:
         TuckerConv2d.from_dense(nn.Conv2d(4, 4, 3, dtype=torch.complex64), rank=2)
 
 
-def test_factors_that_overflow_their_dtype_are_refused() -> None:
-    dense = nn.Conv2d(8, 8, 3, dtype=torch.float16)
-    nn.init.constant_(dense.weight, 6e4)
-    with pytest.raises(ArithmeticError, match=r"overflow torch.float16"):
-        TuckerConv2d.from_dense(dense, rank=2)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float16, 1e-6)], ids=str)
+@every_exact_layer
+def test_weights_at_the_ends_of_their_dtype_are_factorized(case: Case, dtype: torch.dtype, size: float) -> None:
+    """All of the norm in one factor would overflow, or lose its digits: then it is spread over all of them."""
+    dense = case.dense(dtype=dtype)
+    nn.init.constant_(dense.weight, size)
+    layer = case.convert(dense, 2)
+    assert all(torch.isfinite(factor).all() for factor in layer.factors.values())
+    weight = dense.weight.detach().double()
+    torch.testing.assert_close(layer._precise_weight() / size, weight / size, rtol=0, atol=3 * torch.finfo(dtype).eps)
+    assert layer.decomposition_error < 3 * torch.finfo(dtype).eps
 
 
 def test_another_type_is_refused_when_it_is_converted() -> None:

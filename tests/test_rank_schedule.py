@@ -23,9 +23,10 @@ from lightning_modules.callbacks.rank_schedule import RankSchedule
 from lightning_modules.callbacks.rank_steps import steps_of
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
+from tests.commands import DIGITS, QUIET, tnlayers
 from tests.processes import Watch
 from tests.test_training import METHODS, rules
-from tnlayers import FactorizedLayer, ParamsKept, fraction_kept
+from tnlayers import CheckpointError, FactorizedLayer, ParamsKept, fraction_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 RULES = [
@@ -244,6 +245,68 @@ def test_a_resumed_run_equals_the_uninterrupted_one(optimizer: str, ema: bool, t
         torch.testing.assert_close(
             ends[1]["optimizer_states"][0]["state"], ends[0]["optimizer_states"][0]["state"], rtol=0, atol=0
         )
+
+
+# ---- a training that diverges
+
+
+class Diverge(Callback):
+    """From an epoch on nothing is finite any more."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            with torch.no_grad():
+                pl_module.net.conv3.factors["core"].fill_(float("nan"))
+
+
+@pytest.mark.parametrize("rank", [4, "RelativeError(0.2)", "AccuracyDrop(0.01)"])
+def test_the_last_good_checkpoint_is_named(rank: Any, tmp_path: Path) -> None:
+    saved = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_last=True)
+    with pytest.raises(
+        ValueError, match=r"RankSchedule at epoch 2: \w+: the values of its \w+ are not finite"
+    ) as said:
+        fitted(tmp_path, Diverge(1), saved, RankSchedule({2: rank}), epochs=3)
+    assert f"go on from {tmp_path / 'kept/epoch=0.ckpt'}, the newest checkpoint whose weights are finite" in str(
+        said.value
+    )
+    assert "\n" not in str(said.value)
+
+
+def test_where_no_good_checkpoint_was_kept_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are not finite .* no checkpoint whose weights are finite was kept, so begin anew"):
+        fitted(tmp_path, Diverge(0), RankSchedule({1: 4}), epochs=2)
+
+
+@pytest.mark.parametrize("command", ["compress", "fit"])
+@pytest.mark.parametrize("rank", ["8", "ParamsKept(0.3)", "RelativeError(0.2)"])
+def test_commands_name_the_layer_whose_weight_is_not_finite(
+    command: str, rank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = classifier(rules=[]).net
+    with torch.no_grad():
+        net.conv3.weight[0, 0, 0, 0] = float("inf")  # type: ignore[union-attr, operator, index]
+    torch.save(net.state_dict(), tmp_path / "spoilt.pt")
+    source = ["--checkpoint", str(tmp_path / "spoilt.pt"), "--out", str(tmp_path / "out")]
+    if command == "fit":
+        source = ["--model.init_from", str(tmp_path / "spoilt.pt"), "--trainer.max_epochs", "1"]
+    where = ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path), *QUIET]
+    rules = ["--model.rules", f"[{{pattern: 'conv[34]', method: LowRank, rank: {rank}}}]"]
+    assert tnlayers(command, *DIGITS, *where, *source, *rules) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # Lightning says first what it runs on
+    assert line.startswith("tnlayers: error: conv3: 1 of the ")
+    assert "not finite" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_in_a_checkpoint_may_be_anything() -> None:
+    schedule = RankSchedule({1: 8})
+    for state in ({}, {"applied": 3}, {"applied": {"x" * 10_000: 1}}, {"applied": {1: {}, None: 2}}):
+        with pytest.raises(CheckpointError, match="has a rank schedule that is not understood") as said:
+            schedule.load_state_dict(state)
+        assert len(str(said.value)) < 600
 
 
 # ---- how far

@@ -1,12 +1,14 @@
 """From rules to layers and back, on nets with the traps that real ones have."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.cases import CASES, Case
 from tests.tolerances import FLOAT32, FLOAT64
 from tnlayers import (
     CP,
@@ -296,3 +298,27 @@ def test_example_inputs_do_not_touch_the_statistics() -> None:
     tensorize(net, [Rule("0", Tucker(MacsKept(0.9)))], example_input=X)
     torch.testing.assert_close(net[1].running_mean, before, **FLOAT32)
     assert net[1].training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_weight_that_is_not_finite_is_named(case: Case, value: float) -> None:
+    """By every kind of rule; from scratch it does not count."""
+    fine, spoilt = case.dense(), case.dense()
+    net = nn.ModuleDict({"fine": fine, "spoilt": spoilt})
+    assert isinstance(spoilt.weight, torch.Tensor)
+    with torch.no_grad():
+        spoilt.weight.view(-1)[random.randrange(spoilt.weight.numel())] = value
+    before = list(net.modules())
+    budgets = [ParamsKept(0.5), RelativeError(0.1)] if case.exact else []
+    for rank in (case.rank, *budgets):
+        for job in (resolve, tensorize):
+            with pytest.raises(
+                ValueError, match=f"spoilt: 1 of the {spoilt.weight.numel()} values of its weight are not finite"
+            ):
+                job(net, [Rule("*", case.method(rank))])
+        with pytest.raises(ValueError, match="values of its weight are not finite"):
+            case.convert(spoilt, rank)
+    assert list(net.modules()) == before
+    tensorize(net, [Rule("*", case.method(case.rank))], init="random")
+    assert all(torch.isfinite(parameter).all() for layer in net.values() for parameter in layer.factors.values())

@@ -1,6 +1,7 @@
 """Truncating the factorized layers of a model together: budgets, errors, plans; weights checked against plain linear algebra."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -170,3 +171,17 @@ def test_layers_without_a_budget_are_named() -> None:
     with pytest.raises(ValueError, match="0: its parameters make other layers too; leave the layer out by a pattern"):
         resolve_truncation(joined, 1)
     assert [rule.pattern for rule in resolve_truncation(model, ParamsKept(0.3), pattern="1")] == ["1"]
+
+
+@pytest.mark.parametrize("rank", [2, ParamsKept(0.1), MacsKept(0.1), RelativeError(0.1)], ids=str)
+def test_a_factor_that_is_not_finite_is_named_and_nothing_truncated(rank: Any) -> None:
+    model = net()
+    rules = resolve_truncation(model, 2)
+    with torch.no_grad():
+        layers(model)["conv3"].factors["vertical"].view(-1)[3] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    for job in (lambda: resolve_truncation(model, rank, X), lambda: truncate(model, rules)):
+        with pytest.raises(ValueError, match=r"conv3: 1 of the \d+ values of its weight are not finite"):
+            job()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    assert {rule.pattern for rule in resolve_truncation(model, 2, pattern="[!c]*")} == {"fc"}

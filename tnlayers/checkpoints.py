@@ -6,10 +6,12 @@ description of `tnlayers.structure`.
 
 import json
 import os
+import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,30 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tnlayers.structure import CheckpointError, check_plain, naming, restructure, structure_of
+from tnlayers.structure import (
+    CheckpointError,
+    adopted_shapes,
+    check_plain,
+    naming,
+    restructure,
+    shortened,
+    structure_of,
+)
 from tnlayers.surgery import replace_layers
 
 __all__ = ["LoadReport", "fitting_state", "load_checkpoint", "read_checkpoint", "save_safetensors"]
 
 _METADATA = "tnlayers"
 
-_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+_PREFIX = re.compile(r"(?:(?:module|model|net|_orig_mod|ema_model|ema)\.)*")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
+_AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
+# Counters: a file may lack BatchNorm's, and torch's AveragedModel has one of its own.
+_MAY_LACK, _MAY_ADD = "num_batches_tracked", "n_averaged"
 _SHOWN = 4
+_KEY = 60
+_LIST = 220
 _DEPTH = 4
-_HINT = "is it a checkpoint of another architecture?"
 # How torch says that a pickle names a class or a function that is not on its list.
 _CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function", "is blocked")
 
@@ -45,6 +59,7 @@ class LoadReport:
         unexpected: keys of the file that the model does not have, as they stand in the file.
         mismatched: keys that both have with another shape or kind of number: (key, the file's, the model's).
         prefix: what was taken off the file's keys.
+        left: under which keys the file has averaged weights beside the plain ones, which were taken.
     """
 
     matched: tuple[str, ...]
@@ -52,6 +67,7 @@ class LoadReport:
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, str, str], ...]
     prefix: str
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} entries matched"]
@@ -60,10 +76,15 @@ class LoadReport:
         if self.unexpected:
             parts.append(f"{len(self.unexpected)} unexpected ({_few(self.unexpected)})")
         if self.mismatched:
-            shapes = [f"{key}: {theirs} in the file, {ours} in the model" for key, theirs, ours in self.mismatched]
-            parts.append(f"{len(self.mismatched)} of another shape ({_few(shapes)})")
+            shapes = [
+                f"{shortened(key, _KEY)}: {theirs} in the file, {ours} in the model"
+                for key, theirs, ours in self.mismatched[:_SHOWN]
+            ]
+            parts.append(f"{len(self.mismatched)} of another shape ({_few(shapes, len(self.mismatched))})")
         if self.prefix:
-            parts.append(f"prefix {self.prefix!r} taken off")
+            parts.append(f"prefix {shortened(self.prefix, _KEY)!r} taken off")
+        if self.left:
+            parts.append(f"plain weights taken and the averaged ones under {self.left[0]!r} left")
         return ", ".join(parts)
 
 
@@ -115,8 +136,10 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
     """Loads a file's weights into a model, and its structure: `.pt`, `.pth`, `.th`, `.ckpt` or `.safetensors`.
 
     A file of ours says which layers are tensorized, and how: the model's layers become those, whatever they were. Any other
-    file has to have the model's own. The state dict may be nested under a usual key and its keys may carry usual prefixes
-    (`module.`, `model.`, `net.`, `_orig_mod.`, in any combination). Buffers that only count batches may be missing.
+    file has to have the model's own, of which factorized ones may have other ranks: the model's layers adopt those. The state
+    dict may be nested under a usual key and its keys may carry usual prefixes (`module.`, `model.`, `net.`, `_orig_mod.`,
+    `ema_model.`, `ema.`, in any combination), or any other under which all the model's keys are found. Averaged weights
+    (`state_dict_ema`, `model_ema`, `ema`) are taken where a file has no plain ones. Counters of batches may be missing.
 
     Args:
         path: the file.
@@ -139,7 +162,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
         replace_layers(model, {new: old for old, new in replaced.items()})
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {shortened(str(error), _LIST)}") from None
     return report
 
 
@@ -151,29 +174,76 @@ def fitting_state(
     Raises:
         CheckpointError: no state dict, nothing that matches, or (strict) not all.
     """
-    state = _tensors(content)
+    state, left = _tensors(content)
     if not state:
         raise CheckpointError(
             f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
         )
-    own = model.state_dict()
-    prefix = _prefix(state, own)
+    present = model.state_dict()
+    prefixes = _prefixes(state, present)
+    copies = [prefix for prefix, count in prefixes.items() if count >= sum(map(_needed, present))]
+    usual = [prefix for prefix in prefixes if _PREFIX.fullmatch(prefix) or prefix in copies]
+    prefix = max(sorted(usual, key=len), key=prefixes.__getitem__)
     stripped = {key.removeprefix(prefix): value for key, value in state.items()}
-    same = [key for key in own if key in stripped and _kind(stripped[key]) == _kind(own[key])]
+    shapes = adopted_shapes(model, {key: tuple(value.shape) for key, value in stripped.items()})
+    own = {
+        key: _kind(present[key]) if key in present and present[key].shape == shape else str(shape)
+        for key, shape in shapes.items()
+    }
+    same = [key for key in own if key in stripped and _kind(stripped[key]) == own[key]]
     report = LoadReport(
         matched=tuple(same),
-        missing=tuple(key for key in own if key not in stripped and not key.endswith("num_batches_tracked")),
-        unexpected=tuple(key for key in state if key.removeprefix(prefix) not in own),
-        mismatched=tuple(
-            (key, _kind(stripped[key]), _kind(own[key])) for key in own if key in stripped and key not in same
+        missing=tuple(key for key in own if key not in stripped and _needed(key)),
+        unexpected=tuple(
+            key for key in state if key.removeprefix(prefix) not in own and key.rpartition(".")[2] != _MAY_ADD
         ),
+        mismatched=tuple((key, _kind(stripped[key]), own[key]) for key in own if key in stripped and key not in same),
         prefix=prefix,
+        left=left,
     )
     if not report.matched or (strict and (report.missing or report.unexpected or report.mismatched)):
-        tensorized = any(".factors." in f".{key}" for key in report.unexpected)
-        hint = "it holds factorized layers: tensorize the model by the same rules first" if tensorized else _HINT
+        hint = _hint(report, prefixes, copies, len(own))
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
     return {key: stripped[key] for key in same}, report
+
+
+def _hint(report: LoadReport, prefixes: Mapping[str, int], copies: Sequence[str], size: int) -> str:
+    """What is most likely wrong, and what to do about it."""
+    if len(copies) > 1:
+        under = _few([repr(shortened(prefix, _KEY)) for prefix in copies])
+        return f"it holds these weights {len(copies)} times, under the prefixes {under}; save those that you mean alone"
+    if _factors(report.unexpected):
+        return "it holds factorized layers: tensorize the model by the same rules first"
+    if _factors(report.missing):
+        return "its layers are dense and the model's are factorized: load it before you tensorize the model"
+    if _factors([key for key, *_ in report.mismatched]):
+        return "its factorized layers are of another method or shape: tensorize the model by the file's rules"
+    best = max(prefixes, key=prefixes.__getitem__)
+    if prefixes[best] > prefixes.get(report.prefix, 0) and 2 * prefixes[best] >= size:
+        return f"{prefixes[best]} of its keys are the model's after the prefix {shortened(best, _KEY)!r}: take it off"
+    if not (report.missing or report.unexpected) and (head := _head(report.mismatched)):
+        name, theirs, ours = head
+        return (
+            f"its head {name!r} has {theirs} classes and the model's {ours}: build the model with num_classes {theirs}, or "
+            "load with strict=False, which keeps the model's head"
+        )
+    if 2 * len(report.matched) >= size:
+        return "most of it fits: build the model with the options that the file's was built with"
+    return "is it a checkpoint of another architecture?"
+
+
+def _factors(keys: Sequence[str]) -> bool:
+    return any(".factors." in f".{key}" for key in keys)
+
+
+def _head(mismatched: Sequence[tuple[str, str, str]]) -> tuple[str, int, int] | None:
+    """The one layer that differs, and in its outputs alone: its name, and the outputs in the file and in the model."""
+    names = {key.rpartition(".")[0] for key, *_ in mismatched}
+    shapes = [[re.findall(r"\d+", kind) for kind in kinds] for _, *kinds in mismatched]
+    if len(names) != 1 or not all(theirs and ours and theirs[1:] == ours[1:] for theirs, ours in shapes):
+        return None
+    theirs, ours = shapes[0]
+    return shortened(names.pop(), _KEY), int(theirs[0]), int(ours[0])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -248,32 +318,42 @@ def _is_pickle(path: Path) -> bool:
         return file.read(1) == b"\x80"
 
 
-def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: at the top, or nested under the usual keys."""
+def _tensors(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state dict in a checkpoint, at the top or nested under the usual keys; and the averaged ones beside it."""
+    left: list[str] = []
     for _ in range(_DEPTH):
-        nested = [content[key] for key in _NESTED if isinstance(content.get(key), Mapping)]
-        if not nested:
+        plain, averaged = (
+            [key for key in keys if isinstance(content.get(key), Mapping)] for keys in (_NESTED, _AVERAGED)
+        )
+        if plain or any(isinstance(value, Tensor) for value in content.values()):
+            left += averaged
+        if not (nested := plain or ([] if left else averaged)):
             break
-        content = nested[0]
-    return {
+        content = content[nested[0]]
+    state = {
         key: value
         for key, value in content.items()
         if isinstance(key, str) and isinstance(value, Tensor) and not value.is_meta
     }
+    return state, tuple(left)
 
 
-def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The combination of the usual prefixes that makes most of the file's keys the model's."""
-    found = {""}
+def _prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[str]:
+    """How many of the model's keys are in the file after each prefix; the empty one is always among them."""
+    found = Counter({"": 0})
     for key in state:
         rest = key
-        while start := next((prefix for prefix in _PREFIXES if rest.startswith(prefix)), None):
-            rest = rest.removeprefix(start)
-            found.add(key.removesuffix(rest))
-    return max(
-        sorted(found, key=len),
-        key=lambda prefix: sum(key.removeprefix(prefix) in own for key in state if key.startswith(prefix)),
-    )
+        for _ in range(2 * _DEPTH):
+            if _PREFIX.fullmatch(prefix := key.removesuffix(rest)) or rest in own:
+                found[prefix] += rest in own and _needed(rest)
+            rest = rest.partition(".")[2]
+            if not rest:
+                break
+    return found
+
+
+def _needed(key: str) -> bool:
+    return not key.endswith(_MAY_LACK)
 
 
 def _kind(value: Tensor) -> str:
@@ -282,5 +362,7 @@ def _kind(value: Tensor) -> str:
     return f"{tuple(value.shape)}{number}{'' if value.layout is torch.strided else ' sparse'}"
 
 
-def _few(items: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
+def _few(items: Sequence[str], count: int = 0) -> str:
+    """The first of some texts, of which there are `count` in all, in bounded length."""
+    shown = ", ".join(shortened(item, _LIST) for item in items[:_SHOWN])
+    return shortened(shown + (", ..." if max(count, len(items)) > _SHOWN else ""), _LIST)

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tnlayers.budget import settle
+from tnlayers.budget import Fit, settle
 from tnlayers.factorizations import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.plan import Plan, PlanChoice
 from tnlayers.ranks import Rank, Ranks, check_rank
 
-__all__ = ["FactorizedLayer", "Fill", "Init", "UnsupportedLayer", "arguments"]
+__all__ = ["FactorizedLayer", "Fill", "Init", "UnsupportedLayer", "arguments", "exact_dense"]
 Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
 
@@ -30,20 +30,20 @@ class UnsupportedLayer(ValueError):
     """A dense layer that a method cannot replace; the message names the argument."""
 
 
-def _settled(factorization: Factorization, dense: nn.Module, *, flat: bool) -> Factorization:
-    """The factorization with explicit ranks for one layer.
+def _settled(factorization: Factorization, dense: nn.Module, *, flat: bool) -> tuple[Factorization, Fit | None]:
+    """The factorization with explicit ranks for one layer, and its parameters where they had to be made to know those.
 
     Raises:
         ValueError: no rank is cheaper than dense, or a `joint` that only a rule for several layers can have.
     """
     if factorization.joint and not isinstance(factorization.joint, Slice):
         raise ValueError(f"joint {factorization.joint!r} joins the layers of one rule; a layer by itself has none")
-    (explicit,) = settle(factorization, [dense], flat=flat)
-    if explicit is None:
+    (choice,) = settle(factorization, [dense], flat=flat)
+    if choice.method is None:
         raise ValueError(
-            f"{factorization.rank}: no such rank of {type(factorization).__name__} is cheaper than the dense {dense}; leave it dense"
+            f"no such rank of {type(factorization).__name__} is cheaper than the dense {dense}; leave it dense ({choice.reason})"
         )
-    return explicit
+    return choice.method, choice.fit
 
 
 class FactorizedLayer(nn.Module):
@@ -91,7 +91,7 @@ class FactorizedLayer(nn.Module):
         self.decomposition_error = None
         self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
         self.factors = nn.ParameterDict()
-        self._adopt(_settled(factorization, template, flat=True), device=device, dtype=dtype)
+        self._adopt(_settled(factorization, template, flat=True)[0], device=device, dtype=dtype)
         bias = None
         if isinstance(template.bias, Tensor):
             bias = nn.Parameter(torch.empty(template.bias.shape, device=device, dtype=dtype))
@@ -181,6 +181,7 @@ class FactorizedLayer(nn.Module):
         *,
         init: Fill = "decompose",
         shared: nn.ParameterDict | None = None,
+        fit: Fit | None = None,
     ) -> Self:
         """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
 
@@ -189,6 +190,7 @@ class FactorizedLayer(nn.Module):
             factorization: the method and its rank.
             init: "decompose" for the closest weight, "random" to train from scratch, "empty" where a state dict follows.
             shared: the parameters of the generator that makes this layer and others, instead of its own.
+            fit: what the method makes of the weight, where that is known.
 
         Raises:
             UnsupportedLayer: the dense layer is of another type.
@@ -203,7 +205,7 @@ class FactorizedLayer(nn.Module):
             )
         if shared is None and isinstance(factorization.joint, Slice):
             factorization = factorization.with_joint("")  # what is converted alone has parameters of its own
-        explicit = _settled(factorization, dense, flat=init != "decompose")
+        explicit, made = _settled(factorization, dense, flat=init != "decompose")
         chosen = {field.name: getattr(explicit, field.name) for field in fields(explicit)}
         undrawn = shared is not None or init == "empty"
         layer = cls(**arguments(dense), device="meta" if undrawn else weight.device, dtype=weight.dtype, **chosen)
@@ -215,7 +217,9 @@ class FactorizedLayer(nn.Module):
             if init != "empty":
                 layer._reset_bias()
         if init == "decompose":
-            layer.decomposition_error = layer._decompose(weight) if shared is None else layer._error(weight)
+            layer.decomposition_error = (
+                layer._decompose(weight, fit or made) if shared is None else layer._error(weight)
+            )
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -224,18 +228,16 @@ class FactorizedLayer(nn.Module):
             layer.bias.requires_grad_(dense.bias.requires_grad)
         return layer.train(dense.training)
 
-    def _decompose(self, weight: Tensor) -> float:
+    def _decompose(self, weight: Tensor, fit: Fit | None = None) -> float:
         """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
-        fitted, _ = self.factorization.decompose(precise(weight), self.ranks, self.geometry.groups)
+        method, dtype = self.factorization, self._like["dtype"]
+        fitted, error = fit or method.decompose(precise(weight), self.ranks, self.geometry.groups, dtype)
         for name, factor in self.factors.items():
             _copy(factor, fitted[name])
-        return self._error(weight)
+        return error
 
     def _error(self, weight: Tensor) -> float:
-        error = relative_error(weight, self._precise_weight())
-        if not math.isfinite(error):
-            raise ArithmeticError(f"the factors overflow {self._like['dtype']}; convert in bfloat16 or float32")
-        return error
+        return relative_error(weight, self._precise_weight())
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
@@ -278,11 +280,13 @@ class FactorizedLayer(nn.Module):
             raise ValueError(
                 f"truncate: the parameters of this layer make other layers too: {self.factorization.joint}"
             )
-        dense, present = self.to_dense(), self.ranks
+        dense, present = exact_dense(self), self.ranks
         if isinstance(rank, int):
             check_rank(rank)
             rank = tuple(min(rank, old) for old in present) if rank <= max(present) else (rank,) * len(present)
-        wanted = _settled(self.factorization.with_rank(rank), dense, flat=False)
+        asked = self.factorization.with_rank(rank)
+        (choice,) = settle(asked, [dense], present=present, dtype=self._like["dtype"])
+        wanted = choice.method or self.factorization  # what is left is as small as it may be
         assert isinstance(wanted.rank, tuple)
         if any(new > old for new, old in zip(wanted.rank, present, strict=True)):
             raise ValueError(
@@ -292,7 +296,7 @@ class FactorizedLayer(nn.Module):
             return 0.0
         self._adopt(wanted, **self._like)
         self.decomposition_error = None
-        return self._decompose(dense.weight)  # type: ignore[arg-type]
+        return self._decompose(dense.weight, choice.fit)  # type: ignore[arg-type]
 
     def _weights(self) -> list[Tensor]:
         """The plan's merged weights: anew wherever a gradient may flow, else kept until a factor changes.
@@ -357,6 +361,14 @@ def arguments(layer: nn.Module) -> dict[str, Any]:
     dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
     given = {name: getattr(layer, name) for name in _ARGUMENTS[dense_type]}
     return given | {"bias": layer.bias is not None}
+
+
+def exact_dense(layer: FactorizedLayer) -> nn.Module:
+    """A dense layer with the weight that the factors make in float64: in their own dtype it would be rounded once more."""
+    dense, weight = layer.to_dense(), layer._precise_weight()
+    dense.to(device=weight.device, dtype=weight.dtype)
+    _copy(dense.weight, weight)
+    return dense
 
 
 def _copy(target: Any, source: Any) -> None:

@@ -3,6 +3,7 @@
 Shapes: an unfolding is (m, n), and k = min(m, n).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "check_finite",
     "decomposing",
     "effective_rank",
     "fold",
@@ -20,6 +22,7 @@ __all__ = [
     "left_svd",
     "precise",
     "relative_error",
+    "scale_of",
     "singular_values",
     "tails",
     "unfold",
@@ -30,6 +33,26 @@ def precise(weight: Tensor) -> Tensor:
     """The weight in float64, detached; on the CPU where its device has no float64."""
     device = "cpu" if weight.device.type == "mps" else weight.device
     return weight.detach().to(device=device, dtype=torch.float64)
+
+
+def check_finite(weight: Tensor) -> None:
+    """What infinite or undefined values are in would be decomposed into nothing else.
+
+    Raises:
+        ValueError: there are some; it says how many.
+    """
+    spoilt = weight.numel() - int(torch.isfinite(weight).sum())
+    if spoilt:
+        raise ValueError(
+            f"{spoilt} of the {weight.numel()} values of its weight are not finite, and it cannot be decomposed; start from "
+            "weights of before that"
+        )
+
+
+def scale_of(weight: Tensor) -> float:
+    """What to divide a weight in float64 by so that the squares of its entries stay in range: 1 but for odd ones."""
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    return largest if math.isfinite(largest) and largest > 0 and not 1e-100 < largest < 1e100 else 1.0
 
 
 @contextmanager
@@ -113,8 +136,10 @@ def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """||W - W~||_F / ||W||_F; 0 for a weight that is zero and stays so."""
-    difference = torch.linalg.vector_norm(precise(weight) - precise(approximation))
-    norm = torch.linalg.vector_norm(precise(weight))
+    weight, approximation = precise(weight), precise(approximation)
+    scale = scale_of(weight)
+    difference = torch.linalg.vector_norm((weight - approximation) / scale)
+    norm = torch.linalg.vector_norm(weight / scale)
     return float(difference / norm) if norm > 0 else float(difference)
 
 

@@ -60,7 +60,7 @@ class MacsKept:
 
 @dataclass(frozen=True)
 class RelativeError:
-    """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is sure to be at most this."""
+    """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is at most this, measured on the factors in their dtype."""
 
     error: float
 
@@ -149,8 +149,11 @@ def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
         return _Point(ranks, cost(ranks), candidate.error(ranks))
 
     def loss(new: _Point, old: _Point) -> tuple[float, float]:
-        saved = old.cost - new.cost
-        return ((new.error - old.error) / saved if saved > 0 else math.inf, new.error)
+        lost, saved = new.error - old.error, old.cost - new.cost
+        if saved > 0:
+            return lost / saved, new.error
+        # A rank above what it attains next to the others is lowered for nothing, which opens what is below it.
+        return 0.0 if lost <= 0 else math.inf, new.error
 
     path = [point(ranks)]
     while max(ranks) > 1:
@@ -226,6 +229,27 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
     return [frontier[place].ranks for frontier, place in zip(frontiers, chosen, strict=True)]
 
 
-def within_error(candidate: Candidate, error: float) -> Ranks | None:
-    """The cheapest ranks found whose relative error is at most `error`; None if the layer as it is costs less."""
-    return next(point.ranks for point in _frontier(candidate) if point.error <= error**2)
+def within_error(candidate: Candidate, error: float, measured: Callable[[Ranks], float]) -> tuple[Ranks | None, float]:
+    """The cheapest ranks found whose relative error is at most `error`; None if the layer as it is costs less.
+
+    Args:
+        candidate: the layer; its estimates say what is worth measuring.
+        error: the largest relative error.
+        measured: ranks -> the relative error of what they really give; costly, and asked as seldom as possible.
+
+    Returns:
+        The ranks and their measured error; with None the smallest one that was measured, infinite if none was.
+    """
+    rest = [point for point in _frontier(candidate) if point.ranks is not None]
+    allowed, least = error**2, math.inf
+    while fitting := [point for point in rest if point.error <= allowed]:
+        point, *rest = fitting
+        assert point.ranks is not None
+        found = measured(point.ranks)
+        if found <= error:
+            return point.ranks, found
+        least = min(least, found)
+        if rest:  # what it is above its estimate is mostly rounding, which is much the same at the next ranks
+            excess = found**2 - error**2
+            allowed = max(min(point.error - excess, point.error / 2), rest[-1].error)
+    return None, least

@@ -8,7 +8,7 @@ before all of it fits the model.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
 from tnlayers.surgery import factorize, methods_of, refusal, replace_layers
 
-__all__ = ["CheckpointError", "check_plain", "naming", "restructure", "structure_of"]
+__all__ = ["CheckpointError", "adopted_shapes", "check_plain", "naming", "restructure", "shortened", "structure_of"]
 
 _VERSION = 1
 _DEPTH = 8
@@ -68,6 +68,27 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
         replacements = _replacements(model, layers, methods)
     replace_layers(model, replacements)
     return replacements
+
+
+def adopted_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the model's state has once a state of these shapes is loaded: its layers adopt other ranks.
+
+    A rank that cannot be of a layer is not taken: it would be allocated.
+    """
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, FactorizedLayer) or layer.factorization.joint:
+            continue
+        start, method, geometry = f"{name}.factors.".lstrip("."), layer.factorization, layer.geometry
+        given = {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}
+        with suppress(ValueError):
+            ranks = method.ranks_from(layer.network, given)
+            explicit = method.with_rank(ranks)
+            attained = method.clamp(geometry.weight_shape, ranks) == ranks
+            if attained and geometry.parameter_shapes(explicit, ranks) == given:
+                own = {key: shape for key, shape in own.items() if not key.startswith(start)}
+                own |= {f"{start}{key}": shape for key, shape in given.items()}
+    return own
 
 
 def _replacements(
@@ -177,5 +198,11 @@ def naming(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        text = str(error)
-        raise CheckpointError(f"{what}: {text[:_LENGTH]}{'...' if len(text) > _LENGTH else ''}") from None
+        raise CheckpointError(f"{what}: {shortened(str(error), _LENGTH)}") from None
+
+
+def shortened(text: str, most: int) -> str:
+    """For messages: what a file brings may be long, and may hold what a terminal takes for commands."""
+    text = text[: most + 1]
+    shown = text if text.isprintable() else repr(text)[1:-1]
+    return shown if len(shown) <= most else f"{shown[:most]}..."

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from tnlayers.budget import settle
+from tnlayers.budget import Fit, settle
 from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Fill, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
+from tnlayers.linalg import check_finite
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
 from tnlayers.tracing import Example, calls_of, layer_inputs
@@ -24,6 +25,7 @@ __all__ = [
     "factorize",
     "method_for",
     "methods_of",
+    "naming",
     "refusal",
     "replace_layers",
     "resolve",
@@ -42,7 +44,8 @@ def resolve(
 
     A rule matches a layer whose name fits its pattern and whose type its method replaces; the first match wins. A budget
     (`ParamsKept`, `MacsKept`) holds for all the layers of its rule together. A layer for which no rank is cheaper than
-    the dense one, or that cannot be replaced, resolves to None with the reason.
+    the dense one, that cannot be replaced, or whose factors' dtype is too coarse for a `RelativeError`, resolves to None
+    with the reason.
 
     Args:
         model: the dense model.
@@ -51,9 +54,16 @@ def resolve(
         init: "random" when the factors will be trained from scratch: then the present weights do not count.
 
     Raises:
-        ValueError: a pattern that matches nothing, a budget out of reach, `MacsKept` without an example input, an `init`
-            that is neither.
+        ValueError: a pattern that matches nothing, a budget out of reach, `MacsKept` without an example input, weights that
+            are not finite, an `init` that is neither.
     """
+    return [rule for rule, _ in _resolved(model, rules, example_input, init)]
+
+
+def _resolved(
+    model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init
+) -> list[tuple[Rule, Fit | None]]:
+    """What `resolve` returns, and the parameters that had to be made to know it."""
     if init not in ("decompose", "random"):
         raise ValueError(f"init {init!r}: expected 'decompose' or 'random'")
     dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
@@ -62,14 +72,17 @@ def resolve(
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
     calls = {name: calls_of(Geometry(dense[name]), inputs[name]) for name in dense if name in inputs}
     refused = {name: reason for name in dense if (reason := refusal(model, name))}
-    resolved: dict[str, Rule] = {}
+    resolved: dict[str, tuple[Rule, Fit | None]] = {}
     for rule, names in zip(rules, taken, strict=True):
         if rule.factorization is None:
             reason = rule.reason or f"the rule {rule.pattern!r} leaves it dense"
-            resolved |= {name: Rule(name, None, reason) for name in names}
+            resolved |= {name: (Rule(name, None, reason), None) for name in names}
             continue
-        resolved |= {name: Rule(name, None, refused[name]) for name in names if name in refused}
+        resolved |= {name: (Rule(name, None, refused[name]), None) for name in names if name in refused}
         layers = {name: dense[name] for name in names if name not in refused}
+        for name, layer in layers.items() if init == "decompose" else ():
+            with naming(name):
+                check_finite(layer.weight)
         try:
             resolved |= _settled(rule.factorization, layers, calls, flat=init == "random")
         except ValueError as error:
@@ -79,26 +92,23 @@ def resolve(
 
 def _settled(
     method: Factorization, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
-) -> dict[str, Rule]:
-    """The resolved rules of the layers that one rule takes."""
+) -> dict[str, tuple[Rule, Fit | None]]:
+    """The resolved rules of the layers that one rule takes, with what was made of them on the way."""
     unseen = [name for name in layers if name not in calls]
     if isinstance(method.rank, MacsKept) and unseen and (calls or any(Geometry(layers[name]).axes for name in unseen)):
         raise ValueError(
             f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
         )
     used = None if unseen else [calls[name] for name in layers]
-    resolved = {}
-    for (name, layer), choice in zip(
-        layers.items(), settle(method, list(layers.values()), calls=used, flat=flat), strict=True
-    ):
-        if choice is None:
-            resolved[name] = Rule(
-                name, None, f"{method.rank}: dense is cheaper or the budget is better spent elsewhere"
-            )
+    resolved: dict[str, tuple[Rule, Fit | None]] = {}
+    choices = settle(method, list(layers.values()), calls=used, flat=flat)
+    for (name, layer), choice in zip(layers.items(), choices, strict=True):
+        if (explicit := choice.method) is None:
+            resolved[name] = (Rule(name, None, choice.reason), None)
             continue
-        resolved[name] = Rule(name, _planned(choice, layer, calls.get(name)))
-        if isinstance(method.rank, (int, tuple)) and not (isinstance(choice.joint, Slice) and choice.joint.offset):
-            _warn_if_larger(name, choice, Geometry(layer))
+        resolved[name] = (Rule(name, _planned(explicit, layer, calls.get(name))), choice.fit)
+        if isinstance(method.rank, (int, tuple)) and not (isinstance(explicit.joint, Slice) and explicit.joint.offset):
+            _warn_if_larger(name, explicit, Geometry(layer))
     return resolved
 
 
@@ -205,15 +215,14 @@ def tensorize(
     Raises:
         ValueError: what `resolve` raises.
     """
-    methods = {
-        rule.pattern: rule.factorization
-        for rule in resolve(model, rules, example_input, init=init)
-        if rule.factorization
-    }
+    resolved = _resolved(model, rules, example_input, init)
+    methods = {rule.pattern: rule.factorization for rule, _ in resolved if rule.factorization}
+    fits = {rule.pattern: fit for rule, fit in resolved if fit}
     for name in _generators(methods_of(model)) & _generators(methods):
         raise ValueError(f"joint {name!r}: the model has a generator of this name; choose another")
     layers = {name: model.get_submodule(name) for name in methods}
-    made = factorize(layers, methods, init, limit=sum(parameter.numel() for parameter in model.parameters()))
+    limit = sum(parameter.numel() for parameter in model.parameters())
+    made = factorize(layers, methods, init, limit, fits)
     return replace_layers(model, {layers[name]: made[name] for name in made})
 
 
@@ -222,7 +231,11 @@ def _generators(methods: Mapping[str, Factorization]) -> set[str]:
 
 
 def factorize(
-    layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization], init: Fill, limit: int
+    layers: Mapping[str, nn.Module],
+    methods: Mapping[str, Factorization],
+    init: Fill,
+    limit: int,
+    fits: Mapping[str, Fit] | None = None,
 ) -> dict[str, FactorizedLayer]:
     """The factorized layers in place of dense ones, by name; those of one generator share it.
 
@@ -231,6 +244,7 @@ def factorize(
         methods: name -> the method, with integer ranks.
         init: what they start with.
         limit: how many entries a generator may make at most.
+        fits: what is known already of what the methods make of the weights.
 
     Raises:
         ValueError: a method that does not fit its layer.
@@ -241,16 +255,17 @@ def factorize(
         if isinstance(method.joint, Slice):
             joined.setdefault(method.joint.name, {})[name] = method
         else:
-            with _naming(name):
-                made[name] = layer_type(method, layers[name]).convert(layers[name], method, init=init)
+            with naming(name):
+                kind, fit = layer_type(method, layers[name]), (fits or {}).get(name)
+                made[name] = kind.convert(layers[name], method, init=init, fit=fit)
     for name, together in joined.items():
-        with _naming(f"joint {name!r} of {', '.join(together)}"):
+        with naming(f"joint {name!r} of {', '.join(together)}"):
             made |= convert_together(layers, together, init, limit)
     return made
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
     """Errors say what they are about."""
     try:
         yield

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from tnlayers.budget import candidate_of
+from tnlayers.budget import accurate, candidate_of
 from tnlayers.factorizations import Factorization
-from tnlayers.factorized import FactorizedLayer
+from tnlayers.factorized import FactorizedLayer, exact_dense
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.layers import layer_type
-from tnlayers.ranks import Candidate, MacsKept, ParamsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
+from tnlayers.linalg import check_finite
+from tnlayers.ranks import Candidate, MacsKept, ParamsKept, Rank, RankRule, Ranks, RelativeError, allocate
 from tnlayers.rules import Rule, fits
-from tnlayers.surgery import method_for, replace_layers
+from tnlayers.surgery import method_for, naming, replace_layers
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
@@ -48,11 +49,18 @@ class _Selected:
 
     def candidate(self, *, by_macs: bool) -> Candidate:
         """For the rank rules: truncations of the present weight from the present rank downward."""
-        if self.ranks is None:
-            return candidate_of(self.method, self.layer, self.calls, by_macs=by_macs)
-        dense = self.layer.to_dense()  # type: ignore[operator]
-        found = candidate_of(self.method, dense, self.calls, by_macs=by_macs)
-        return replace(found, max_ranks=self.ranks, present_cost=self.cost(by_macs=by_macs)[0])
+        found = candidate_of(self.method, self.dense, self.calls, by_macs=by_macs, present=self.ranks)
+        return replace(found, present_cost=self.cost(by_macs=by_macs)[0])
+
+    def within(self, rule: RelativeError) -> Ranks | None:
+        """The cheapest ranks found that keep the present weight to within the error; None if it is cheapest as it is."""
+        dtype = next(self.layer.parameters()).dtype
+        choice = accurate(self.method, self.dense, self.candidate(by_macs=False), rule, dtype)
+        return choice.method.rank if choice.method else None  # type: ignore[return-value]
+
+    @property
+    def dense(self) -> nn.Module:
+        return exact_dense(self.layer) if isinstance(self.layer, FactorizedLayer) else self.layer
 
 
 def resolve_truncation(
@@ -77,18 +85,17 @@ def resolve_truncation(
         rules: layers that an earlier budget left dense take part too, by the method of the first rule that matches them.
 
     Raises:
-        ValueError: no layer matches, a budget out of reach, or a layer that cannot be truncated by this rank.
+        ValueError: no layer matches, a budget out of reach, a layer that cannot be truncated by this rank, or one whose
+            weight is not finite.
     """
     selected = _checked(model, rank, example_input, pattern, rules)
     by_macs = isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
         chosen: list[Ranks | None] = [_lowered(each, rank) for each in selected]
+    elif isinstance(rank, RelativeError):
+        chosen = [each.within(rank) for each in selected]
     else:
-        candidates = [each.candidate(by_macs=by_macs) for each in selected]
-        if isinstance(rank, RelativeError):
-            chosen = [within_error(candidate, rank.error) for candidate in candidates]
-        else:
-            chosen = allocate(candidates, rank.fraction)
+        chosen = allocate([each.candidate(by_macs=by_macs) for each in selected], rank.fraction)
     return [
         _rule(each, ranks, by_macs=by_macs)
         for each, ranks in zip(selected, chosen, strict=True)
@@ -119,13 +126,16 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
         For each layer's name ||W - W~||_F / ||W||_F against the weight before.
 
     Raises:
-        ValueError: a rule without a method, or one that does not fit its layer.
+        ValueError: a rule without a method or one that does not fit its layer, or a weight that is not finite.
     """
     errors = {}
     for rule in rules:
-        layer, method = model.get_submodule(rule.pattern), rule.factorization
-        if method is None:
+        if rule.factorization is None:
             raise ValueError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
+        _check_weight(rule.pattern, model.get_submodule(rule.pattern))
+    for rule in rules:
+        layer, method = model.get_submodule(rule.pattern), rule.factorization
+        assert method is not None
         if isinstance(layer, FactorizedLayer):
             errors[rule.pattern] = layer.truncate(method.rank)
             layer.set_plan(method.plan)
@@ -174,11 +184,18 @@ def _checked(
 ) -> list[_Selected]:
     selected = _select(model, example_input, pattern, rules)
     for each in selected:
+        _check_weight(each.name, each.layer)
         try:
             _check(each, rank)
         except ValueError as error:
             raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
     return selected
+
+
+def _check_weight(name: str, layer: nn.Module) -> None:
+    with naming(name):
+        for parameter in layer.factors.values() if isinstance(layer, FactorizedLayer) else [layer.weight]:
+            check_finite(parameter)  # type: ignore[arg-type]
 
 
 def _check(each: _Selected, rank: Rank) -> None:

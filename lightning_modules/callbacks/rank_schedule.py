@@ -1,13 +1,15 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.followers import (
@@ -20,7 +22,9 @@ from lightning_modules.callbacks.followers import (
 )
 from lightning_modules.callbacks.rank_steps import Step, steps_of
 from lightning_modules.classifier import ImageClassifier
-from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
+from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
+from tnlayers.checkpoints import read_checkpoint
+from tnlayers.structure import naming, shortened
 
 __all__ = ["RankSchedule"]
 
@@ -59,7 +63,8 @@ class RankSchedule(Callback):
         return {"applied": dict(self.applied)} if self.steps else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.applied = {int(epoch): str(step) for epoch, step in state_dict["applied"].items()}
+        with naming("the checkpoint has a rank schedule that is not understood", Exception):  # whatever it may hold
+            self.applied = {int(epoch): shortened(str(step), 60) for epoch, step in state_dict["applied"].items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.steps:
@@ -115,6 +120,7 @@ class RankSchedule(Callback):
         if trainer.is_global_zero:
             try:
                 with _naming(trainer.current_epoch):
+                    _check_finite(trainer, module)
                     rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
             except Exception as error:  # whatever it is, the other processes must not wait for rules
                 problem = error
@@ -130,6 +136,40 @@ def _naming(epoch: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"RankSchedule at epoch {epoch}: {error}") from None
+
+
+def _check_finite(trainer: Trainer, module: ImageClassifier) -> None:
+    """A training that has diverged has nothing to truncate, and what it was before may have been kept.
+
+    Raises:
+        ValueError: it has; it names a layer and the newest checkpoint from before.
+    """
+    spoilt = _not_finite(module.net.state_dict())
+    if spoilt is None:
+        return
+    found = {getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks}
+    folders = [Path(folder) for folder in found if folder]
+    paths = sorted(
+        (path for folder in folders for path in folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime
+    )
+    for path in reversed(paths):
+        with suppress(CheckpointError):
+            state = read_checkpoint(path).get("state_dict")
+            if isinstance(state, Mapping) and _not_finite(state) is None:
+                fix = f"go on from {path}, the newest checkpoint whose weights are finite"
+                break
+    else:
+        fix = "no checkpoint whose weights are finite was kept, so begin anew"
+    layer, _, weight = spoilt.partition(".factors.") if ".factors." in spoilt else spoilt.rpartition(".")
+    raise ValueError(
+        f"{layer}: the values of its {weight} are not finite any more, the training has diverged; {fix}, with a smaller learning rate"
+    )
+
+
+def _not_finite(state: Mapping[str, Any]) -> str | None:
+    """The first key whose values are not all finite."""
+    tensors = ((key, value) for key, value in state.items() if isinstance(value, Tensor))
+    return next((key for key, value in tensors if not torch.isfinite(value).all()), None)
 
 
 def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:

@@ -7,6 +7,7 @@ The parameters of a layer are the network's factors. A method that generates the
 overriding what stands under "parameters" below (`ADTN` does).
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, singular_values, tails, unfold
+from tnlayers.linalg import (
+    check_finite,
+    decomposing,
+    left_singular_vectors,
+    precise,
+    relative_error,
+    scale_of,
+    singular_values,
+    tails,
+    unfold,
+)
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
@@ -153,47 +164,52 @@ class Factorization(ABC):
             modes = weight.reshape([sizes[index] for index in network.weight_indices])
             energy, spectra = _energies(modes, _sides(network, sizes))
         total = float(energy.sum())
-        kept = energy
-        for axis in range(energy.dim()):
-            kept = kept.cumsum(axis)
-        kept_list: Any = kept.tolist()
+        lost_list: Any = _lost(energy).tolist()
         discarded = {place: tails(values) for place, values in spectra.items()}
         outer = [place for place in range(len(network.bonds)) if place not in spectra]
 
         def error(ranks: Ranks) -> float:
-            entry = kept_list
+            lost = lost_list
             for place in outer:
-                entry = entry[ranks[place] - 1]
-            lost = total - entry + sum(lost_by[ranks[place]] for place, lost_by in discarded.items())
-            return max(lost, 0.0) / total if total > 0 else 0.0
+                lost = lost[ranks[place] - 1]
+            lost = lost + sum(lost_by[ranks[place]] for place, lost_by in discarded.items())
+            return lost / total if total > 0 else 0.0
 
         return error
 
-    def decompose(self, weight: Tensor, ranks: Ranks, groups: int = 1) -> tuple[dict[str, Tensor], float]:
-        """The parameters and their relative error, checked on the reconstruction.
+    def decompose(
+        self, weight: Tensor, ranks: Ranks, groups: int = 1, dtype: torch.dtype = torch.float64
+    ) -> tuple[dict[str, Tensor], float]:
+        """The parameters, rounded to the dtype, and their relative error, checked on the reconstruction from those.
 
         Args:
-            weight: (o, i, h, w) or (o, i), of all groups.
+            weight: (o, i, h, w) or (o, i), of all groups, in float64.
             ranks: attainable ones, of each group.
             groups: of a grouped convolution; the parameters of more than one have the index g in front.
+            dtype: of the parameters. Where one of them would leave its range they share their norm evenly.
 
         Raises:
             ValueError: the weight is not finite.
             ArithmeticError: the factors are no better than zeros, so that the decomposition itself failed.
         """
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight has values that are not finite; it cannot be decomposed")
+        check_finite(weight)
+        scale = scale_of(weight)
         with decomposing():
-            parts = [self._decompose(part, ranks) for part in weight.chunk(groups if self.per_group else 1)]
+            scaled = weight if scale == 1 else weight / scale
+            parts = [self._decompose(part, ranks) for part in scaled.chunk(groups if self.per_group else 1)]
             parameters = {
                 name: (torch.stack([part[name] for part in parts]) if len(parts) > 1 else first).contiguous()
                 for name, first in parts[0].items()
             }
+            if scale != 1:
+                self.scale(parameters, scale)
+            parameters = _rounded(parameters, dtype)
             shape = (weight.shape[0] // groups, *weight.shape[1:])
             network = self.network(shape).grouped() if groups > 1 else self.network(shape)
-            made = self.factors(parameters, network.shapes(self.sizes(shape, ranks) | {"g": groups}))
+            exact = {name: precise(value) for name, value in parameters.items()}
+            made = self.factors(exact, network.shapes(self.sizes(shape, ranks) | {"g": groups}))
             error = relative_error(weight, network.reconstruct(made).reshape(weight.shape))
-        if not error <= 1 + 1e-6:
+        if not error <= 1 + 1e-6 + torch.finfo(dtype).eps:
             raise ArithmeticError(
                 f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}"
             )
@@ -237,6 +253,35 @@ class Factorization(ABC):
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.mul_(by ** (1 / len(parameters)))
+
+
+def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """In the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
+
+    The product of the scales is 1, and the weight is linear in each parameter.
+    """
+    largest = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in parameters.items()}
+    low, high = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    if all(low <= size <= high for size in largest.values()) or not all(largest.values()):
+        return {name: value.to(dtype) for name, value in parameters.items()}
+    mean = math.exp(sum(map(math.log, largest.values())) / len(largest))
+    return {name: (value / largest[name] * mean).to(dtype) for name, value in parameters.items()}
+
+
+def _lost(energy: Tensor) -> Tensor:
+    """Entry (r1 - 1, ..., rd - 1): the sum of all that is outside of the leading r1 x ... x rd block.
+
+    Only sums of what is lost: the difference of the whole and what is kept would be noise below 1e-16 of the whole.
+    """
+    lost, kept = torch.zeros_like(energy.sum()), energy
+    for axis in range(energy.dim()):
+        rest = kept.flatten(axis + 1).sum(dim=-1) if axis + 1 < kept.dim() else kept
+        beyond = rest.flip(axis).cumsum(axis).flip(axis)
+        beyond = torch.cat(
+            [beyond.narrow(axis, 1, beyond.shape[axis] - 1), torch.zeros_like(beyond.narrow(axis, 0, 1))], axis
+        )
+        lost, kept = lost.unsqueeze(axis) + beyond, kept.cumsum(axis)
+    return lost
 
 
 def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], bool]]:

@@ -39,8 +39,9 @@ class LowRank(Factorization):
         unfolding = weight.permute(1, 2, 0, 3).reshape(in_channels * height, out_channels * width)
         left, values, right = torch.linalg.svd(unfolding, full_matrices=False)
         rounding = torch.finfo(values.dtype).eps * max(unfolding.shape) * values[0]
-        root = values[: ranks[0]].where(values[: ranks[0]] > rounding, 0.0).sqrt()
+        values = values[: ranks[0]]
         # Where a value is 0 one of its filters is 0 and not both, which no gradient would ever move.
-        vertical = (left[:, : ranks[0]] * root.where(root > 0, 1.0)).mT.reshape(-1, in_channels, height)
-        horizontal = (root[:, None] * right[: ranks[0]]).reshape(-1, out_channels, width).transpose(0, 1)
+        share = values.sqrt().where(values > rounding, 1.0)
+        vertical = (left[:, : ranks[0]] * share).mT.reshape(-1, in_channels, height)
+        horizontal = ((values / share)[:, None] * right[: ranks[0]]).reshape(-1, out_channels, width).transpose(0, 1)
         return {"vertical": vertical, "horizontal": horizontal}

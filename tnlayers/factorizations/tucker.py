@@ -40,8 +40,11 @@ class Tucker(Factorization):
         scaled = weight / norm if norm > 0 else weight
         output = left_singular_vectors(unfold(scaled, [0]))[:, :rank_out]
         inputs = left_singular_vectors(unfold(scaled, [1]))[:, :rank_in]
-        kept = torch.zeros_like(norm)
+        core = torch.einsum("oihw,or,is->rshw", scaled, output, inputs)
+        kept = core.square().sum()
         for _ in range(_SWEEPS):
+            if 1 - kept <= _TOLERANCE:  # no sweep could gain more, and the Gram matrices would lose the small values
+                break
             narrow = torch.einsum("oihw,or->rihw", scaled, output)
             inputs = leading_subspace(unfold(narrow, [1]), rank_in)
             output = leading_subspace(unfold(torch.einsum("oihw,is->oshw", scaled, inputs), [0]), rank_out)
