@@ -1,17 +1,17 @@
 """Checkpoints that are written whole or not at all."""
 
 import io
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO"]
+from lightning_modules.files import PARTIAL, write_files
 
-_SUFFIX = ".partial"  # nothing that looks for checkpoints takes it for one
+__all__ = ["AtomicCheckpointIO"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -31,36 +31,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         content = io.BytesIO()  # torch's own writer aborts the process where a file cannot grow
         torch.save(checkpoint, content)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".*{path.suffix}{_SUFFIX}"):
+        with suppress(OSError):
+            for left in path.parent.glob(f".*{path.suffix}{PARTIAL}"):
                 if left.is_file():
                     left.unlink(missing_ok=True)
-            _write(path, content)
-        except OSError as error:
-            raise OSError(
-                f"cannot write the checkpoint {path}: {error.strerror}; checkpoints that were saved before it are intact"
-            ) from error
+        write_files(path.parent, {path.name: content.getbuffer()})
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = lambda storage, loc: storage, weights_only: Any = None
     ) -> dict[str, Any]:
         """Tensors and plain values only, whatever `weights_only` is."""
         return super().load_checkpoint(path, map_location, weights_only=True)
-
-
-def _write(path: Path, content: io.BytesIO) -> None:
-    temporary = path.with_name(f".{path.name}{_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too, is on the disk
-    finally:
-        os.close(folder)

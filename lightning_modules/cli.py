@@ -1,15 +1,20 @@
 """The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
 
 import dis
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lightning_modules.interrupts import interruptible
 
 __all__ = ["main"]
 
+_LENGTH = 960
+# The last of them says that a module lacks what a callback asks of it.
+_MADE_BY_OPTIONS = ("lightning.", "torch.optim.", "torch.nn.modules.module")
 _FOR_USERS = (ValueError, OSError, ArithmeticError)
 
 _HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         users = _users_error(error)
         if users is None:
             raise
-        print(f"tnlayers: error: {' '.join(str(users).split())}", file=sys.stderr)
+        print(f"tnlayers: error: {_one_line(users)}", file=sys.stderr)
         return 2
 
 
@@ -100,7 +105,9 @@ def _users_error(error: BaseException | None) -> BaseException | None:
             if isinstance(link, _FOR_USERS) and not ours.isdisjoint(packages):
                 return link
     refused = (ArgumentError, MemoryError)
-    found = next((link for link in chain if isinstance(link, refused) or _is_misconfiguration(link)), None)
+    found = next(
+        (link for link in chain if isinstance(link, refused) or _is_misconfiguration(link) or _is_disk(link)), None
+    )
     return found or next((_Refused(link) for link in chain if _by_options_alone(link)), None)
 
 
@@ -124,7 +131,7 @@ def _by_options_alone(error: BaseException) -> bool:
     if entered is None or isinstance(error, AssertionError):
         return False
     called = {name.partition(".")[0] for name in names[entered:]}
-    return called.isdisjoint({"tnlayers", "lightning_modules"}) and names[-1].startswith(("lightning.", "torch.optim."))
+    return called.isdisjoint({"tnlayers", "lightning_modules"}) and names[-1].startswith(_MADE_BY_OPTIONS)
 
 
 def _places(error: BaseException) -> list[dict[str, Any]]:
@@ -152,6 +159,11 @@ def _raised_in(error: BaseException) -> str | None:
     if last is None or last.tb_frame.f_code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return None
     return last.tb_frame.f_globals.get("__name__", "").split(".")[0]
+
+
+def _is_disk(error: BaseException) -> bool:
+    """Whether a disk is full or may only be read, whoever comes upon it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _is_misconfiguration(error: BaseException) -> bool:

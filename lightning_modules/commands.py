@@ -1,6 +1,7 @@
 """The commands that need no configuration: quickstart, report, export and methods."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonargparse
@@ -55,7 +56,8 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     import copy
 
     from lightning_modules.classifier import load_net
-    from lightning_modules.report import Report, new_folder
+    from lightning_modules.files import whole_folder
+    from lightning_modules.report import Report
     from tnlayers import load_checkpoint, summarize, to_dense
 
     if batch < 1:
@@ -66,10 +68,11 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
         reference = to_dense(copy.deepcopy(net))
         load_checkpoint(dense, reference)
     example = torch.zeros(batch, *shape).contiguous(memory_format=torch.channels_last)
-    found = Report(checkpoint, summarize(net, example, reference=reference), {})
-    found.show(Console())
-    if out is not None:
-        found.write(new_folder(out))
+    with whole_folder(Path(out)) if out is not None else nullcontext() as folder:
+        found = Report(checkpoint, summarize(net, example, reference=reference), {})
+        found.show(Console())
+        if folder is not None:
+            found.write(folder)
 
 
 def export(checkpoint: str, out: str) -> None:

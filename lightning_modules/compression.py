@@ -70,9 +70,9 @@ def compress(
     example = batches[0].cpu().contiguous(memory_format=torch.channels_last)  # as the classifier runs it
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
-    report.write(out)
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
     if trainer.is_global_zero:
+        report.write(out)
         log_report(trainer, report, out)
     return Compression(rules, report)
 

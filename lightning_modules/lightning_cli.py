@@ -4,14 +4,14 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -34,12 +34,22 @@ from lightning_modules.callbacks.followers import keeps_whole_parameters
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
+from lightning_modules.configurations import check_yaml
 from lightning_modules.data import ImageData
+from lightning_modules.files import aside, whole_folder, write_files
 from lightning_modules.loggers import log_config, run_folder
 from lightning_modules.progress import progress_bar
-from lightning_modules.report import new_folder
-from lightning_modules.resume import check_new, check_own, check_writable, continue_last
-from lightning_modules.study import Protocol, Subject, read_rows, run_study, summary, write_report
+from lightning_modules.resume import begin_run
+from lightning_modules.study import (
+    JOURNAL,
+    Protocol,
+    Subject,
+    read_rows,
+    run_study,
+    study_folder,
+    summary,
+    write_report,
+)
 from lightning_modules.study.log import log_study
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
@@ -70,8 +80,23 @@ class CompressionTrainer(Trainer):
     stopping = False
     """Whether the processes have agreed to stop training after this step."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        accumulate_grad_batches: PositiveInt = 1,
+        check_val_every_n_epoch: PositiveInt | None = 1,
+        gradient_clip_val: NonNegativeFloat | None = None,
+        val_check_interval: PositiveInt | PositiveFloat | str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Lightning takes any number for these, and divides by zero in the middle of training."""
+        numbers = {
+            "accumulate_grad_batches": accumulate_grad_batches,
+            "check_val_every_n_epoch": check_val_every_n_epoch,
+            "gradient_clip_val": gradient_clip_val,
+            "val_check_interval": val_check_interval,
+        }
+        super().__init__(*args, **numbers, **kwargs)
         plugins = kwargs.get("plugins") or ()
         given = any(isinstance(each, CheckpointIO) for each in (plugins if isinstance(plugins, list) else [plugins]))
         if keeps_whole_parameters(self.strategy) and not given:
@@ -117,7 +142,7 @@ class CompressionTrainer(Trainer):
             out: a folder for study.jsonl, report.md, report.html, rules.yaml, config.yaml and the plots; a study that is there goes on.
             protocol: what is measured.
         """
-        subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / "study.jsonl"
+        subject, path = Subject(model, datamodule, self, checkpoint, protocol), Path(out) / JOURNAL
         _say(f"from        {checkpoint}: {subject.loaded}")
         _say(f"studied     {len(subject.kernels)} of the net's layers, {subject.covered:.1%} of its parameters")
         if path.is_file() and (begun := read_rows(path)):
@@ -137,12 +162,17 @@ class CompressionTrainer(Trainer):
 class TensorCLI(LightningCLI):
     """LightningCLI with `compress` and `study`, and without what bites: no options from checkpoints, no abbreviated options."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """What the command writes to is its own, from before it writes there until the command ends."""
+        with ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The run keeps the configuration as it was given: `last`, not the path that this is now."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except RuntimeError as error:  # such as two callbacks of a kind of which there may be one
-            raise ValueError(str(error)) from None
+        except Exception as error:  # devices that are no number, a precision that needs a library, two progress bars
+            raise ValueError(f"the trainer cannot be made of its options (--trainer): {error}") from error
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
                 callback.config = self._given
@@ -152,6 +182,10 @@ class TensorCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         ours = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "compress": ours, "study": ours}
+
+    def instantiate_classes(self) -> None:
+        self.parser.add_instantiator(_made, object, subclasses=True)
+        super().instantiate_classes()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -170,20 +204,20 @@ class TensorCLI(LightningCLI):
         self._given = config.clone()
         if self.subcommand in ("compress", "study"):
             read_checkpoint(config.checkpoint)
-            if self.subcommand == "compress" or not Path(config.out, "study.jsonl").is_file():
-                new_folder(config.out)
+            self._take_folder(config)
             logger = config.trainer.logger
             if isinstance(logger, Namespace) and logger.class_path.endswith(("CSVLogger", "loggers.CSV")):
                 # All that the command writes is in one folder.
                 logger.init_args.update(Namespace(save_dir=config.out, name="logs", version=""))
             return
-        check_writable(config)
-        if self.subcommand == "fit" and not config.get("ckpt_path"):
-            check_new(config)
-        if config.get("ckpt_path") == "last":
-            continue_last(config, training=self.subcommand == "fit")
-        elif config.get("ckpt_path") not in (None, "best", "hpc"):
-            check_own(config.ckpt_path)
+        begin_run(config, self._held, training=self.subcommand == "fit")
+
+    def _take_folder(self, config: Namespace) -> None:
+        """Of the processes of a command the first one takes its folder."""
+        out, compress = Path(config.out), self.subcommand == "compress"
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._held.enter_context(whole_folder(out) if compress else study_folder(out))
+        config.out = str(aside(out) if compress else out)
 
     def _expect_checkpoint(self) -> None:
         """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""
@@ -217,7 +251,8 @@ class TensorCLI(LightningCLI):
         given = yaml.safe_load(self._parser("compress").dump(self._given, skip_unset=False))
         out = Path(self._given.out)
         resolved = resolved_config(given, out, trainer.resolved_rules)
-        (out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        write_files(Path(self.config.compress.out), {"config.yaml": yaml.safe_dump(resolved, sort_keys=False)})
+        self._held.close()
         _say(
             f"written     {out}/: model.ckpt, config.yaml, report.md, report.json, plots\n"
             f"retrain     tnlayers fit -c {out}/config.yaml{'' if _ends(resolved['trainer']) else _SOME_EPOCHS}"
@@ -234,7 +269,7 @@ class TensorCLI(LightningCLI):
         for key in ("checkpoint", "out", "config", "protocol"):
             given.pop(key, None)
         given["model"]["rules"] = yaml.safe_load((out / "rules.yaml").read_text())["model"]["rules"]
-        (out / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+        write_files(out, {"config.yaml": yaml.safe_dump(given, sort_keys=False)})
         _say(
             f"written     {out}/: study.jsonl, report.md, report.html, rules.yaml, config.yaml, plots\n"
             f"compress    tnlayers compress -c {out}/config.yaml --checkpoint {self._given.checkpoint} --out {out}/compressed"
@@ -272,6 +307,17 @@ def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dic
     return config
 
 
+def _made(kind: type, *args: Any, **options: Any) -> Any:
+    """An object of a library's class; what the class does not take is an error of whoever gave the options."""
+    try:
+        return kind(*args, **options)
+    except Exception as error:
+        if kind.__module__.startswith("lightning_modules."):
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"{kind.__name__} cannot be made with the options {given}: {error}") from error
+
+
 def _ends(trainer: dict[str, Any]) -> bool:
     """Whether it says when to end; Lightning would train 1,000 epochs."""
     return any(trainer[name] not in (None, -1) for name in ("max_epochs", "max_steps", "max_time"))
@@ -295,7 +341,7 @@ def _shown(path: str) -> str:
 
 def run(arguments: list[str]) -> int:
     """Runs one Lightning command; returns the exit code."""
-    _check_yaml(arguments)
+    check_yaml(arguments)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
     with _shown_progress(), warnings.catch_warnings():
         for message in _HARMLESS:
@@ -330,16 +376,6 @@ def _shown_progress() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-
-
-def _check_yaml(arguments: list[str]) -> None:
-    """jsonargparse says where a YAML file is broken, but not which file."""
-    for option, value in pairwise(arguments):
-        if option in ("-c", "--config") and Path(value).is_file():
-            try:
-                yaml.safe_load(Path(value).read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{value} is not valid YAML: {error}") from None
 
 
 def _restored(error: BaseException) -> str:

@@ -4,9 +4,12 @@ A run's folder is <save_dir>/<name>/<version>/ with every logger; the checkpoint
 """
 
 import csv
+import io
 import logging
 import os
 import socket
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+
+from lightning_modules.files import append, write_files
 
 __all__ = ["CSV", "WandB", "log_config", "log_pictures", "log_table", "run_folder"]
 
@@ -81,7 +86,10 @@ class CSV(CSVLogger):
 
 
 class _Rows(ExperimentWriter):
-    """metrics.csv: rows are appended; where there is more to change, the file is replaced by a whole one."""
+    """metrics.csv: rows are appended; where there is more to change, the file is replaced by a whole one.
+
+    A disk that is full leaves the rows that are there.
+    """
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -100,8 +108,16 @@ class _Rows(ExperimentWriter):
             Path(self.metrics_file_path).unlink()
             self.metrics_keys = []
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(self._read(), fieldnames)
+    def save(self) -> None:
+        """The rows that were logged since the last time, under more headings where they have some."""
+        names = sorted({*self.metrics_keys, *chain(*self.metrics)})
+        if not self.metrics:
+            return
+        if names == self.metrics_keys:
+            append(Path(self.metrics_file_path), _lines(self.metrics, names))
+        else:
+            self._write([*self._read(), *self.metrics], names)
+        self.metrics, self.metrics_keys = [], names
 
     def _read(self) -> list[dict[str, str]]:
         """The rows; not one that a killed process has left unfinished."""
@@ -109,13 +125,15 @@ class _Rows(ExperimentWriter):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
-    def _write(self, rows: list[dict[str, str]], names: list[str]) -> None:
-        temporary = Path(f"{self.metrics_file_path}.tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.metrics_file_path)
+    def _write(self, rows: Sequence[Mapping[str, Any]], names: list[str]) -> None:
+        headings = _lines([dict(zip(names, names, strict=True))], names)
+        write_files(Path(self.log_dir), {self.NAME_METRICS_FILE: headings + _lines(rows, names)})
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], names: list[str]) -> str:
+    file = io.StringIO()
+    csv.DictWriter(file, names).writerows(rows)
+    return file.getvalue()
 
 
 class WandB(WandbLogger):

@@ -1,5 +1,6 @@
 """Pictures of what was gained, drawn without a display and without touching matplotlib's global state."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tnlayers import Summary
 
-__all__ = ["Spectrum", "plot_accuracy", "plot_layers", "plot_spectra"]
+__all__ = ["Spectrum", "plot_accuracy", "plot_layers", "plot_spectra", "png"]
 
 _DENSE, _OURS, _INK = "#c9cfd6", "#1f6fb4", "#333333"
 _BEFORE = "#e08a3c"
@@ -129,6 +130,13 @@ def plot_spectra(spectra: Sequence[Spectrum]) -> Figure:
     figure.supylabel("fraction of the largest", fontsize=9, color=_INK)
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     return figure
+
+
+def png(figure: Figure, dpi: float = 120) -> bytes:
+    """What a picture file holds; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _truncation(spectrum: Spectrum) -> str:

@@ -1,15 +1,19 @@
 """The main job on data that is always there: train a dense CNN, compress it, retrain it, report."""
 
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
+from lightning_modules.alone import first_unused
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import Compression, accuracy_on_test, compress
 from lightning_modules.data import Digits
+from lightning_modules.files import clear
+from lightning_modules.loggers import CSV
 from lightning_modules.quiet import quiet
 
 __all__ = ["run_quickstart"]
@@ -24,8 +28,20 @@ _EPOCHS, _RETRAIN_EPOCHS = 12, 10
 
 
 def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
-    """Writes checkpoints, logs, the report and plots to `out`, or to a numbered neighbour of it that is new."""
-    out = _unused(out)
+    """Writes checkpoints, logs, the report and plots to `out`, or to a numbered neighbour of it that is new.
+
+    What cannot be written to its end goes again.
+    """
+    neighbours = (out.with_name(f"{out.name}-{number}") for number in count(1))
+    with first_unused(chain([out], neighbours)) as folder:
+        try:
+            return _run(folder, seed, console)
+        except BaseException:
+            clear(folder)
+            raise
+
+
+def _run(out: Path, seed: int, console: Console) -> Compression:
     seed_everything(seed, verbose=False)
     data = Digits(batch_size=64, val_fraction=0)
     with quiet():
@@ -64,19 +80,10 @@ def _classifier(data: Digits, **options: object) -> ImageClassifier:
 def _trainer(out: Path, name: str, epochs: int) -> Trainer:
     return Trainer(
         max_epochs=epochs,
-        logger=CSVLogger(out / "logs", name=name, version=""),
+        logger=CSV(out / "logs", name=name, version=""),
         default_root_dir=out,
+        plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-
-
-def _unused(out: Path) -> Path:
-    """`out`, or the first of out-1, out-2, ... that is not there yet; made."""
-    folder, number = out, 0
-    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -13,11 +13,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.plots import plot_accuracy, plot_layers
+from lightning_modules.files import write_files
+from lightning_modules.plots import plot_accuracy, plot_layers, png
 from tnlayers import Summary
 from tnlayers.summary import LayerSummary, Totals
 
-__all__ = ["Report", "environment", "new_folder"]
+__all__ = ["Report", "environment"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,10 @@ class Report:
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:
-        """report.md, report.json, layers.png and, with two stages or more, accuracy.png."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """report.md, report.json, layers.png and, with two stages or more, accuracy.png: all of them or none."""
         plots = {"layers.png": plot_layers(self.summary)}
         if len(self.accuracy) > 1:
             plots["accuracy.png"] = plot_accuracy(self.summary, self.accuracy)
-        for name, figure in plots.items():
-            figure.savefig(folder / name, dpi=120)
         pictures = [f"![{name.removesuffix('.png')}]({name})" for name in plots]
         text = [
             f"# {self.title}",
@@ -88,8 +86,11 @@ class Report:
             *pictures,
             self.summary.to_markdown(),
         ]
-        (folder / "report.md").write_text("\n\n".join(text) + "\n")
-        (folder / "report.json").write_text(json.dumps(self.to_plain(), indent=2) + "\n")
+        files = {
+            "report.md": "\n\n".join(text) + "\n",
+            "report.json": json.dumps(self.to_plain(), indent=2) + "\n",
+        }
+        write_files(folder, {**{name: png(figure) for name, figure in plots.items()}, **files})
 
     def to_plain(self) -> dict[str, Any]:
         return {
@@ -123,20 +124,3 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: version(name) for name in packages},
     }
-
-
-def new_folder(path: str | Path) -> Path:
-    """The folder, made; it must not hold anything yet.
-
-    Raises:
-        FileExistsError: it holds files, or is one.
-        OSError: it cannot be made.
-    """
-    folder = Path(path)
-    if folder.is_file() or any(path.is_file() for path in folder.rglob("*")):
-        raise FileExistsError(f"{folder} already holds a run; give another --out, or remove it first")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be made: {error.strerror}; give another --out") from None
-    return folder

@@ -6,20 +6,26 @@ logged, or where `model_checkpoint.dirpath` says.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lightning_modules.alone import claimed, first_unused
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.structure import shortened
 
-__all__ = ["check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
+__all__ = ["begin_run", "check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
 
 _NET = ("net", "net_options", "rules")
+_ROOT = "--trainer.default_root_dir"
+_NUMBERED = ("CSVLogger", "loggers.CSV", "TensorBoardLogger")
 _OURS = {"state_dict", "pytorch-lightning_version", "global_step"}
 
 
@@ -35,6 +41,56 @@ class _Saved:
     @property
     def order(self) -> tuple[int, bool, float]:
         return self.step, self.path.name == "last.ckpt", self.path.stat().st_mtime
+
+
+def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
+    """Settles which checkpoint a run takes and where it is kept: in folders that are its own until `held` is closed.
+
+    Of several processes the first one takes them, and writes there. A job that goes on from `last` takes what holds the runs
+    as well, so that no other one does so meanwhile.
+
+    Raises:
+        BlockingIOError: another job has one of them.
+        FileExistsError, FileNotFoundError, OSError, ValueError: as the functions below.
+    """
+    check_writable(config)
+    first = rank_zero_only.rank == 0 and not config.trainer.fast_dev_run  # type: ignore[attr-defined]
+    last, home = config.get("ckpt_path") == "last", _home(config)
+    own = training and (last or bool(config.model_checkpoint.dirpath) or not _loggers(config))
+    if first and own:
+        held.enter_context(claimed(home, _ROOT))
+    if last:
+        continue_last(config, training=training)
+    elif config.get("ckpt_path") not in (None, "best", "hpc"):
+        check_own(config.ckpt_path)
+    if first:
+        _claim_versions(config, held, {home} if own else set())
+    if training and not config.get("ckpt_path") and not last:
+        check_new(config)
+
+
+def _claim_versions(config: Namespace, held: ExitStack, taken: set[Path]) -> None:
+    """Each logger's folder; a new run gets a number that no other one has, even one that starts at the same moment."""
+    for logger in _loggers(config):
+        given, name = logger.init_args, _logger_home(config, logger)
+        version = given.get("version")
+        if version is None and logger.class_path.endswith(_NUMBERED):
+            folder = held.enter_context(first_unused(_new_versions(name), _ROOT))
+            given.version = int(folder.name.removeprefix("version_"))
+        elif version is not None:
+            folder = _version_folder(name, version)
+            if folder not in taken:
+                held.enter_context(claimed(folder, _ROOT))
+        else:
+            continue
+        taken.add(folder)
+
+
+def _new_versions(home: Path) -> Iterator[Path]:
+    """version_<n> for the numbers after the last one that is there."""
+    found = [re.fullmatch(r"version_(\d+)", path.name) for path in home.glob("version_*")]
+    start = max((int(each[1]) for each in found if each), default=-1) + 1
+    return (home / f"version_{number}" for number in count(start))
 
 
 def continue_last(config: Namespace, *, training: bool) -> None:
@@ -129,7 +185,7 @@ def check_new(config: Namespace) -> None:
         version = logger.init_args.get("version")
         if version is None or version == "":
             continue
-        folder = _home(config) / (f"version_{version}" if isinstance(version, int) else str(version))
+        folder = _version_folder(_home(config), version)
         if (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*.ckpt")):
             raise FileExistsError(
                 f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version"
@@ -167,8 +223,17 @@ def _home(config: Namespace) -> Path:
         return Path(config.model_checkpoint.dirpath)
     if not _loggers(config):
         return Path(root)
-    given = _loggers(config)[0].init_args
+    return _logger_home(config, _loggers(config)[0])
+
+
+def _logger_home(config: Namespace, logger: Namespace) -> Path:
+    """What holds the folders of a logger's runs."""
+    given, root = logger.init_args, config.trainer.default_root_dir or "."
     return Path(given.get("save_dir") or root, given.get("project") or given.get("name") or "")
+
+
+def _version_folder(home: Path, version: int | str) -> Path:
+    return home / (f"version_{version}" if isinstance(version, int) else str(version))
 
 
 def _folders(config: Namespace) -> list[Path]:

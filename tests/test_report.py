@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from lightning_modules.files import whole_folder
 from lightning_modules.nets import build_net
 from lightning_modules.plots import plot_accuracy, plot_layers
-from lightning_modules.report import Report, new_folder
+from lightning_modules.report import Report
+from tests.processes import HANGING
 from tnlayers import Summary, rules_from_plain, summarize, tensorize
 
 RULES = [
@@ -108,18 +111,30 @@ def test_plots_of_an_untimed_summary() -> None:
     assert len(plot_layers(summary).axes[2].patches) == 0
 
 
-def test_new_folder(tmp_path: Path) -> None:
-    made = new_folder(tmp_path / "a" / "b")
-    assert made.is_dir()
-    assert new_folder(made) == made
-    (made / "model.ckpt").write_text("")
-    for taken in (made, made / "model.ckpt"):
-        with pytest.raises(FileExistsError, match=re.escape(f"{taken} already holds a run; give another --out")):
-            new_folder(taken)
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    """New, or empty; in a block that fails nothing is left, and what a killed process has left is begun anew."""
+    out = tmp_path / "a" / "b"
+    with suppress(ZeroDivisionError), whole_folder(out) as folder:
+        (folder / "model.ckpt").write_text("half")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    left = tmp_path / "a/.b.partial/logs/config.yaml"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    out.mkdir()
+    with whole_folder(out) as folder:
+        assert not list(out.iterdir())
+        (folder / "model.ckpt").touch()
+    assert [path.name for path in out.parent.iterdir()] == ["b"]
+    assert [path.name for path in out.iterdir()] == ["model.ckpt"]
+    for taken in (out, out / "model.ckpt"):
+        message = f"{taken} already holds a run; give another --out"
+        with pytest.raises(FileExistsError, match=re.escape(message)), whole_folder(taken):
+            pass
 
 
 def test_plots_leave_pyplot_alone() -> None:
     """pyplot keeps global state and picks a display."""
     code = "import sys, lightning_modules.report; print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING, check=True)
     assert done.stdout.split() == ["True", "False"]

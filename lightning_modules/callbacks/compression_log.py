@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import layer_metrics, log_report
+from lightning_modules.files import write_files
 from lightning_modules.loggers import run_folder
-from lightning_modules.plots import Spectrum, plot_spectra
+from lightning_modules.plots import Spectrum, plot_spectra, png
 from lightning_modules.report import Report
 from tnlayers import FactorizedLayer, Summary, summarize
 from tnlayers.linalg import effective_rank, precise, singular_values
@@ -67,9 +68,12 @@ class CompressionLog(Callback):
         report = Report(f"{module.hparams['net']} truncated at epoch {epoch}", summary, {}, (note,))
         report.write(folder)
         spectra = _spectra(reference, module.net, summary)
-        (folder / "spectra.json").write_text(json.dumps({each.layer: each.to_plain() for each in spectra}) + "\n")
+        files: dict[str, str | bytes] = {
+            "spectra.json": json.dumps({each.layer: each.to_plain() for each in spectra}) + "\n"
+        }
         if spectra:
-            plot_spectra(spectra).savefig(folder / "spectra.png", dpi=120)
+            files["spectra.png"] = png(plot_spectra(spectra))
+        write_files(folder, files)
         log_report(trainer, report, folder)
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:

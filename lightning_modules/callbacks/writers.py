@@ -1,7 +1,7 @@
 """When predictions and the configuration are written; what is written comes from elsewhere."""
 
 import csv
-import os
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_modules.data import ImageData
+from lightning_modules.files import write_files
 from lightning_modules.loggers import log_config, run_folder
 
 __all__ = ["PredictionWriter", "RunConfig"]
@@ -44,16 +45,15 @@ class PredictionWriter(BasePredictionWriter):
         rows, self._rows = _of_all_processes(self._rows, trainer), []
         if not trainer.is_global_zero:
             return
-        folder = run_folder(trainer)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         names, pictures = data.class_names, data.picture_names()
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "predictions.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("picture", "class", "probability"))
-            for place, label, probability in sorted(rows):
-                if place < len(pictures):  # the others are padding
-                    writer.writerow((pictures[place], names[label], round(probability, 6)))
+        file = io.StringIO()
+        writer = csv.writer(file)
+        writer.writerow(("picture", "class", "probability"))
+        for place, label, probability in sorted(rows):
+            if place < len(pictures):  # the others are padding
+                writer.writerow((pictures[place], names[label], round(probability, 6)))
+        write_files(run_folder(trainer), {"predictions.csv": file.getvalue()})
 
 
 def _of_all_processes(rows: list[Any], trainer: Trainer) -> list[Any]:
@@ -76,14 +76,11 @@ class RunConfig(SaveConfigCallback):
             return
         text = self.parser.dump(self.config, skip_unset=False)
         folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
         path, number = folder / "config.yaml", 0
-        while path.is_file() and path.read_text() != text:
+        while path.is_file() and path.read_text("utf-8") != text:
             number += 1
             path = folder / f"config-resumed-{number}.yaml"
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        os.replace(partial, path)  # a kill leaves no half of it
+        write_files(folder, {path.name: text})
         for logger in trainer.loggers:  # again, too: a killed process may not have got it to the disk
             log_config(logger, path.stem.replace("config", "cli", 1), text)
 

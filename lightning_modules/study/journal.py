@@ -3,13 +3,19 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.alone import check_unused, claimed
+from lightning_modules.files import append, clear, write_files
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
 
-__all__ = ["Journal", "read_rows"]
+__all__ = ["JOURNAL", "Journal", "read_rows", "study_folder"]
+
+JOURNAL = "study.jsonl"
 
 _ROUNDED = ("accuracy", "loss")  # of the dense net: not quite the same on another machine, and other pictures show
 _ROUNDING = 0.01
@@ -30,6 +36,31 @@ def read_rows(path: Path) -> list[Row]:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}, is not a row of a study: {error}") from None
     return rows
+
+
+@contextmanager
+def study_folder(folder: Path) -> Iterator[Path]:
+    """The folder of a study for this job alone, new or begun. A new one goes again if nothing is measured.
+
+    The journal is there before all else, so that a folder that a kill has left is known by it.
+
+    Raises:
+        FileExistsError: it holds something else.
+        BlockingIOError: another job has it.
+        OSError: it cannot be written.
+    """
+    path = folder / JOURNAL
+    with claimed(folder):
+        begun = path.is_file()
+        if not begun:
+            check_unused(folder)
+            write_files(folder, {JOURNAL: ""})
+        try:
+            yield folder
+        except BaseException:
+            if not begun and not path.stat().st_size:
+                clear(folder)
+            raise
 
 
 class Journal:
@@ -62,13 +93,7 @@ class Journal:
         Raises:
             OSError: it is not; the message names the file and says why.
         """
-        try:
-            with open(self._path, "a") as file:
-                file.write(json.dumps(row_to_plain(row)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(f"cannot write {self._path}: {error.strerror}; the rows that it has are intact") from error
+        append(self._path, json.dumps(row_to_plain(row)) + "\n", synced=True)
         self.rows.append(row)
         self._keys.add(row.key)
 

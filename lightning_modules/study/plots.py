@@ -1,6 +1,5 @@
 """What the pictures of a study are drawn with: small multiples of lines, and a table of cells coloured by value."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_modules.plots import _INK, _clean
 
-__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "Style", "heatmap", "over_layers", "png", "small_multiples"]
+__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "Style", "heatmap", "over_layers", "small_multiples"]
 
 _Item = TypeVar("_Item")
 _BAND = "#cfe3cf"
-_DPI = 110
 _PANELS, _COLUMNS = 20, 4
 _ROWS = 36  # of a heatmap on one page
 
@@ -214,13 +212,6 @@ def over_layers(layers: Sequence[str], lines: Sequence[Line], y_label: str, holl
     handles.append(Line2D([], [], marker="o", color=_INK, markerfacecolor="white", linestyle="", label=hollow))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence[_Item]]:

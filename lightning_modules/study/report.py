@@ -10,14 +10,16 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+from lightning_modules.files import write_files
+from lightning_modules.plots import png
 from lightning_modules.study.findings import Measured, effect, points
-from lightning_modules.study.plots import png
 from lightning_modules.study.rows import Row
 from lightning_modules.study.sections import Section, sections
 from lightning_modules.study.sentences import opening
 
 __all__ = ["summary", "write_report"]
 
+_DPI = 110
 _STYLE = """
 body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #333; background: #fff }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #c9cfd6 }
@@ -39,22 +41,20 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         rows: of a study, its own first; one that is not finished does.
-        folder: is made; files of these names in it are written over.
+        folder: is made; files of these names in it are replaced.
 
     Raises:
         ValueError: rows that do not begin with a Study.
+        OSError: the files cannot be written, and those that are there stay.
     """
     measured = Measured.of(rows)
     title = f"How compressible is {measured.study.net}?"
     found = sections(measured)
-    pictures = {name: png(figure) for section in found for name, figure in _pages(section)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in pictures.items():
-        (folder / name).write_bytes(content)
-    (folder / "report.md").write_text(_markdown(title, found))
-    (folder / "report.html").write_text(_html(title, found, pictures))
+    pictures = {name: png(figure, _DPI) for section in found for name, figure in _pages(section)}
+    files = {"report.md": _markdown(title, found), "report.html": _html(title, found, pictures)}
     if measured.recommendation is not None:
-        (folder / "rules.yaml").write_text(_rules(measured))
+        files["rules.yaml"] = _rules(measured)
+    write_files(folder, {**pictures, **files})
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
