@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -100,8 +100,8 @@ class ImageClassifier(LightningModule):
 
     @property
     def example_input(self) -> Tensor:
-        """(n, channels, height, width) of zeros on the module's device."""
-        return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device)
+        """(n, channels, height, width) of zeros on the module's device, in its precision."""
+        return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)
 
     def load(self, path: str | Path) -> LoadReport:
         """Takes a checkpoint's weights, and its structure if it is tensorized."""
@@ -128,16 +128,18 @@ class ImageClassifier(LightningModule):
             load_checkpoint(self.hparams["teacher"], teacher)
             self._teacher = (teacher.eval().requires_grad_(False),)
         for teacher in self._teacher:
-            teacher.to(self.device)
+            teacher.to(self.device, self.dtype)
         if self.hparams["compile"]:
             self.net.compile()  # in place, so that names in checkpoints stay what they are
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) -> (n, classes) logits.
 
-        Channels last is the layout in which pointwise convolutions, dense and factorized, are fastest on most machines.
+        Channels last is the layout in which pointwise convolutions, dense and factorized, are fastest on most machines. Pictures
+        take the net's precision, and what is computed of the outputs (losses, probabilities) has at least float32's.
         """
-        return self.net(x.contiguous(memory_format=torch.channels_last))
+        logits = self.net(x.to(self.dtype, memory_format=torch.channels_last))
+        return logits.float() if logits.dtype.itemsize < 4 else logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -158,9 +160,8 @@ class ImageClassifier(LightningModule):
         """T^2 KL(teacher || student) at temperature T; the square keeps the gradients' scale (Hinton et al., section 2)."""
         temperature = self.hparams["temperature"]
         with torch.no_grad():
-            target = F.log_softmax(
-                self._teacher[0](x.contiguous(memory_format=torch.channels_last)) / temperature, dim=1
-            )
+            theirs = self._teacher[0](x.to(self.dtype, memory_format=torch.channels_last)).to(logits.dtype)
+            target = F.log_softmax(theirs / temperature, dim=1)
         ours = F.log_softmax(logits / temperature, dim=1)
         return temperature**2 * F.kl_div(ours, target, log_target=True, reduction="batchmean")
 
@@ -227,7 +228,7 @@ class ImageClassifier(LightningModule):
 def _check_averages(trainer: Trainer) -> None:
     """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and type(callback).setup is WeightAveraging.setup:
+        if type(callback).setup in (WeightAveraging.setup, StochasticWeightAveraging.setup):
             raise ValueError(
                 f"{type(callback).__name__} copies the net before its layers are factorized; use lightning_modules.callbacks.EMA"
             )
@@ -259,4 +260,10 @@ def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
 def _build_net(hparams: Mapping[str, Any]) -> nn.Module:
     options = hparams["net_options"] or {}
     shape = tuple(hparams["input_shape"])
+    if fixed := {"name", "num_classes", "input_shape"} & options.keys() or {
+        key for key in options if not isinstance(key, str)
+    }:
+        raise ValueError(
+            f"net_options has {', '.join(map(repr, fixed))}, which is no option of a net: the classes and the shape are the data's"
+        )
     return build_net(hparams["net"], num_classes=hparams["num_classes"], input_shape=shape, **options)

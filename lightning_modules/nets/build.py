@@ -69,7 +69,7 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         raise ValueError(_unknown(name, [*NETS, *_torchvision_names()]))
     try:
         return builder(**arguments, **options)
-    except TypeError as error:
+    except Exception as error:  # whatever values make a constructor raise
         if not options:
             raise
         accepted = sorted(_option_names(builder) - arguments.keys()) or ["none"]

@@ -22,7 +22,7 @@ class CNN4(nn.Module):
         hidden: outputs of fc1.
 
     Raises:
-        ValueError: unless `widths` is four positive numbers.
+        ValueError: unless `widths` is four positive numbers and `hidden` is one.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class CNN4(nn.Module):
                 f"widths is {list(widths)}, but cnn4 has four convolutions: give four positive numbers such as "
                 "[32, 64, 64, 128]"
             )
+        if hidden < 1:
+            raise ValueError(f"hidden is {hidden}, but cnn4's fc1 needs an output: give a positive number such as 128")
         width1, width2, width3, width4 = widths
         self.conv1 = nn.Conv2d(input_shape[0], width1, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width1)

@@ -1,0 +1,117 @@
+"""What the YAML of a command has to be before its values are looked at: readable, each key once, no section left empty.
+
+jsonargparse lets the last of two equal keys win, and an empty section take away what earlier files and options gave.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+__all__ = ["SECTIONS", "check_yaml"]
+
+SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
+"""Keys that have options below them, always."""
+_COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
+_SUFFIXES = (".yaml", ".yml", ".json")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def check_yaml(arguments: Sequence[str]) -> None:
+    """Every configuration among a command's arguments, every other YAML file that they name, and YAML in the arguments themselves.
+
+    Raises:
+        ValueError: one is not valid, is empty, has a key twice, or a section that has no options.
+    """
+    seen: set[Path] = set()
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        before = arguments[place - 1] if place else ""
+        if (Path(value).suffix in _SUFFIXES and len(value) < 4096) or (option or before) in ("-c", "--config"):
+            _check_file(Path(value), seen, config=(option or before) in ("-c", "--config"))
+        elif value.startswith(("{", "[")):
+            try:
+                _check_text(value, option or before)
+            except yaml.YAMLError:
+                continue  # text that only looks so
+
+
+def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
+    if not _is_file(path) or path in seen:
+        return  # jsonargparse says so, or it is a value after all
+    seen.add(path)
+    try:
+        node = _check_text(path.read_text(encoding="utf-8"), str(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if config:
+        _check_sections(node, str(path))
+    for value in _texts(node):
+        if len(value) < 4096 and Path(value).suffix in _SUFFIXES:
+            _check_file(path.parent / value, seen)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False
+
+
+def _check_text(text: str, name: str) -> yaml.Node | None:
+    try:
+        node = yaml.compose(text, Loader=_LOADER)
+        for mapping in _mappings(node, set()):
+            lines: dict[str, int] = {}
+            for key, _ in mapping.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"{name}, line {line}: the key {key.value!r} is there twice, at line {lines[key.value]} too; leave one of them"
+                    )
+                lines[key.value] = line
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    return node
+
+
+def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNode]:
+    """All mappings below a node, once each: an alias is the node that it stands for."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value, seen)
+
+
+def _texts(node: yaml.Node | None) -> Iterator[str]:
+    for mapping in _mappings(node, set()):
+        yield from (value.value for _, value in mapping.value if isinstance(value, yaml.ScalarNode))
+
+
+def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:
+    """Refuses an empty file, and a section that is neither options nor the path of a file or class that has them."""
+    if not isinstance(node, yaml.MappingNode) or not (node.value or above):
+        what = "is empty" if node is None or not node.value else "has no options"
+        raise ValueError(f"{name} {what}; expected lines such as 'model:' with '  net: cnn4' below, indented")
+    for key, value in node.value:
+        path = f"{above}{key.value}" if isinstance(key, yaml.ScalarNode) else ""
+        if not above and path in _COMMANDS and isinstance(value, yaml.MappingNode):
+            _check_sections(value, name)
+        if path not in SECTIONS:
+            continue
+        if isinstance(value, yaml.MappingNode):
+            _check_sections(value, name, f"{path}.")
+        elif not isinstance(value, yaml.ScalarNode) or not value.tag.endswith(":str"):
+            what = "empty" if value.tag.endswith(":null") else "no mapping"
+            raise ValueError(
+                f"{name}, line {key.start_mark.line + 1}: {path!r} is {what}, which would take away what was given before; write its "
+                f"options below '{key.value}:', indented, or leave the key out"
+            )
