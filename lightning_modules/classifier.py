@@ -101,7 +101,7 @@ class ImageClassifier(LightningModule):
     @property
     def example_input(self) -> Tensor:
         """(n, channels, height, width) of zeros on the module's device, in its precision."""
-        return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)
+        return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
 
     def load(self, path: str | Path) -> LoadReport:
         """Takes a checkpoint's weights, and its structure if it is tensorized."""
@@ -128,7 +128,7 @@ class ImageClassifier(LightningModule):
             load_checkpoint(self.hparams["teacher"], teacher)
             self._teacher = (teacher.eval().requires_grad_(False),)
         for teacher in self._teacher:
-            teacher.to(self.device, self.dtype)
+            teacher.to(self.device, self.dtype)  # type: ignore[arg-type]
         if self.hparams["compile"]:
             self.net.compile()  # in place, so that names in checkpoints stay what they are
 

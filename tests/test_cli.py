@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_modules import load_net
+from lightning_modules.configurations import SECTIONS
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
+from tests.odd_commands import broken_law, draw
 from tests.processes import HANGING
 from tnlayers import methods_table
 
@@ -142,6 +144,26 @@ CASES += [
     ),
     ("schedule out of reach", [*SCHEDULE, "{0: ParamsKept(0.0001)}", *TUCKER], ["epoch 0", "cannot be reached"]),
 ]
+FIT = ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+CASES += [
+    ("no steps", [*FIT, "--trainer.accumulate_grad_batches", "0"], ["trainer.accumulate_grad_batches", "0", "v>0"]),
+    ("no validation", [*FIT, "--trainer.check_val_every_n_epoch", "0"], ["trainer.check_val_every_n_epoch"]),
+    ("learning rate", [*FIT, "--model.optimizer.lr", "-1"], ["AdamW", "lr=-1.0"]),
+    ("devices", [*FIT, "--trainer.accelerator", "cpu", "--trainer.devices", "two"], ["--trainer", "`devices`"]),
+    ("early stopping", [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "x"],
+     ["EarlyStopping", "`x`", "val/loss"]),
+    ("scheduler's step", [*FIT, "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
+     "--model.lr_scheduler.step_size", "0"], ["StepLR", "integer modulo by zero"]),
+    ("sparse optimizer", [*FIT, "--model.optimizer", "torch.optim.SparseAdam"], ["SparseAdam", "dense gradients"]),
+    ("callback for others", [*FIT, "--trainer.callbacks+=BackboneFinetuning"], ["backbone"]),
+    ("precision of a library", [*FIT, "--trainer.precision", "transformer-engine"], ["transformer_engine"]),
+    ("averages of factors", [*FIT, *TUCKER, "--trainer.callbacks+=StochasticWeightAveraging",
+     "--trainer.callbacks.swa_lrs", "0.01"], ["StochasticWeightAveraging", "lightning_modules.callbacks.EMA"]),
+    ("no memory", [*FIT, "--model.net_options", "{hidden: 1000000000000}"], ["'cnn4'", "hidden"]),
+    ("no outputs", [*FIT, "--model.net_options", "{hidden: 0}"], ["'cnn4'", "hidden is 0"]),
+    ("the data's classes", [*FIT, "--model.net_options", "{num_classes: 3}"], ["net_options", "'num_classes'"]),
+    ("same key in an argument", [*FIT, "--model.net_options", "{hidden: 3, hidden: 4}"], ["'hidden'", "twice"]),
+]  # fmt: skip
 # The ways in which a checkpoint can reach a command.
 READERS = {
     "report": ["report"],
@@ -312,6 +334,88 @@ def test_mistakes_are_one_line(
     assert not (files / "intruder").exists()
     assert {path: path.read_bytes() for path in before} == before
     assert not list(files.glob("out.*"))
+
+
+# What a second configuration holds, and what the message about it must hold.
+CONFIGURATIONS: list[tuple[str, list[str]]] = [
+    ("", ["is empty", "'model:'"]),
+    ("[1]", ["has no options"]),
+    *(
+        (f"{key}:{value}\nseed_everything: 1\n", [f"line 1: '{key}' is", "indented"])
+        for key in SECTIONS
+        if "." not in key
+        for value in ("", " [1]", " 3")
+    ),
+    ("model:\n  optimizer:\n", ["line 2: 'model.optimizer' is empty"]),
+    ("model:\n  net: cnn4\n  net: resnet20\n", ["line 3", "'net'", "twice", "line 2"]),
+    ("model:\n  rules:\n  - {pattern: conv2, pattern: conv3}\n", ["line 3", "'pattern'"]),
+    ("model: {}\nmodel: {}\n", ["line 2", "'model'"]),
+]
+
+
+@pytest.mark.parametrize("command", ["fit", "compress"])
+@pytest.mark.parametrize(("text", "words"), CONFIGURATIONS)
+def test_nothing_given_is_dropped(
+    command: str, text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "second.yaml"
+    path.write_text(text)
+    message = refusal([command, *DIGITS, *TUCKER, f"--config={path}"], capsys)
+    for word in [str(path), *words]:
+        assert word in message
+
+
+def test_a_key_twice_in_a_file_that_a_configuration_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.yaml").write_text("net: cnn4\nnet: cnn4\n")
+    (tmp_path / "config.yaml").write_text("model: model.yaml\n")
+    message = refusal(["fit", *DIGITS, "-c", str(tmp_path / "config.yaml")], capsys)
+    assert f"{tmp_path}/model.yaml, line 2: the key 'net'" in message
+
+
+def test_sections_are_those_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    found = set()
+    for command in (["fit"], ["study", "--checkpoint", "x"]):
+        with pytest.raises(SystemExit):
+            tnlayers(*command, *DIGITS, "--print_config")
+        plain = yaml.safe_load(capsys.readouterr().out)
+        found |= {key for key, value in plain.items() if isinstance(value, dict)}
+    assert found == {key for key in SECTIONS if "." not in key}
+
+
+def test_a_long_key_makes_a_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "long.yaml"
+    path.write_text(f"{'k' * 100_000}: 1\n")
+    assert len(refusal(["fit", *DIGITS, "-c", str(path)], capsys)) <= 1000
+
+
+PRECISIONS = ["16-mixed", "bf16-mixed", "bf16-true", "16-true", "32-true", "64-true", "16", "32", "64", "bf16"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(historical reasons|fp16 is not supported on CPU|Encountered `nan`)")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_works(precision: str, dense: Path, tmp_path: Path) -> None:
+    options = ["--trainer.precision", precision, *TUCKER, *output_to(tmp_path)]
+    assert tnlayers("test", *DIGITS, *options, "--model.init_from", dense) == 0
+    reference = [*TUCKER, *output_to(tmp_path / "reference")]
+    assert tnlayers("test", *DIGITS, *reference, "--model.init_from", dense) == 0
+    (theirs,), (ours,) = (tmp_path / "reference").rglob("metrics.csv"), (tmp_path / "logs").rglob("metrics.csv")
+    losses = [metric(path.parent, "test/loss") for path in (theirs, ours)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--model.optimizer", "torch.optim.SGD"]
+    taught = ["--model.teacher", dense, "--model.init_from", dense]
+    assert tnlayers("fit", *DIGITS, *options, *few, *taught) == 0
+    assert tnlayers("predict", *DIGITS, *options, "--model.init_from", dense) == 0
+
+
+def test_averages_of_a_dense_net(tmp_path: Path) -> None:
+    averages = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"]
+    few = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2"]
+    assert tnlayers("fit", *DIGITS, *few, *averages, *output_to(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_odd_commands_end_in_one_line(seed: int, dense: Path) -> None:
+    assert broken_law(draw(seed), dense) == ""
 
 
 @pytest.mark.parametrize(("rule", "words"), RULES, ids=[rule for rule, _ in RULES])

@@ -150,7 +150,7 @@ def _accuracy(module: ImageClassifier, net: nn.Module, data: ImageData) -> float
     right = total = 0
     with evaluating(net), torch.compiler.set_stance("force_eager"):
         for pictures, labels in data.validation_batches():
-            x = pictures.to(module.device, module.dtype).contiguous(memory_format=torch.channels_last)
+            x = pictures.to(module.device, module.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
             right += int((net(x).argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
     return right / total
