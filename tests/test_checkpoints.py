@@ -510,7 +510,7 @@ def test_metadata_of_others_is_left_alone(tmp_path: Path) -> None:
         ("net_options", {"hidden": 10**10}, "it would have"),
         ("net_options", {"hidden": -3}, "cannot be built"),
         ("net_options", {"widths": [10**6] * 4}, "it would have"),
-        ("net_options", {"num_classes": 3}, "multiple values"),
+        ("net_options", {"num_classes": 3}, "multiple values|is no option of a net"),
         ("net_options", {"hidden": json.loads("[" * 50 + "]" * 50)}, "levels deep"),
     ],
 )
