@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,13 +23,14 @@ from lightning_modules.classifier import load_net
 from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
+from lightning_modules.files import write_files
 from lightning_modules.study import subject as subjects
 from lightning_modules.study.evaluation import Score
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
 from lightning_modules.study.findings import Measured
 from lightning_modules.study.forward import FromLayer
 from lightning_modules.study.grid import Kernel
-from lightning_modules.study.journal import Journal, read_rows
+from lightning_modules.study.journal import Journal, read_rows, study_folder
 from lightning_modules.study.retraining import training_options
 from lightning_modules.study.rows import (
     CUT_SETS,
@@ -542,6 +544,24 @@ def test_a_journal_that_another_process_writes_to_is_left_to_it(dense: Path, tmp
     assert path.read_text() == '{"half'
     assert [row.key for row in run_study(subject, path)] == [row.key for row in read_rows(path)]
     assert not any(isinstance(row, Retrained) for row in read_rows(path))  # in no epochs nothing is
+
+
+def test_a_study_is_known_before_its_first_row(tmp_path: Path) -> None:
+    """What a kill leaves goes on; what fails before anything is measured leaves nothing; other files are no study."""
+    out = tmp_path / "out"
+    with suppress(ZeroDivisionError), study_folder(out):
+        assert (out / "study.jsonl").read_text() == ""
+        (out / "config.yaml").touch()
+        raise ZeroDivisionError
+    assert not out.exists()
+    for name in (".lock", "config.yaml"):
+        write_files(out, {name: ""})
+    with pytest.raises(FileExistsError, match="already holds a run"), study_folder(out):
+        pass
+    write_files(out, {"study.jsonl": ""})
+    with study_folder(out), pytest.raises(BlockingIOError, match="is being written by another job"), study_folder(out):
+        pass
+    assert (out / "config.yaml").is_file()
 
 
 def test_a_journal_of_another_study_is_refused(rows: list[Row], tmp_path: Path) -> None:
