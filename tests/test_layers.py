@@ -407,7 +407,9 @@ def test_complex_weights_are_refused() -> None:
         TuckerConv2d.from_dense(nn.Conv2d(4, 4, 3, dtype=torch.complex64), rank=2)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float16, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float16, 1e-6)], ids=str
+)
 @every_exact_layer
 def test_weights_at_the_ends_of_their_dtype_are_factorized(case: Case, dtype: torch.dtype, size: float) -> None:
     """All of the norm in one factor would overflow, or lose its digits: then it is spread over all of them."""

@@ -129,3 +129,13 @@ def test_contractions_never_take_more_than_two_operands() -> None:
             for names in itertools.combinations(factors, count):
                 held = dict.fromkeys(index for name in names for index in network.indices[name])
                 assert all(equation.count(",") <= 1 for equation in network.contraction(names, tuple(held)).equations)
+
+
+def test_networks_are_equal_where_their_hashes_are() -> None:
+    """The order of the factors is that in which they meet the activation, so it counts."""
+    one = Network({"a": "i r", "b": "r o"}, weight="o i")
+    same, other = Network({"a": "i r", "b": "r o"}, weight="o i"), Network({"b": "r o", "a": "i r"}, weight="o i")
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert len({one, same, other}) == 2

@@ -265,9 +265,7 @@ class Diverge(Callback):
 @pytest.mark.parametrize("rank", [4, "RelativeError(0.2)", "AccuracyDrop(0.01)"])
 def test_the_last_good_checkpoint_is_named(rank: Any, tmp_path: Path) -> None:
     saved = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_last=True)
-    with pytest.raises(
-        ValueError, match=r"RankSchedule at epoch 2: \w+: the values of its \w+ are not finite"
-    ) as said:
+    with pytest.raises(ValueError, match=r"RankSchedule at epoch 2: \w+: the values of its \w+ are not finite") as said:
         fitted(tmp_path, Diverge(1), saved, RankSchedule({2: rank}), epochs=3)
     assert f"go on from {tmp_path / 'kept/epoch=0.ckpt'}, the newest checkpoint whose weights are finite" in str(
         said.value
@@ -276,7 +274,9 @@ def test_the_last_good_checkpoint_is_named(rank: Any, tmp_path: Path) -> None:
 
 
 def test_where_no_good_checkpoint_was_kept_that_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"are not finite .* no checkpoint whose weights are finite was kept, so begin anew"):
+    with pytest.raises(
+        ValueError, match=r"are not finite .* no checkpoint whose weights are finite was kept, so begin anew"
+    ):
         fitted(tmp_path, Diverge(0), RankSchedule({1: 4}), epochs=2)
 
 

@@ -5,8 +5,8 @@ A layer knows its method only through the `Factorization` contract, so none of t
 
 import inspect
 import math
-import operator
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self
@@ -18,6 +18,7 @@ from tnlayers.budget import Fit, settle
 from tnlayers.factorizations import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.linalg import precise, relative_error
+from tnlayers.merged import Merged
 from tnlayers.plan import Plan, PlanChoice
 from tnlayers.ranks import Rank, Ranks, check_rank
 
@@ -89,7 +90,7 @@ class FactorizedLayer(nn.Module):
             setattr(self, name, getattr(template, name))
         self.geometry = Geometry(template)
         self.decomposition_error = None
-        self._merged: tuple[Any, list[Tensor], list[Tensor]] | None = None
+        self._merged: Merged | None = None
         self.factors = nn.ParameterDict()
         self._adopt(_settled(factorization, template, flat=True)[0], device=device, dtype=dtype)
         bias = None
@@ -97,20 +98,24 @@ class FactorizedLayer(nn.Module):
             bias = nn.Parameter(torch.empty(template.bias.shape, device=device, dtype=dtype))
         self.register_parameter("bias", bias)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_adopt_ranks)
+        self.register_load_state_dict_post_hook(_merge_again)
 
-    def _adopt(self, factorization: Factorization, **dd: Any) -> None:
-        """Takes on explicit ranks: new, empty factors where a shape changes, and the plan for them."""
+    def _adopt(self, factorization: Factorization, *, anew: bool = False, **dd: Any) -> None:
+        """Takes on explicit ranks: new, empty factors where a shape changes, or everywhere, and the plan for them."""
         self.factorization = factorization
         self.network = self.geometry.network(factorization)
         self._factor_shapes = self.network.shapes(self.index_sizes)
         trains = all(factor.requires_grad for factor in self.factors.values())
         shapes = self.geometry.parameter_shapes(factorization, self.ranks)
-        for name in self.factors.keys() - shapes.keys():
-            del self.factors[name]
-        for name, shape in shapes.items():
-            if name not in self.factors or self.factors[name].shape != shape:
-                self.factors[name] = nn.Parameter(torch.empty(shape, **dd), requires_grad=trains)
+        kept = {name: factor for name, factor in self.factors.items() if factor.shape == shapes.get(name) and not anew}
+        with torch.inference_mode(False):  # torch counts no writes to what is made in inference mode
+            made = {
+                name: nn.Parameter(torch.empty(shape, **dd), requires_grad=trains)
+                for name, shape in shapes.items()
+                if name not in kept
+            }
+        if made or len(kept) < len(self.factors):  # anew: a shallow copy of the layer holds the same one
+            self.factors = nn.ParameterDict([(name, (kept | made)[name]) for name in shapes]).train(self.training)
         self.set_plan(self.factorization.plan)
 
     @property
@@ -134,7 +139,7 @@ class FactorizedLayer(nn.Module):
         if plan == "auto":
             plan = self.geometry.fastest(self.factorization, self.ranks, self._like["device"].type, NOMINAL_CALLS)
         self.plan = Plan.compile(self.network, self.index_sizes, plan, self.geometry.axes, self.geometry.pad_mode)
-        self._merged = None
+        self._keep()
 
     @property
     def _like(self) -> dict[str, Any]:
@@ -299,24 +304,40 @@ class FactorizedLayer(nn.Module):
         return self._decompose(dense.weight, choice.fit)  # type: ignore[arg-type]
 
     def _weights(self) -> list[Tensor]:
-        """The plan's merged weights: anew wherever a gradient may flow, else kept until a factor changes.
-
-        A change shows in torch's own count of in-place writes, or as another tensor or storage. Two kinds of writes are
-        not counted: fused optimizers', so what is kept is dropped by every call that a step could follow; and those
-        through `.data`, which are seen from the next `train()` or `eval()` on.
-        """
+        """The plan's merged weights: anew wherever a gradient may flow or a step may follow, else those that are kept."""
+        if self.training:
+            return self._merge()
+        kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the graph is of the weights as they are now  # type: ignore[attr-defined]
+            return kept.weights if kept is not None and (by_dynamo or kept.unwritten()) else self._merge()
         factors = list(self.factors.values())
-        compiling = torch.compiler.is_compiling()
-        trains = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        swapped = not all(isinstance(factor, nn.Parameter) for factor in factors)  # by torch.func
-        if self.training or trains or compiling or swapped or any(factor.is_inference() for factor in factors):
-            if not compiling:
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            if kept is not None:
                 self._merged = None
             return self._merge()
-        state = (torch.is_inference_mode_enabled(), [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors])
-        if self._merged is None or self._merged[0] != state or any(map(operator.is_not, self._merged[1], factors)):
-            self._merged = (state, factors, self._merge())
-        return self._merged[2]
+        waiting = any(factor.grad is not None for factor in factors)
+        if by_dynamo:
+            fresh = kept is not None and not (waiting or kept.waiting) and kept.made_of(factors)
+            return kept.weights if kept is not None and fresh else self._merge()
+        if waiting or any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
+            if kept is not None:
+                kept.checked = False
+            return self._merge()
+        if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
+            kept = self._merged = self._kept(checked=True)
+        return kept.weights
+
+    def _keep(self) -> None:
+        """Makes what evaluation keeps, and drops what training does not."""
+        self._merged = None
+        countable = not any(factor.is_inference() for factor in self.factors.values())
+        if not self.training and countable and self._like["device"].type != "meta":
+            self._merged = self._kept(checked=False)
+
+    def _kept(self, *, checked: bool) -> Merged:
+        with torch.inference_mode(False), torch.no_grad():
+            weights = [weight.detach() for weight in self._merge()]  # some are views of a factor
+            return Merged(weights, list(self.factors.values()), checked=checked)
 
     def _merge(self) -> list[Tensor]:
         """In the factors' own precision: autocast would round the products, and casts the result itself."""
@@ -327,11 +348,29 @@ class FactorizedLayer(nn.Module):
             return self.plan.weights(self.factorization.factors(parameters, self._factor_shapes))
 
     def train(self, mode: bool = True) -> Self:
-        self._merged = None
-        return super().train(mode)
+        super().train(mode)
+        self._keep()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Factors have no memory format: `to(memory_format=...)` is about pictures, and torch refuses it for five dimensions."""
+        with torch.inference_mode(False):
+            super()._apply(lambda x: fn(x.reshape(-1)).view(x.shape) if x.dim() > 3 else fn(x), recurse)
+        self._keep()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _adopt_ranks(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_merged": None}  # not part of what a copy or a pickle is
+        """What is derived is not part of a copy or a pickle; a shallow copy has modules and parameters of its own to exchange."""
+        own = {name: dict(getattr(self, name)) for name in ("_modules", "_parameters")}
+        return self.__dict__ | own | {"_merged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep()
 
     def extra_repr(self) -> str:
         method = self.factorization
@@ -376,12 +415,11 @@ def _copy(target: Any, source: Any) -> None:
         target.copy_(source)
 
 
-def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _adopt_ranks(layer: FactorizedLayer, state: dict[str, Any], prefix: str) -> None:
     """Before a load: takes on the ranks that the state brings, so that a truncated layer loads into any definition.
 
     A state that is not this layer's is left to torch's own errors.
     """
-    assert isinstance(layer, FactorizedLayer)
     start = f"{prefix}factors."
     shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
     layer.decomposition_error = None
@@ -390,9 +428,15 @@ def _adopt_ranks(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     with suppress(ValueError):
         ranks = layer.factorization.ranks_from(layer.network, shapes)
         if ranks != layer.ranks and layer.geometry.parameter_shapes(layer.factorization, ranks) == shapes:
-            layer._adopt(layer.factorization.with_rank(ranks), **layer._like)
+            layer._adopt(layer.factorization.with_rank(ranks), anew=True, **layer._like)
             warnings.warn(
                 f"{prefix.rstrip('.') or type(layer).__name__}: rank {ranks} adopted from the loaded state; "
                 "an optimizer made before holds the old factors: make it anew",
                 stacklevel=2,
             )
+
+
+def _merge_again(layer: nn.Module, _: Any) -> None:
+    """After a load, whose writes no compiled graph sees."""
+    assert isinstance(layer, FactorizedLayer)
+    layer._keep()

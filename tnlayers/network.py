@@ -57,7 +57,7 @@ class Contraction:
         return product
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """Named factors and the weight that they make.
 
@@ -97,8 +97,16 @@ class Network:
                 f"rank {self.rank!r} names a bond that no factor has; expected an order of the summed indices"
             )
 
+    def __eq__(self, other: object) -> bool:
+        """The order of the factors counts: it is that in which they meet the activation."""
+        return isinstance(other, Network) and self._identity == other._identity
+
     def __hash__(self) -> int:
-        return hash((tuple(self.factors.items()), self.weight, self.rank))
+        return hash(self._identity)
+
+    @cached_property
+    def _identity(self) -> tuple[object, ...]:
+        return tuple(self.factors.items()), self.weight, self.rank
 
     def _holders(self, index: str) -> list[str]:
         return [name for name, text in self.factors.items() if index in text.split()]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -208,41 +209,59 @@ class _Step:
     merge: Contraction
     weight_shape: tuple[int, ...]
     channels: tuple[int, ...]
-    order: tuple[int, ...] | None
+    order: tuple[int, ...]
     carried: int
     kept: int
-    wide: int
-    """Channels after the step, the carried ones included."""
+    arranged: bool
+    """Whether the activation may come in another order than the step needs, or with strides that could be misread."""
+    subsample: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
     def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
         """(kept * produced, consumed, kernel...) from the group's factors."""
-        return self.merge(factors).reshape(self.weight_shape)
+        return self.merge(factors).reshape(-1).view(self.weight_shape)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, channels_last: bool) -> Tensor:
         """(n, channels, positions...) to (n, channels', positions'...)."""
         batch = x.shape[0]
-        if self.order is not None:
-            x = _permute_channels(x, self.channels, self.order)
+        if self.subsample:
+            x = x[:, :, :: self.subsample[0], :: self.subsample[1]]
+        if self.arranged:
+            x = _arrange(x, self.channels, self.order, channels_last=channels_last and self.carried == 1)
         if self.carried > 1:
-            x = x.reshape(batch * self.carried, self.kept * self.weight_shape[1], *x.shape[2:])
+            x = x.view(batch * self.carried, self.kept * self.weight_shape[1], *x.shape[2:])
         if len(self.stride) == 2:
             x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
         else:
             x = F.linear(x, weight, bias)
-        return x.reshape(batch, self.wide, *x.shape[2:]) if self.carried > 1 else x
+        return x.reshape(batch, self.carried * self.weight_shape[0], *x.shape[2:]) if self.carried > 1 else x
 
 
-def _permute_channels(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+def _arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, channels_last: bool) -> Tensor:
+    """(n, channels, positions...), the channels' indices in another order, in one of torch's two layouts.
+
+    Where a dimension has size 1 the strides can be those of both layouts, or of neither; torch's kernels then disagree among
+    themselves, and give wrong numbers. Passing through one dimension makes them those of one layout; it copies nothing
+    where the values lie in that order already.
+    """
     batch, positions, count = x.shape[0], x.shape[2:], len(channels)
-    moved = (0, *(1 + place for place in order), *range(1 + count, 1 + count + len(positions)))
-    return x.reshape(batch, *channels, *positions).permute(moved).reshape(batch, math.prod(channels), *positions)
+    split = x.reshape(batch, *channels, *positions)
+    moved, places = [1 + place for place in order], range(1 + count, 1 + count + len(positions))
+    if channels_last:
+        flat = split.permute(0, *places, *moved).reshape(-1)
+        return flat.view(batch, *positions, math.prod(channels)).permute(0, 3, 1, 2)
+    return split.permute(0, *moved, *places).reshape(-1).view(batch, math.prod(channels), *positions)
 
 
-def _order(held: Indices, wanted: Indices) -> tuple[int, ...] | None:
-    return None if held == wanted else tuple(held.index(index) for index in wanted)
+def _pads_early(axis: Axis, pad_mode: str) -> bool:
+    """Whether an axis is padded before the first step: a convolution cannot, or its step only picks positions."""
+    return pad_mode != "constant" or axis.padding[0] != axis.padding[1] or (axis.kernel == 1 and axis.stride > 1)
+
+
+def _order(held: Indices, wanted: Indices) -> tuple[int, ...]:
+    return tuple(held.index(index) for index in wanted)
 
 
 @dataclass(frozen=True)
@@ -258,7 +277,9 @@ class Plan:
     pad: tuple[int, ...]
     pad_mode: str
     output_channels: tuple[int, ...]
-    output_order: tuple[int, ...] | None
+    output_order: tuple[int, ...]
+    output_arranged: bool
+    """Whether the last step leaves the output in another order."""
 
     @staticmethod
     def compile(
@@ -276,10 +297,17 @@ class Plan:
             ValueError: the groups are not a partition of the factors, in order.
         """
         partition = _partition(network, groups)
-        early = {index for index, axis in axes.items() if pad_mode != "constant" or axis.padding[0] != axis.padding[1]}
-        steps = []
+        early = {index for index, axis in axes.items() if _pads_early(axis, pad_mode)}
+        steps: list[_Step] = []
         for roles in _roles(network, partition):
             here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
+            channels = tuple(sizes[index] for index in roles.before)
+            carried = size_of(roles.carried, sizes)
+            wanted = (*roles.carried, *roles.kept, *roles.consumed)
+            stride = tuple(axis.stride for axis in here.values())
+            # On the CPU torch's strided pointwise convolution in channels last writes past its memory.
+            picks = all(axis.kernel == 1 for axis in here.values()) and max(stride, default=1) > 1
+            after_carrying = bool(steps) and steps[-1].carried > 1
             step = _Step(
                 merge=roles.merge,
                 weight_shape=(
@@ -287,17 +315,18 @@ class Plan:
                     size_of(roles.consumed, sizes),
                     *(axis.kernel for axis in here.values()),
                 ),
-                channels=tuple(sizes[index] for index in roles.before),
-                order=_order(roles.before, (*roles.carried, *roles.kept, *roles.consumed)),
-                carried=size_of(roles.carried, sizes),
+                channels=channels,
+                order=_order(roles.before, wanted),
+                carried=carried,
                 kept=size_of(roles.kept, sizes),
-                wide=size_of(roles.after, sizes),
-                stride=tuple(axis.stride for axis in here.values()),
+                arranged=roles.before != wanted or carried > 1 or after_carrying or picks or math.prod(channels) == 1,
+                subsample=stride if picks else (),
+                stride=(1,) * len(stride) if picks else stride,
                 padding=tuple(0 if index in early else axis.padding[0] for index, axis in here.items()),
                 dilation=tuple(axis.dilation for axis in here.values()),
             )
             steps.append(step)
-        last = _roles(network, partition)[-1].after
+        last, output = _roles(network, partition)[-1].after, network.modes[0]
         pad = [axis.padding if index in early else (0, 0) for index, axis in axes.items()]
         return Plan(
             groups=partition,
@@ -305,7 +334,8 @@ class Plan:
             pad=tuple(itertools.chain(*reversed(pad))) if early else (),
             pad_mode=pad_mode,
             output_channels=tuple(sizes[index] for index in last),
-            output_order=_order(last, network.modes[0]),
+            output_order=_order(last, output),
+            output_arranged=last != output or steps[-1].carried > 1,
         )
 
     def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -313,15 +343,15 @@ class Plan:
         return [step.weight(factors) for step in self.steps]
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(n, i, positions...) to (n, o, positions'...); the positions are absent for a linear."""
+        """(n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear."""
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        in_order = self.output_order is None and self.steps[-1].carried == 1
         for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
-            x = step(x, weight, None)
-        x = self.steps[-1](x, weights[-1], bias if in_order else None)
-        if self.output_order is not None:
-            x = _permute_channels(x, self.output_channels, self.output_order)
-        if bias is not None and not in_order:
-            x = x + bias.view(-1, *(1 for _ in x.shape[2:]))
-        return x
+            x = step(x, weight, None, channels_last=channels_last)
+        early = None if self.output_arranged else bias
+        x = self.steps[-1](x, weights[-1], early, channels_last=channels_last)
+        if self.output_arranged:
+            x = _arrange(x, self.output_channels, self.output_order, channels_last=channels_last)
+            x = x if bias is None else x + bias.view(-1, *(1 for _ in x.shape[2:]))
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x

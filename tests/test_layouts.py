@@ -1,0 +1,88 @@
+"""Numbers do not depend on how a tensor lies in memory, in any plan, forward or backward."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from tests.cases import CASES, Case
+from tests.drawn_layers import METHODS, Drawn, draw, wrong
+from tests.tolerances import FLOAT64
+from tnlayers import (
+    CPConv2d,
+    FactorizedLayer,
+    LowRankConv2d,
+    MacsKept,
+    MPSConv2d,
+    Rule,
+    TTConv2d,
+    Tucker,
+    TuckerConv2d,
+    tensorize,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*above what a weight"),
+    pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_layers(seed: int) -> None:
+    """Fifty of the 20,000 that `python -m tests.drawn_layers` draws, each in all its plans and layouts."""
+    rng = random.Random(seed)
+    for drawn in (draw(rng) for _ in range(50)):
+        assert not list(wrong(drawn)), drawn
+
+
+SEEN: tuple[tuple[type[FactorizedLayer], dict[str, Any], tuple[int, ...]], ...] = (
+    (TTConv2d, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
+    (TTConv2d, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
+    (MPSConv2d, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
+    (CPConv2d, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
+    (TuckerConv2d, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": (1, 3)}, (2, 4, 9, 3)),
+    (LowRankConv2d, {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "stride": (2, 1)}, (1, 3, 8, 6)),
+    (TuckerConv2d, {"in_channels": 2, "out_channels": 4, "kernel_size": 1, "stride": 2, "padding": 1}, (3, 2, 2, 8)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("method", "geometry", "shape"), SEEN)
+def test_strides_that_could_be_misread(
+    method: type[FactorizedLayer], geometry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    for moved in (False, True):
+        drawn = Drawn(method, 1, geometry, dtype, shape, channels_last_module=moved, seed=0)
+        assert not list(wrong(drawn))
+
+
+def test_every_method_of_convolutions_is_drawn() -> None:
+    assert {case.layer for case in CASES if case.is_conv and case.exact} == set(METHODS)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_standard_call_for_channels_last(case: Case, groups: int) -> None:
+    layer = case.convert(case.dense(**({"groups": groups} if case.is_conv else {})), case.rank)
+    x = case.input()
+    expected = layer(x)
+    assert layer.to(memory_format=torch.channels_last) is layer
+    torch.testing.assert_close(layer(x), expected, **FLOAT64)
+    if case.is_conv:
+        out = layer(x.to(memory_format=torch.channels_last))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out, expected, **FLOAT64)
+
+
+def test_a_whole_net_in_channels_last() -> None:
+    net = torchvision.models.shufflenet_v2_x0_5(num_classes=10).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    tensorize(net, [Rule("*branch2.0", Tucker(MacsKept(0.5)))], example_input=x)
+    expected = net(x)
+    net = net.to(memory_format=torch.channels_last)
+    assert isinstance(net, nn.Module)
+    torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), expected, **FLOAT64)

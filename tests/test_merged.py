@@ -1,0 +1,310 @@
+"""What evaluation keeps is never stale, and no graph that is made in evaluation contracts factors."""
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cases import CASES, Case
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
+from tnlayers import FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, tensorize
+
+pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
+every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+# ---- never stale
+
+Event = Callable[["Scene"], Any]
+Form = Callable[[nn.Module, Tensor], tuple[Tensor, list[str]]]
+
+
+class Scene:
+    """A layer, what it gets, and an optimizer; what happens to it may come in any order."""
+
+    def __init__(self, case: Case, rng: random.Random) -> None:
+        self.x = case.input()
+        self.layer = case.convert(case.dense(), case.rank).eval()
+        self.layer.set_plan(rng.choice(("dense", "factors")))
+        self.new_optimizer(rng.choice(({"fused": True}, {"foreach": True}, {"foreach": False})))
+
+    def new_optimizer(self, how: dict[str, bool]) -> None:
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=0.1, **how)
+
+    def look(self, context: Callable[[], Any] = torch.no_grad) -> Tensor:
+        with context():
+            return self.layer(self.x)
+
+    def check(self) -> None:
+        """Against the dense layer of the factors as they are now."""
+        expected = self.layer.to_dense()(self.x).detach()
+        for context in (torch.no_grad, torch.inference_mode):
+            found, scale = self.look(context).clone(), expected.norm() + 1
+            torch.testing.assert_close(found / scale, expected / scale, **FLOAT64)
+
+    def backward(self) -> None:
+        self.layer(self.x).square().mean().backward()
+
+    def write(self) -> None:
+        with torch.no_grad():
+            next(iter(self.layer.factors.values())).mul_(-1.5)
+
+    def write_data(self) -> None:
+        """Uncounted, so `eval()` follows."""
+        next(iter(self.layer.factors.values())).data.mul_(-1.5)
+        self.layer.eval()
+
+    def exchange(self) -> None:
+        factor = next(iter(self.layer.factors.values()))
+        factor.data = torch.randn_like(factor)
+
+    def replace(self) -> None:
+        name, factor = next(iter(self.layer.factors.items()))
+        self.layer.factors[name] = nn.Parameter(torch.randn_like(factor))
+        self.new_optimizer({})
+
+    def load(self) -> None:
+        self.layer.load_state_dict({name: -value for name, value in self.layer.state_dict().items()})
+
+    def there_and_back(self) -> None:
+        self.layer.to(torch.bfloat16)
+        with torch.no_grad():
+            self.layer(self.x.bfloat16())
+        self.layer.to(torch.float64)
+
+    def copied(self) -> None:
+        self.layer = copy.deepcopy(self.layer)
+        self.new_optimizer({})
+
+
+EVENTS: tuple[Event, ...] = (
+    lambda scene: scene.layer.train(),
+    lambda scene: scene.layer.eval(),
+    lambda scene: scene.look(),
+    lambda scene: scene.look(torch.inference_mode),
+    Scene.backward,
+    Scene.backward,
+    lambda scene: scene.optimizer.step(),
+    lambda scene: scene.optimizer.step(),
+    lambda scene: scene.optimizer.zero_grad(),
+    lambda scene: scene.optimizer.zero_grad(set_to_none=False),
+    Scene.write,
+    Scene.write_data,
+    Scene.exchange,
+    Scene.replace,
+    Scene.load,
+    Scene.there_and_back,
+    Scene.copied,
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@every_layer
+def test_whatever_happens_evaluation_is_of_the_present_factors(case: Case, seed: int) -> None:
+    rng = random.Random(seed)
+    scene = Scene(case, rng)
+    for _ in range(30):
+        rng.choice(EVENTS)(scene)
+        if rng.random() < 0.5:
+            scene.check()
+    scene.check()
+
+
+def test_a_look_before_a_fused_step() -> None:
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    layer(x).square().sum().backward()
+    with torch.no_grad():
+        layer(x)
+    torch.optim.Adam(layer.parameters(), lr=1.0, fused=True).step()
+    for gradients in (True, False):
+        if not gradients:
+            layer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+def test_averages_that_are_exchanged_after_eval_are_seen() -> None:
+    layer, x = TTLinear(30, 28, rank=4), torch.randn(4, 30)
+    layer.eval()
+    for factor in layer.parameters():
+        factor.data.copy_(torch.randn_like(factor))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+# ---- graphs
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def as_it_is(net: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    net(x)  # what follows a change of the mode is looked at once
+    with Operations() as seen:
+        return net(x), seen.names
+
+
+def compiled(net: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    torch.compiler.reset()
+    graphs = EagerAndRecordGraphs()
+    out = torch.compile(net, backend=graphs, fullgraph=True)(x)
+    (graph,) = graphs.graphs
+    return out, _targets(graph)
+
+
+def exported(net: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    program = torch.export.export(net, (x,))
+    return program.module()(x), _targets(program.graph_module)
+
+
+def strictly_exported(net: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    program = torch.export.export(net, (x,), strict=True)
+    return program.module()(x), _targets(program.graph_module)
+
+
+def traced(net: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    graph = torch.jit.trace(net, x)
+    return graph(x), [node.kind().split("::")[-1] for node in graph.inlined_graph.nodes()]
+
+
+def _targets(graph: torch.fx.GraphModule) -> list[str]:
+    called = [node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+    return [str(getattr(target, "__name__", target)).split(".")[0] for target in called]
+
+
+FORMS = (as_it_is, compiled, exported, strictly_exported, traced)
+every_form = pytest.mark.parametrize("form", FORMS)
+ignores_deprecation = pytest.mark.filterwarnings("ignore:.torch.jit.trace.*")
+CONTRACTIONS = {"bmm", "mm", "einsum", "matmul", "mul", "addmm", "linear"}  # a factorized linear has steps like these
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> tuple[nn.Module, Tensor]:
+    """Half of the multiply-accumulates, in evaluation; its last linear is dense, and its matmul the only one."""
+    torch.manual_seed(0)
+    net, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(1, 3, 64, 64)
+    return tensorize(net, [Rule("layer*", Tucker(MacsKept(0.5)))], example_input=x), x
+
+
+def contractions(names: list[str]) -> int:
+    return sum(name in CONTRACTIONS for name in names)
+
+
+@ignores_deprecation
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@every_form
+def test_a_graph_of_evaluation_contracts_no_weights(
+    resnet18: tuple[nn.Module, Tensor], form: Form, context: Callable[[], Any]
+) -> None:
+    net, x = resnet18
+    with context():
+        out, names = form(net, x)
+        torch.testing.assert_close(out, net(x), **FLOAT32)
+    steps = sum(len(module.plan.steps) for module in net.modules() if isinstance(module, FactorizedLayer))
+    dense = sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    assert sum(name in ("conv2d", "convolution", "_convolution") for name in names) == steps + dense
+    assert contractions(names) == 1, names  # the dense linear
+
+
+@ignores_deprecation
+@every_form
+@every_layer
+def test_every_layer_is_a_constant_in_evaluation(case: Case, form: Form) -> None:
+    """The steps of a linear are matmuls too: as many as the plan has, and none more."""
+    layer, x = case.convert(case.dense(dtype=torch.float32), case.rank).eval(), case.input(dtype=torch.float32)
+    with torch.no_grad():
+        out, names = form(layer, x)
+        torch.testing.assert_close(out, layer(x), **FLOAT32)
+    assert contractions(names) == (0 if case.is_conv else len(layer.plan.steps)), names
+
+
+def test_built_in_inference_mode_weights_are_kept() -> None:
+    with torch.inference_mode():
+        net, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval(), torch.randn(2, 8, 9, 9)
+        tensorize(net, [Rule("*", Tucker(4, plan="dense"))])
+        net(x)
+        out, names = as_it_is(net, x)
+    assert contractions(names) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(out.clone(), net(x.clone()), **FLOAT32)
+        next(iter(net[0].factors.values())).zero_()  # type: ignore[union-attr,operator]
+        assert not torch.allclose(net(x.clone()), out)
+
+
+def test_a_compiled_net_follows_what_happens_to_its_weights() -> None:
+    """Also what happens in evaluation: a load, a move, a step after a gradient."""
+    torch.compiler.reset()
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    graphs = EagerAndRecordGraphs()
+    net = torch.compile(layer, backend=graphs, fullgraph=True)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+
+    def check(tolerance: dict[str, float] = FLOAT32) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(net(x).float(), layer.to_dense()(x).float(), **tolerance)
+
+    check()
+    layer.load_state_dict({name: -value for name, value in layer.state_dict().items()})
+    check()
+    for _ in range(2):
+        net(x).square().sum().backward()
+        check()
+        optimizer.step()
+        check()
+        optimizer.zero_grad()
+        check()
+    for _ in range(3):
+        layer.train()
+        with torch.no_grad():
+            for factor in layer.parameters():
+                factor.mul_(1.1)
+        layer.eval()
+        check()
+    x = x.bfloat16()
+    layer.to(torch.bfloat16)
+    check(BFLOAT16)
+
+
+@ignores_deprecation
+def test_a_write_before_an_export_is_in_it() -> None:
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    with torch.no_grad():
+        for factor in layer.parameters():
+            factor.mul_(1.1)
+    for form in (exported, traced):
+        torch.testing.assert_close(form(layer, x)[0], layer(x), **FLOAT32)
+
+
+# ---- copies
+
+
+@every_layer
+def test_a_shallow_copy_takes_on_ranks_alone(case: Case) -> None:
+    layer, x = case.convert(case.dense(), case.rank), case.input()
+    before, ranks = layer(x), layer.ranks
+    smaller = copy.deepcopy(layer)
+    smaller.truncate(case.smaller_rank)
+    twin = copy.copy(layer)
+    with pytest.warns(UserWarning, match="adopted from the loaded state"):
+        twin.load_state_dict(smaller.state_dict())
+    assert layer.ranks == ranks != twin.ranks
+    torch.testing.assert_close(layer(x), before)
+    torch.testing.assert_close(twin(x), smaller(x))
+    del layer
+    twin.load_state_dict(smaller.state_dict())
+    assert isinstance(twin, FactorizedLayer)
