@@ -308,7 +308,8 @@ class FactorizedLayer(nn.Module):
         if self.training:
             return self._merge()
         kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the graph is of the weights as they are now  # type: ignore[attr-defined]
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             return kept.weights if kept is not None and (by_dynamo or kept.unwritten()) else self._merge()
         factors = list(self.factors.values())
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
