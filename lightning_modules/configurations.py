@@ -13,6 +13,8 @@ __all__ = ["SECTIONS", "check_yaml"]
 SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
 """Keys that have options below them, always."""
 _COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
+_FILES = {name.rpartition(".")[2] for name in SECTIONS}
+"""Keys whose value may be another file of options."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -27,7 +29,9 @@ def check_yaml(arguments: Sequence[str]) -> None:
     for place, argument in enumerate(arguments):
         option, _, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         before = arguments[place - 1] if place else ""
-        if (Path(value).suffix in _SUFFIXES and len(value) < 4096) or (option or before) in ("-c", "--config"):
+        name = (option or before).removeprefix("--")
+        named = name in SECTIONS and len(value) < 4096 and Path(value).suffix in _SUFFIXES
+        if named or (option or before) in ("-c", "--config"):
             _check_file(Path(value), seen, config=(option or before) in ("-c", "--config"))
         elif value.startswith(("{", "[")):
             try:
@@ -44,6 +48,8 @@ def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
         node = _check_text(path.read_text(encoding="utf-8"), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from None
     if config:
         _check_sections(node, str(path))
     for value in _texts(node):
@@ -92,8 +98,11 @@ def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNo
 
 
 def _texts(node: yaml.Node | None) -> Iterator[str]:
+    """What stands where options may be in a file of their own."""
     for mapping in _mappings(node, set()):
-        yield from (value.value for _, value in mapping.value if isinstance(value, yaml.ScalarNode))
+        for key, value in mapping.value:
+            if isinstance(value, yaml.ScalarNode) and isinstance(key, yaml.ScalarNode) and key.value in _FILES:
+                yield value.value
 
 
 def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:

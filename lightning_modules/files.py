@@ -37,7 +37,7 @@ def write_files(folder: Path, files: Mapping[str, str | bytes | memoryview]) -> 
                 os.fsync(file.fileno())
         for name in files:
             path = folder / name
-            os.replace(aside(path), path)
+            os.replace(aside(path), os.path.realpath(path))
         _sync(folder)
     except BaseException as error:
         with suppress(OSError):
@@ -90,19 +90,23 @@ def whole_folder(path: Path, option: str = "--out") -> Iterator[Path]:
         OSError: it cannot be written.
     """
     check_unused(path, option)
-    if path.is_mount():
-        raise OSError(f"{path} is where a disk is mounted; give a folder on it: {option} {path / 'run'}")
     place, folder = Path(os.path.realpath(path)), aside(path)
+    if place.is_mount() or place == Path.cwd():  # neither can be renamed onto
+        what = "where a disk is mounted" if place.is_mount() else "the current folder"
+        raise OSError(f"{path} is {what}; give a folder in it: {option} {path / 'run'}")
+    if place.is_dir():
+        with claimed(place, option, shown=path):  # takes away the lock that a killed job has left
+            pass
     with claimed(folder, option, shown=path):
         check_unused(path, option)  # the last one to write it may have just finished
         try:
             clear(folder)
             yield folder
-            _put(folder, place)
         except BaseException:
             with suppress(OSError):
                 clear(folder)
             raise
+        _put(folder, place)
         (place / LOCK).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -125,7 +129,9 @@ def _put(folder: Path, place: Path) -> None:
         os.rename(folder, place)
         _sync(place.parent)
     except OSError as error:
-        raise OSError(f"cannot write {place}: {error.strerror}") from error
+        raise OSError(
+            f"cannot give {folder} its name {place}: {error.strerror}; the result is whole where it is"
+        ) from error
 
 
 def aside(path: Path) -> Path:

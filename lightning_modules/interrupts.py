@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["interruptible"]
+__all__ = ["TERMINATED", "interruptible"]
 
+TERMINATED = 143
+"""The exit code after SIGTERM."""
 _SECONDS = 0.01
 
 
@@ -17,7 +19,7 @@ def interruptible() -> Iterator[None]:
     """Ctrl-C ends what is done within by KeyboardInterrupt, whatever libraries make of it.
 
     Python lets no exception out of a weak reference's callback or a `__del__`: while matplotlib draws, one Ctrl-C in twenty
-    comes in one of them, and would be lost. It is sent again right after. Compiled code may raise an error of its own
+    comes in one of them, and would be lost. It is sent again right after, as a SIGTERM is. Compiled code may raise an error of its own
     instead, and Lightning makes an exit code of 1 of it: KeyboardInterrupt takes their place. Where SIGINT is ignored, as in a
     shell's background jobs, or somebody else's, it stays so.
     """
@@ -33,9 +35,11 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def send_again(lost: "sys.UnraisableHookArgs") -> None:
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
+        terminated = isinstance(lost.exc_value, SystemExit) and lost.exc_value.code == TERMINATED
+        if not (terminated or issubclass(lost.exc_type, KeyboardInterrupt)):
             return hook(lost)
-        again.append(threading.Timer(_SECONDS, signal.raise_signal, [signal.SIGINT]))
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        again.append(threading.Timer(_SECONDS, signal.raise_signal, [number]))
         again[-1].start()
 
     signal.signal(signal.SIGINT, note)

@@ -1,6 +1,7 @@
 """fit, validate, test, predict, compress and study, on LightningCLI: every option is checked against the classes' signatures."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -39,7 +40,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.files import aside, whole_folder, write_files
 from lightning_modules.loggers import log_config, run_folder
 from lightning_modules.progress import progress_bar
-from lightning_modules.resume import begin_run
+from lightning_modules.resume import begin_run, is_first_process
 from lightning_modules.study import (
     JOURNAL,
     Protocol,
@@ -86,10 +87,14 @@ class CompressionTrainer(Trainer):
         accumulate_grad_batches: PositiveInt = 1,
         check_val_every_n_epoch: PositiveInt | None = 1,
         gradient_clip_val: NonNegativeFloat | None = None,
-        val_check_interval: PositiveInt | PositiveFloat | str | dict[str, Any] | None = None,
+        val_check_interval: int | float | str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Lightning takes any number for these, and divides by zero in the middle of training."""
+        if isinstance(val_check_interval, (int, float)) and not val_check_interval > 0:
+            raise ValueError(
+                f"val_check_interval {val_check_interval}: expected a number of batches, or a part of an epoch, above 0"
+            )
         numbers = {
             "accumulate_grad_batches": accumulate_grad_batches,
             "check_val_every_n_epoch": check_val_every_n_epoch,
@@ -215,9 +220,14 @@ class TensorCLI(LightningCLI):
     def _take_folder(self, config: Namespace) -> None:
         """Of the processes of a command the first one takes its folder."""
         out, compress = Path(config.out), self.subcommand == "compress"
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if is_first_process():
             self._held.enter_context(whole_folder(out) if compress else study_folder(out))
         config.out = str(aside(out) if compress else out)
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            folder = logger.init_args.get("save_dir") if isinstance(logger, Namespace) else None
+            if folder and (within := os.path.relpath(folder, out)).split(os.sep)[0] != os.pardir:
+                logger.init_args.update(Namespace(save_dir=os.path.normpath(Path(config.out, within))))
 
     def _expect_checkpoint(self) -> None:
         """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""

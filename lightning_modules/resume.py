@@ -54,7 +54,7 @@ def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
         FileExistsError, FileNotFoundError, OSError, ValueError: as the functions below.
     """
     check_writable(config)
-    first = rank_zero_only.rank == 0 and not config.trainer.fast_dev_run  # type: ignore[attr-defined]
+    first = is_first_process() and not config.trainer.fast_dev_run
     last, home = config.get("ckpt_path") == "last", _home(config)
     own = training and (last or bool(config.model_checkpoint.dirpath) or not _loggers(config))
     if first and own:
@@ -64,12 +64,18 @@ def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
     elif config.get("ckpt_path") not in (None, "best", "hpc"):
         check_own(config.ckpt_path)
     if first:
-        _claim_versions(config, held, {home} if own else set())
+        _claim_versions(config, held, {os.path.realpath(home)} if own else set())
     if training and not config.get("ckpt_path") and not last:
         check_new(config)
 
 
-def _claim_versions(config: Namespace, held: ExitStack, taken: set[Path]) -> None:
+def is_first_process() -> bool:
+    """Before the trainer knows: of Lightning's own several nodes the first process of each would hold itself for the first."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return rank_zero_only.rank == 0 and node in ("", "0")  # type: ignore[attr-defined]
+
+
+def _claim_versions(config: Namespace, held: ExitStack, taken: set[str]) -> None:
     """Each logger's folder; a new run gets a number that no other one has, even one that starts at the same moment."""
     for logger in _loggers(config):
         given, name = logger.init_args, _logger_home(config, logger)
@@ -79,11 +85,11 @@ def _claim_versions(config: Namespace, held: ExitStack, taken: set[Path]) -> Non
             given.version = int(folder.name.removeprefix("version_"))
         elif version is not None:
             folder = _version_folder(name, version)
-            if folder not in taken:
+            if os.path.realpath(folder) not in taken:
                 held.enter_context(claimed(folder, _ROOT))
         else:
             continue
-        taken.add(folder)
+        taken.add(os.path.realpath(folder))
 
 
 def _new_versions(home: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
-from tnlayers import FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, tensorize
+from tnlayers import FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, TuckerConv2d, tensorize
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -136,6 +136,41 @@ def test_averages_that_are_exchanged_after_eval_are_seen() -> None:
         factor.data.copy_(torch.randn_like(factor))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+def test_a_mode_that_is_set_by_hand_is_seen() -> None:
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    step = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        layer(x)
+    layer.training = True
+    layer(x).square().sum().backward()
+    step.step()
+    layer.training = False
+    layer.zero_grad()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+def test_memory_that_is_read_in_another_way_is_seen() -> None:
+    layer, x = TTLinear(27, 27, rank=3).eval(), torch.randn(4, 27)
+    with torch.no_grad():
+        layer(x)
+        factor = layer.factors["core1"]
+        factor.data = factor.data.transpose(0, 1)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+def test_parameters_that_are_elsewhere_or_cannot_be_multiplied_are_left_alone() -> None:
+    """Sharded strategies leave nothing in a parameter between two calls; 8-bit floats are there to be stored."""
+    layer = TTLinear(30, 28, rank=4)
+    whole = layer.factors["core1"].data
+    layer.factors["core1"].data = torch.empty(0)
+    layer.eval()
+    layer.factors["core1"].data = whole
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.ones(1, 30)), layer.to_dense()(torch.ones(1, 30)), **FLOAT32)
+    assert layer.to(torch.float8_e4m3fn).factors["core1"].dtype is torch.float8_e4m3fn
 
 
 # ---- graphs
@@ -278,6 +313,23 @@ def test_a_compiled_net_follows_what_happens_to_its_weights() -> None:
     x = x.bfloat16()
     layer.to(torch.bfloat16)
     check(BFLOAT16)
+
+
+@ignores_deprecation
+@pytest.mark.parametrize("form", [exported, strictly_exported, traced])
+def test_a_look_with_gradients_leaves_constants(form: Form) -> None:
+    layer, x = TuckerConv2d(8, 8, 3, rank=3, plan="dense").eval(), torch.randn(2, 8, 9, 9)
+    expected = layer(x)
+    out, names = form(layer, x)
+    torch.testing.assert_close(out, expected, **FLOAT32)
+    assert contractions(names) == 0
+
+
+@ignores_deprecation
+def test_another_parameter_is_in_a_trace() -> None:
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    layer.factors["core1"] = nn.Parameter(torch.randn_like(layer.factors["core1"]))
+    torch.testing.assert_close(traced(layer, x)[0], layer(x), **FLOAT32)
 
 
 @ignores_deprecation

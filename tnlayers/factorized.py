@@ -305,17 +305,26 @@ class FactorizedLayer(nn.Module):
 
     def _weights(self) -> list[Tensor]:
         """The plan's merged weights: anew wherever a gradient may flow or a step may follow, else those that are kept."""
-        if self.training:
-            return self._merge()
         kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
-            return kept.weights if kept is not None and (by_dynamo or kept.unwritten()) else self._merge()
-        factors = list(self.factors.values())
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            if kept is not None:
+        if self.training:
+            if kept is not None:  # somebody has set the mode without `train()`
                 self._merged = None
             return self._merge()
+        factors = list(self.factors.values())
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
+            same = kept is not None and (not tracing or kept.made_of(factors))
+            fresh = kept is not None and same and (by_dynamo or kept.unwritten())
+            return kept.weights if kept is not None and fresh else self._merge()
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            weights = self._merge()
+            if kept is not None and by_dynamo:
+                self._merged = None
+            elif kept is not None:
+                for weight in weights:
+                    if weight.requires_grad:
+                        weight.register_hook(self._forget)
+            return weights
         waiting = any(factor.grad is not None for factor in factors)
         if by_dynamo:
             fresh = kept is not None and not (waiting or kept.waiting) and kept.made_of(factors)
@@ -331,9 +340,16 @@ class FactorizedLayer(nn.Module):
     def _keep(self) -> None:
         """Makes what evaluation keeps, and drops what training does not."""
         self._merged = None
-        countable = not any(factor.is_inference() for factor in self.factors.values())
+        factors, shapes = self.factors, self.geometry.parameter_shapes(self.factorization, self.ranks)
+        whole = all(type(value) is nn.Parameter and value.shape == shapes.get(name) for name, value in factors.items())
+        countable = whole and not any(factor.is_inference() for factor in factors.values())
         if not self.training and countable and self._like["device"].type != "meta":
-            self._merged = self._kept(checked=False)
+            with suppress(NotImplementedError):  # a dtype that is there to be stored alone
+                self._merged = self._kept(checked=False)
+
+    def _forget(self, _: Tensor) -> None:
+        """A gradient has passed: a step may follow that torch does not count."""
+        self._merged = None
 
     def _kept(self, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():

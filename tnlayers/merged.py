@@ -14,8 +14,8 @@ __all__ = ["Merged"]
 class Merged:
     """Weights, and what tells whether they are still those of their factors.
 
-    Torch counts writes in place, except those of fused optimizers (which follow a gradient) and those through `.data` (which are
-    seen at the next `eval()`).
+    Torch counts writes in place, except those of fused optimizers (which follow a gradient) and those through `.data` or by another
+    process (which are seen at the next `eval()`).
 
     Attributes:
         weights: the merged weight of each step of the plan.
@@ -38,6 +38,12 @@ class Merged:
     def unwritten(self) -> bool:
         """Whether torch has counted no write, and seen no exchange of the parameters' memory, since."""
         return all(
-            factor._version == count and factor.data_ptr() == alias.data_ptr() and factor.dtype == alias.dtype
+            factor._version == count and _lies_as(factor, alias)
             for factor, count, alias in zip(self.factors, self._counts, self._aliases, strict=True)
         )
+
+
+def _lies_as(factor: Tensor, alias: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    same = factor.data_ptr() == alias.data_ptr() and factor.dtype == alias.dtype
+    return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace

@@ -353,5 +353,5 @@ class Plan:
         x = self.steps[-1](x, weights[-1], early, channels_last=channels_last)
         if self.output_arranged:
             x = _arrange(x, self.output_channels, self.output_order, channels_last=channels_last)
-            x = x if bias is None else x + bias.view(-1, *(1 for _ in x.shape[2:]))
+            x = x if bias is None else x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
