@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_modules import load_net
-from lightning_modules.configurations import SECTIONS
+from lightning_modules.configurations import SECTIONS, check_yaml
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 from tests.odd_commands import broken_law, draw
@@ -370,6 +370,24 @@ def test_a_key_twice_in_a_file_that_a_configuration_names(tmp_path: Path, capsys
     (tmp_path / "config.yaml").write_text("model: model.yaml\n")
     message = refusal(["fit", *DIGITS, "-c", str(tmp_path / "config.yaml")], capsys)
     assert f"{tmp_path}/model.yaml, line 2: the key 'net'" in message
+
+
+def test_only_files_of_options_are_read_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data of a user's own may be in files of the same kinds."""
+    (tmp_path / "rows.json").write_text('{"a": 1, "a": 2}\n{"a": 3}\n')
+    (tmp_path / "config.yaml").write_text(f"trainer:\n  default_root_dir: {tmp_path}/rows.json\n")
+    check_yaml(["fit", "-c", str(tmp_path / "config.yaml"), "--data.annotations", str(tmp_path / "rows.json")])
+
+
+def test_a_whole_epoch_between_validations_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("trainer:\n  val_check_interval: 1.0\n")
+    with pytest.raises(SystemExit):
+        tnlayers("fit", *DIGITS, "-c", tmp_path / "config.yaml", "--print_config")
+    found = yaml.safe_load(capsys.readouterr().out)["trainer"]["val_check_interval"]
+    assert isinstance(found, float)
+    assert "val_check_interval 0" in refusal(
+        ["fit", *DIGITS, *output_to(tmp_path), "--trainer.val_check_interval", "0"], capsys
+    )
 
 
 def test_sections_are_those_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

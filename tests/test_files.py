@@ -199,3 +199,56 @@ def test_fit_on_a_run_that_another_job_trains(forks: Forks, tmp_path: Path, caps
     assert (tmp_path / "runs/logs/version_1/checkpoints/last.ckpt").is_file()
     run.kill()
     run.wait()
+
+
+def test_a_lock_that_a_killed_job_left_is_no_hindrance(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LOCK).touch()
+    assert tnlayers(*compress(dense, out)) == 0
+    assert (out / "model.ckpt").is_file()
+    assert not (out / LOCK).exists()
+
+
+def test_a_loggers_folder_in_the_result_is_part_of_it(dense: Path, tmp_path: Path) -> None:
+    """Whatever else its logger's folder is called, nothing stands in the finished result's way."""
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"]
+    where = ["--trainer.logger.init_args.save_dir", str(tmp_path / "out")]
+    assert tnlayers(*compress(dense, tmp_path / "out"), *logger, *where) == 0
+    assert (tmp_path / "out/model.ckpt").is_file()
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+def test_the_current_folder_is_refused_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(OSError, match=r"^\. is the current folder; give a folder in it: --out run$"),
+        whole_folder(Path(".")),
+    ):
+        pass
+
+
+def test_a_result_that_cannot_get_its_name_stays(tmp_path: Path) -> None:
+    def late() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "model.ckpt").write_text("whole")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/other").touch()
+
+    with pytest.raises(OSError, match="the result is whole where it is"):
+        late()
+    assert (files.aside(tmp_path / "out") / "model.ckpt").read_text() == "whole"
+
+
+def test_a_job_is_not_kept_out_by_itself(tmp_path: Path) -> None:
+    few = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
+    same = ["--trainer.logger.init_args.version", "0", "--model_checkpoint.dirpath", f"{tmp_path}/x/../logs/version_0"]
+    (tmp_path / "x").mkdir()
+    assert tnlayers("fit", *DIGITS, *QUIET, *few, *same) == 0

@@ -284,6 +284,26 @@ def test_ctrl_c_that_a_job_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_sigterm_that_python_would_lose_comes_again() -> None:
+    class Late:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def lose() -> None:
+        with interruptible():
+            late = Late()
+            del late
+            time.sleep(5)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            lose()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+
+
 # ---- last
 
 
