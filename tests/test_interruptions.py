@@ -280,6 +280,7 @@ def test_ctrl_c_that_a_job_ignores_stays_ignored() -> None:
     try:
         with interruptible():
             signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
