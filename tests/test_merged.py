@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
-from tnlayers import FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, TuckerConv2d, tensorize
+from tnlayers import ADTN, FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, TuckerConv2d, tensorize
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -50,6 +50,14 @@ class Scene:
 
     def backward(self) -> None:
         self.layer(self.x).square().mean().backward()
+
+    def gradients_by_hand(self) -> None:
+        for parameter in self.layer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    def twin(self) -> None:
+        """It shares the parameters, and is what gets the gradient."""
+        copy.copy(self.layer)(self.x).square().mean().backward()
 
     def write(self) -> None:
         with torch.no_grad():
@@ -90,6 +98,8 @@ EVENTS: tuple[Event, ...] = (
     lambda scene: scene.look(torch.inference_mode),
     Scene.backward,
     Scene.backward,
+    Scene.gradients_by_hand,
+    Scene.twin,
     lambda scene: scene.optimizer.step(),
     lambda scene: scene.optimizer.step(),
     lambda scene: scene.optimizer.zero_grad(),
@@ -127,6 +137,21 @@ def test_a_look_before_a_fused_step() -> None:
             layer.zero_grad()
         with torch.no_grad():
             torch.testing.assert_close(layer(x), layer.to_dense()(x), **FLOAT32)
+
+
+def test_a_step_is_seen_whoever_got_the_gradient() -> None:
+    """Two layers of one generator: a fused step after a gradient through the first changes the second."""
+    net, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)).eval(), torch.randn(2, 8, 9, 9)
+    tensorize(net, [Rule("*", ADTN(2, joint="all"))], init="random")
+    first, second = net
+    with torch.no_grad():
+        second(x)
+    first(x).square().mean().backward()
+    step = torch.optim.Adam(net.parameters(), lr=0.1, fused=True).step
+    for take in (step, torch.compile(step, backend="eager")):
+        take()
+        with torch.no_grad():
+            torch.testing.assert_close(second(x), second.to_dense()(x), **FLOAT32)
 
 
 def test_averages_that_are_exchanged_after_eval_are_seen() -> None:
@@ -298,7 +323,9 @@ def test_a_compiled_net_follows_what_happens_to_its_weights() -> None:
     check()
     for _ in range(2):
         net(x).square().sum().backward()
-        check()
+        graphs.graphs.clear()
+        check()  # nothing is contracted while gradients wait
+        assert all(contractions(_targets(graph)) == len(layer.plan.steps) for graph in graphs.graphs)
         optimizer.step()
         check()
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ from lightning_modules.data import Digits
 from tests.commands import DIGITS, QUIET, tnlayers
 from tests.processes import Watch
 from tests.test_training import METHODS, rules
+from tests.tolerances import FLOAT32
 from tnlayers import CheckpointError, FactorizedLayer, ParamsKept, fraction_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
@@ -162,6 +163,23 @@ def test_the_average_begins_anew(tmp_path: Path) -> None:
     # What training ends with is the average.
     average = ema._average_model.module.state_dict()  # type: ignore[union-attr]
     torch.testing.assert_close(model.state_dict(), average, rtol=0, atol=0)
+
+
+def test_a_compiled_net_is_validated_with_its_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compare(Callback):
+        seen = 0
+
+        def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+            with torch.compiler.set_stance("force_eager"):
+                expected = copy.deepcopy(pl_module)(batch[0])
+            torch.testing.assert_close(pl_module(batch[0]), expected, **FLOAT32)
+            self.seen += 1
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    compare = Compare()
+    model = classifier(compile=True)
+    fitted(tmp_path, EMA(decay=0.9), compare, model=model, epochs=3, num_sanity_val_steps=0)
+    assert compare.seen == 3
 
 
 def test_what_was_best_before_is_forgotten() -> None:

@@ -304,7 +304,7 @@ class FactorizedLayer(nn.Module):
         return self._decompose(dense.weight, choice.fit)  # type: ignore[arg-type]
 
     def _weights(self) -> list[Tensor]:
-        """The plan's merged weights: anew wherever a gradient may flow or a step may follow, else those that are kept."""
+        """The plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
         kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
             if kept is not None:  # somebody has set the mode without `train()`
@@ -317,21 +317,11 @@ class FactorizedLayer(nn.Module):
             fresh = kept is not None and same and (by_dynamo or kept.unwritten())
             return kept.weights if kept is not None and fresh else self._merge()
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            weights = self._merge()
-            if kept is not None and by_dynamo:
-                self._merged = None
-            elif kept is not None:
-                for weight in weights:
-                    if weight.requires_grad:
-                        weight.register_hook(self._forget)
-            return weights
-        waiting = any(factor.grad is not None for factor in factors)
+            return self._merge()
         if by_dynamo:
-            fresh = kept is not None and not (waiting or kept.waiting) and kept.made_of(factors)
+            fresh = kept is not None and not kept.stepped and kept.made_of(factors)
             return kept.weights if kept is not None and fresh else self._merge()
-        if waiting or any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
-            if kept is not None:
-                kept.checked = False
+        if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
             return self._merge()
         if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
             kept = self._merged = self._kept(checked=True)
@@ -346,10 +336,6 @@ class FactorizedLayer(nn.Module):
         if not self.training and countable and self._like["device"].type != "meta":
             with suppress(NotImplementedError):  # a dtype that is there to be stored alone
                 self._merged = self._kept(checked=False)
-
-    def _forget(self, _: Tensor) -> None:
-        """A gradient has passed: a step may follow that torch does not count."""
-        self._merged = None
 
     def _kept(self, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():

@@ -5,18 +5,27 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from tnlayers import FactorizedLayer
+
 __all__ = ["EMA"]
 
 
 class EMA(EMAWeightAveraging):
     """Lightning's `EMAWeightAveraging` (same arguments), made of the net as it is once it has been tensorized or restored.
 
-    Lightning's own copies the module before its `setup`, which is where layers are factorized.
+    Lightning's own copies the module before its `setup`, which is where layers are factorized. Its exchange of weights for their
+    averages follows `eval()`, of which compiled layers hold what they made there.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.setup(stage)
         super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        for layer in pl_module.modules():
+            if isinstance(layer, FactorizedLayer):
+                layer.train(layer.training)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None:
