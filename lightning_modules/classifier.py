@@ -29,7 +29,7 @@ from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rule
 from tnlayers.checkpoints import fitting_state, read_checkpoint
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
-from tnlayers.structure import check_plain, naming, restructure, structure_of
+from tnlayers.structure import as_checkpoint_error, check_plain, restructure, structure_of
 
 __all__ = ["NET_ARGUMENTS", "ImageClassifier", "load_net"]
 
@@ -246,7 +246,9 @@ def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
             f"{path} does not say which net it is of; expected a checkpoint that tnlayers fit, compress or export wrote"
         )
     given = {key: hparams[key] for key in NET_ARGUMENTS}
-    with naming(f"{path} is of a net that cannot be built", Exception):  # whatever values make a constructor raise
+    with as_checkpoint_error(
+        f"{path} is of a net that cannot be built", Exception
+    ):  # whatever values make a constructor raise
         check_plain(given)
         with suppress(RuntimeError), torch.device("meta"):  # torchvision's regnets compute while they are built
             needed = sum(value.numel() for value in _build_net(given).state_dict().values())

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules import load_net
 from tests.cases import CASES, Case
 from tests.fixtures.make import FOLDER, RULES, example
-from tnlayers import CP, CheckpointError, Rule, Tucker, load_checkpoint, save_safetensors, tensorize
+from tnlayers import ADTN, CP, CheckpointError, Rule, Tucker, load_checkpoint, save_safetensors, tensorize
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.factorizations import METHODS
 
@@ -98,6 +99,98 @@ def test_averaged_weights_are_taken_where_there_are_no_others(tmp_path: Path) ->
         torch.testing.assert_close(target.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"step": torch.tensor(3)},
+        {"rng_state": torch.get_rng_state()},
+        {"class_weights": torch.ones(100, 2), "bias": torch.zeros(3)},
+        {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "a": torch.zeros(3)}},
+        {"optimizers": [{"state": torch.zeros(3)}]},
+        {"model_state_dict": {}},
+        {"model": {"name": "resnet18", "scale": torch.tensor(2.0)}},
+        {"net": "resnet18"},
+        {"ema_state_dict": {"decay": torch.tensor(0.9)}},
+        {"model": {"other.weight": torch.zeros(3)}},
+    ],
+    ids=lambda beside: ", ".join(beside),
+)  # fmt: skip
+def test_tensors_beside_the_weights_do_not_hide_them(beside: dict[str, Any], tmp_path: Path) -> None:
+    """Wherever the weights are, and in whichever order the entries come."""
+    source, target = net(), net()
+    state = source.state_dict()
+    places = [{"model_ema": state}, {"state_dict": prefixed(state, "module.")}, {"weights": state}, state]
+    for place in places:
+        for content in (beside | place, place | beside):
+            for value in target.state_dict().values():
+                value.zero_()
+            torch.save(content, tmp_path / "a.pt")
+            report = load_checkpoint(tmp_path / "a.pt", target, strict=place is not state)
+            assert set(report.matched) == state.keys()
+            torch.testing.assert_close(target.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (lambda a, b: prefixed(a, "student.") | prefixed(b, "teacher."), "'student.', 'teacher.'"),
+        (lambda a, b: prefixed(a, "module.encoder_q.") | prefixed(b, "module.encoder_k."),
+         "'module.encoder_q.', 'module.encoder_k.'"),
+        (lambda a, b: a | prefixed(b, "module."), "'', 'module.'"),
+        (lambda a, b: {"state_dict": prefixed(a, "g.") | prefixed(b, "d.")}, "'state_dict.g.', 'state_dict.d.'"),
+        (lambda a, b: {"student": a, "teacher": prefixed(b, "module.")}, "'student.', 'teacher.module.'"),
+        (lambda a, b: {"model": a, "net": b}, "'model.', 'net.'"),
+        (lambda a, b: a | {"model": b}, "'', 'model.'"),
+        (lambda a, b: {"model_ema": a, "state_dict_ema": b}, "'model_ema.', 'state_dict_ema.'"),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_copies_that_only_their_names_tell_apart_are_named(made: Any, names: str, tmp_path: Path) -> None:
+    """Whether or not all has to match: which one is meant cannot be known."""
+    target = net()
+    before = copy.deepcopy(target.state_dict())
+    torch.save(made(net().state_dict(), net().state_dict()), tmp_path / "a.pt")
+    for strict in (True, False):
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(tmp_path / "a.pt", target, strict=strict)
+        assert str(error.value).endswith(
+            f"; it holds these weights 2 times, under the prefixes {names}; save those that you mean alone"
+        )
+        torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("plain", "other", "left"),
+    [("model.", "ema_model.", True), ("", "ema.", True), ("model.", "ema_model.module.", True), ("online.", "model_ema.", True),
+     ("net.", "teacher.", False), ("", "teacher.", False)],
+)  # fmt: skip
+def test_plain_weights_in_the_usual_place_are_taken_where_not_all_has_to_match(
+    plain: str, other: str, left: bool, tmp_path: Path
+) -> None:
+    source, target = net(), net()
+    states = prefixed(source.state_dict(), plain), prefixed(net().state_dict(), other)
+    for first, second in (states, states[::-1]):
+        torch.save(first | second, tmp_path / "a.pt")
+        choice = f"save those that you mean alone, or load with strict=False, which takes '{plain}'"
+        with pytest.raises(CheckpointError, match=choice):
+            load_checkpoint(tmp_path / "a.pt", target)
+        report = load_checkpoint(tmp_path / "a.pt", target, strict=False)
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+        assert report.prefix == plain
+        assert report.unexpected == tuple(states[1])
+        assert report.left == ((other,) if left else ())
+        assert (f"plain weights taken and the averaged ones under '{other}' left" in str(report)) == left
+
+
+def test_the_weights_of_lightning_s_own_averages_are_taken(tmp_path: Path) -> None:
+    """Its WeightAveraging saves those in training beside the averages, under a name of its own."""
+    averages, target = net(), net()
+    training = {"current_model_state": prefixed(net().state_dict(), "net."), "averaging_state": {"n": torch.tensor(3)}}
+    torch.save(training | {"state_dict": prefixed(averages.state_dict(), "net.")}, tmp_path / "a.ckpt")
+    load_checkpoint(tmp_path / "a.ckpt", target)
+    torch.testing.assert_close(target.state_dict(), averages.state_dict(), rtol=0, atol=0)
+
+
 TUCKER = [Rule("0", Tucker((3, 2)))]
 
 
@@ -145,6 +238,108 @@ def test_other_ranks_are_adopted_as_load_state_dict_does(case: Case, tmp_path: P
         assert target[0].rank == source[0].rank
         assert set(report.matched) == source.state_dict().keys()
         torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", [Tucker, CP, ADTN])
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (Tensor.long, " integer"),
+        (lambda value: value.to(torch.complex64), " complex"),
+        (Tensor.to_sparse, " sparse"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), " quantized"),
+        (lambda value: value.to("meta"), " without data"),
+    ],
+    ids=["integer", "complex", "sparse", "quantized", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantize", "ignore:.* of rank .* has .* parameters and the dense weight")
+def test_a_layer_of_which_one_factor_is_spoilt_keeps_its_own(
+    spoil: Any, kind: str, method: Any, tmp_path: Path
+) -> None:
+    """Its rank too, whether it is the file's or another."""
+    for ranks in ((3, 2), (2, 3), (3, 3)):
+        source, target = (tensorize(net(), [Rule("0", method(rank))], init="random") for rank in ranks)
+        state, before, rank = source.state_dict(), copy.deepcopy(target.state_dict()), target[0].rank
+        last = [key for key in state if key.startswith("0.factors.")][-1]
+        torch.save(state | {last: spoil(state[last])}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=re.escape(last)):
+            load_checkpoint(tmp_path / "a.pt", target)
+        assert target[0].rank == rank
+        torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+        report = load_checkpoint(tmp_path / "a.pt", target, strict=False)
+        found = {key: theirs for key, theirs, _ in report.mismatched}
+        assert last in report.unexpected or found[last] == f"{tuple(state[last].shape)}{kind}"
+        assert not any("factors" in key for key in report.matched)
+        assert target[0].rank == rank
+        expected = {key: before[key] if "factors" in key else state[key] for key in before}
+        torch.testing.assert_close(target.state_dict(), expected, rtol=0, atol=0)
+
+
+def spoilt(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of which one to three entries are of another kind, layout or shape, or missing, or too many."""
+    made = dict(state)
+    for key in random.sample(list(state), random.choice([1, 1, 2, 3])):
+        value = state[key]
+        match random.randrange(9):
+            case 0:
+                made[key] = value.long()
+            case 1:
+                made[key] = value.to(torch.complex64)
+            case 2:
+                made[key] = value.to_sparse() if value.dim() else value
+            case 3:
+                made[key] = value.to("meta")
+            case 4:
+                made[key] = value.unsqueeze(0)
+            case 5:
+                made[key] = value[:-1] if value.dim() else value
+            case 6:
+                del made[key]
+            case 7:
+                made[f"{key}1"] = value
+            case 8:
+                made[key] = torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)
+    return made
+
+
+class Twice(nn.Module):
+    """A layer that two names share, and one beside it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.first, self.beside = case.dense(), nn.Linear(3, 3)
+        self.again = self.first
+
+
+@pytest.mark.filterwarnings("ignore:.*adopted from the loaded state", "ignore:.*quantized", "ignore:.*Sparse")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_drawn_factors_are_loaded_together_or_not_at_all(case: Case, tmp_path: Path) -> None:
+    """A load that raises leaves the model as it was, and one that does not what it says did not match."""
+    random.seed(case.name)
+    raised = 0
+    for _ in range(12):
+        source, target = (
+            tensorize(Twice(case), [Rule("first", case.method(rank))], init="random")
+            for rank in random.choices([case.rank, case.smaller_rank], k=2)
+        )
+        before, rank, state = copy.deepcopy(target.state_dict()), target.first.rank, spoilt(source.state_dict())
+        torch.save(state, tmp_path / "a.pt")
+        try:
+            report = load_checkpoint(tmp_path / "a.pt", target, strict=random.random() < 0.2)
+        except CheckpointError:
+            raised += 1
+            assert target.first.rank == rank
+            torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+            continue
+        after, matched = target.state_dict(), {key.replace("again.", "first.") for key in report.matched}
+        factors = {key for key in after if key.startswith("first.factors.")}
+        assert not factors & matched or factors <= matched
+        expected = {key: state[key] if key in report.matched else before.get(key) for key in after}
+        for key, value in after.items():
+            given = [expected[key] for key in (key, key.replace("first.", "again."), key.replace("again.", "first."))]
+            assert any(other is not None and torch.equal(value, other) for other in given), key
+        assert target.first.rank == rank or factors <= matched
+    assert raised < 12
 
 
 def test_a_rank_that_no_layer_has_is_not_allocated(tmp_path: Path) -> None:

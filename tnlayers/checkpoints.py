@@ -10,9 +10,8 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tnlayers.state_dicts import USUAL_KEYS, Copy, find_copies, needed, prefixes
 from tnlayers.structure import (
     CheckpointError,
     adopted_shapes,
+    as_checkpoint_error,
     check_plain,
-    naming,
+    factor_keys,
     restructure,
     shortened,
     structure_of,
@@ -36,15 +37,11 @@ __all__ = ["LoadReport", "fitting_state", "load_checkpoint", "read_checkpoint", 
 
 _METADATA = "tnlayers"
 
-_PREFIX = re.compile(r"(?:(?:module|model|net|_orig_mod|ema_model|ema)\.)*")
-_NESTED = ("state_dict", "model_state_dict", "model", "net")
-_AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
-# Counters: a file may lack BatchNorm's, and torch's AveragedModel has one of its own.
-_MAY_LACK, _MAY_ADD = "num_batches_tracked", "n_averaged"
+# torch's AveragedModel has a counter of its own.
+_MAY_ADD = "n_averaged"
 _SHOWN = 4
 _KEY = 60
 _LIST = 220
-_DEPTH = 4
 # How torch says that a pickle names a class or a function that is not on its list.
 _CODE = ("Unsupported global", "Unsupported class", "not an allowed global", "unrecognized function", "is blocked")
 
@@ -57,7 +54,8 @@ class LoadReport:
         matched: keys of the model that were loaded.
         missing: keys of the model that the file does not have.
         unexpected: keys of the file that the model does not have, as they stand in the file.
-        mismatched: keys that both have with another shape or kind of number: (key, the file's, the model's).
+        mismatched: keys that both have with another shape or kind of number: (key, the file's, the model's). The factors of a
+            layer are loaded together, so that those which would fit follow where one of them does not.
         prefix: what was taken off the file's keys.
         left: under which keys the file has averaged weights beside the plain ones, which were taken.
     """
@@ -77,14 +75,19 @@ class LoadReport:
             parts.append(f"{len(self.unexpected)} unexpected ({_few(self.unexpected)})")
         if self.mismatched:
             shapes = [
-                f"{shortened(key, _KEY)}: {theirs} in the file, {ours} in the model"
+                f"{shortened(key, _KEY)}: "
+                + (
+                    f"{theirs} in the file, {ours} in the model"
+                    if theirs != ours
+                    else "left with its layer's other factors"
+                )
                 for key, theirs, ours in self.mismatched[:_SHOWN]
             ]
             parts.append(f"{len(self.mismatched)} of another shape ({_few(shapes, len(self.mismatched))})")
         if self.prefix:
             parts.append(f"prefix {shortened(self.prefix, _KEY)!r} taken off")
         if self.left:
-            parts.append(f"plain weights taken and the averaged ones under {self.left[0]!r} left")
+            parts.append(f"plain weights taken and the averaged ones under {shortened(self.left[0], _KEY)!r} left")
         return ", ".join(parts)
 
 
@@ -138,8 +141,9 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
     A file of ours says which layers are tensorized, and how: the model's layers become those, whatever they were. Any other
     file has to have the model's own, of which factorized ones may have other ranks: the model's layers adopt those. The state
     dict may be nested under a usual key and its keys may carry usual prefixes (`module.`, `model.`, `net.`, `_orig_mod.`,
-    `ema_model.`, `ema.`, in any combination), or any other under which all the model's keys are found. Averaged weights
-    (`state_dict_ema`, `model_ema`, `ema`) are taken where a file has no plain ones. Counters of batches may be missing.
+    `ema_model.`, `ema.`, in any combination), or either may be any other under which all the model's keys are found. Averaged
+    weights (`state_dict_ema`, `model_ema`, `ema`) are taken where a file has no plain ones. Of copies that nothing but their
+    names tells apart (`student`, `teacher`) none is taken: save the one that you mean alone. Counters of batches may be missing.
 
     Args:
         path: the file.
@@ -174,53 +178,80 @@ def fitting_state(
     Raises:
         CheckpointError: no state dict, nothing that matches, or (strict) not all.
     """
-    state, left = _tensors(content)
-    if not state:
+    copies = find_copies(content, model.state_dict())
+    if not copies:
         raise CheckpointError(
-            f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, _NESTED))}"
+            f"{path} holds no state dict; expected one at the top or under {', '.join(map(repr, USUAL_KEYS))}"
         )
+    taken, *others = copies
+    alike = [other for other in others if other.like(taken)]
+    state, report = _fit(taken, model)
+    report = replace(report, left=_left(taken, others))
+    if alike or not state or (strict and (report.missing or report.unexpected or report.mismatched)):
+        beside = [other for other in others if other.whole and other.keys == taken.keys]
+        hint = _choice(taken, alike or beside, free=not alike) if alike or beside else _hint(report, taken, model)
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
+    return state, report
+
+
+def _fit(taken: Copy, model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
+    """What of a copy fits, by the model's own keys."""
+    given = {key.removeprefix(taken.prefix): value for key, value in taken.state.items()}
     present = model.state_dict()
-    prefixes = _prefixes(state, present)
-    copies = [prefix for prefix, count in prefixes.items() if count >= sum(map(_needed, present))]
-    usual = [prefix for prefix in prefixes if _PREFIX.fullmatch(prefix) or prefix in copies]
-    prefix = max(sorted(usual, key=len), key=prefixes.__getitem__)
-    stripped = {key.removeprefix(prefix): value for key, value in state.items()}
-    shapes = adopted_shapes(model, {key: tuple(value.shape) for key, value in stripped.items()})
     own = {
         key: _kind(present[key]) if key in present and present[key].shape == shape else str(shape)
-        for key, shape in shapes.items()
+        for key, shape in adopted_shapes(model, given).items()
     }
-    same = [key for key in own if key in stripped and _kind(stripped[key]) == own[key]]
+    fits = {key for key in own if key in given and _kind(given[key]) == own[key]}
+    for start in factor_keys(model):  # the factors of a layer are one weight: all of them are loaded, or none
+        factors = {key for key in own.keys() | given if key.startswith(start)}
+        fits -= factors if factors - fits else set()
+    mismatched = [(key, _kind(given[key]), own[key]) for key in own if key in given and key not in fits]
     report = LoadReport(
-        matched=tuple(same),
-        missing=tuple(key for key in own if key not in stripped and _needed(key)),
+        matched=tuple(key for key in own if key in fits),
+        missing=tuple(key for key in own if key not in given and needed(key)),
         unexpected=tuple(
-            key for key in state if key.removeprefix(prefix) not in own and key.rpartition(".")[2] != _MAY_ADD
+            key
+            for key in taken.state
+            if key.removeprefix(taken.prefix) not in own and key.rpartition(".")[2] != _MAY_ADD
         ),
-        mismatched=tuple((key, _kind(stripped[key]), own[key]) for key in own if key in stripped and key not in same),
-        prefix=prefix,
-        left=left,
+        mismatched=tuple(sorted(mismatched, key=lambda entry: entry[1] == entry[2])),
+        prefix=taken.prefix,
     )
-    if not report.matched or (strict and (report.missing or report.unexpected or report.mismatched)):
-        hint = _hint(report, prefixes, copies, len(own))
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
-    return {key: stripped[key] for key in same}, report
+    return {key: given[key] for key in report.matched}, report
 
 
-def _hint(report: LoadReport, prefixes: Mapping[str, int], copies: Sequence[str], size: int) -> str:
+def _left(taken: Copy, others: Sequence[Copy]) -> tuple[str, ...]:
+    """Where a file has averages that were not taken."""
+    if taken.averaged:
+        return ()
+    nested = [".".join(copy.keys) for copy in others if copy.averaged and copy.found and copy.keys != taken.keys]
+    beside = [copy.prefix for copy in others if copy.averaged and copy.whole and copy.keys == taken.keys]
+    return tuple(dict.fromkeys(nested + beside))
+
+
+def _choice(taken: Copy, others: Sequence[Copy], *, free: bool) -> str:
+    """That a file holds several copies, and how to choose one."""
+    names = [repr(shortened(str(copy), _KEY)) for copy in (taken, *others)]
+    said = (
+        f"it holds these weights {len(names)} times, under the prefixes {_few(names)}; save those that you mean alone"
+    )
+    return f"{said}, or load with strict=False, which takes {names[0]}" if free else said
+
+
+def _hint(report: LoadReport, taken: Copy, model: nn.Module) -> str:
     """What is most likely wrong, and what to do about it."""
-    if len(copies) > 1:
-        under = _few([repr(shortened(prefix, _KEY)) for prefix in copies])
-        return f"it holds these weights {len(copies)} times, under the prefixes {under}; save those that you mean alone"
+    own = model.state_dict()
+    size, found = len(own), prefixes(taken.state, own)
     if _factors(report.unexpected):
         return "it holds factorized layers: tensorize the model by the same rules first"
-    if _factors(report.missing):
-        return "its layers are dense and the model's are factorized: load it before you tensorize the model"
     if _factors([key for key, *_ in report.mismatched]):
         return "its factorized layers are of another method or shape: tensorize the model by the file's rules"
-    best = max(prefixes, key=prefixes.__getitem__)
-    if prefixes[best] > prefixes.get(report.prefix, 0) and 2 * prefixes[best] >= size:
-        return f"{prefixes[best]} of its keys are the model's after the prefix {shortened(best, _KEY)!r}: take it off"
+    if _factors(report.missing):
+        return "its layers are dense and the model's are factorized: load it before you tensorize the model"
+    best = max(found, key=found.__getitem__)
+    if found[best] > taken.found and 2 * found[best] >= size:
+        return f"{found[best]} of its keys are the model's after the prefix {shortened(best, _KEY)!r}: take it off"
     if not (report.missing or report.unexpected) and (head := _head(report.mismatched)):
         name, theirs, ours = head
         return (
@@ -299,7 +330,7 @@ def _load(path: Path) -> Any:
 
 def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> dict[str, Any]:
     """The contents of a file of `save_safetensors`, in the form of the other checkpoints."""
-    with naming(f"{path} has a description that is not understood"):
+    with as_checkpoint_error(f"{path} has a description that is not understood"):
         try:
             about = json.loads(description)
         except RecursionError:
@@ -318,48 +349,12 @@ def _is_pickle(path: Path) -> bool:
         return file.read(1) == b"\x80"
 
 
-def _tensors(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict in a checkpoint, at the top or nested under the usual keys; and the averaged ones beside it."""
-    left: list[str] = []
-    for _ in range(_DEPTH):
-        plain, averaged = (
-            [key for key in keys if isinstance(content.get(key), Mapping)] for keys in (_NESTED, _AVERAGED)
-        )
-        if plain or any(isinstance(value, Tensor) for value in content.values()):
-            left += averaged
-        if not (nested := plain or ([] if left else averaged)):
-            break
-        content = content[nested[0]]
-    state = {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, Tensor) and not value.is_meta
-    }
-    return state, tuple(left)
-
-
-def _prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[str]:
-    """How many of the model's keys are in the file after each prefix; the empty one is always among them."""
-    found = Counter({"": 0})
-    for key in state:
-        rest = key
-        for _ in range(2 * _DEPTH):
-            if _PREFIX.fullmatch(prefix := key.removesuffix(rest)) or rest in own:
-                found[prefix] += rest in own and _needed(rest)
-            rest = rest.partition(".")[2]
-            if not rest:
-                break
-    return found
-
-
-def _needed(key: str) -> bool:
-    return not key.endswith(_MAY_LACK)
-
-
 def _kind(value: Tensor) -> str:
-    """The shape, and the kind of number where it is not the usual one."""
+    """The shape, and the kind of number and the layout where they are not the usual ones."""
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
-    return f"{tuple(value.shape)}{number}{'' if value.layout is torch.strided else ' sparse'}"
+    number = " quantized" if value.is_quantized else number
+    layout = " without data" if value.is_meta else "" if value.layout is torch.strided else " sparse"
+    return f"{tuple(value.shape)}{number}{layout}"
 
 
 def _few(items: Sequence[str], count: int = 0) -> str:

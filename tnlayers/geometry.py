@@ -93,6 +93,18 @@ class Geometry:
         factor_shapes = self.network(factorization).shapes(self.sizes(factorization, ranks))
         return dict(factorization.parameter_shapes(factor_shapes, ranks))
 
+    def with_ranks_of(self, factorization: Factorization, shapes: Mapping[str, tuple[int, ...]]) -> Factorization:
+        """The factorization, of the ranks that parameters of these shapes have.
+
+        Raises:
+            ValueError: they are no parameters of it, or of ranks that no weight attains, which could ask for all memory.
+        """
+        ranks = factorization.ranks_from(self.network(factorization), shapes)
+        explicit, attained = factorization.with_rank(ranks), factorization.clamp(self.weight_shape, ranks)
+        if ranks != attained or self.parameter_shapes(explicit, ranks) != shapes:
+            raise ValueError(f"parameters of the shapes {dict(shapes)} are not those of {explicit}")
+        return explicit
+
     def network_macs(self, network: Network, sizes: Mapping[str, int], groups: Partition, calls: Sequence[Call]) -> int:
         """Multiply-accumulates of a plan in all the calls, once its weights are merged."""
         return sum(call.rows * macs(network, sizes, groups, self.axes, self._input_size(call)) for call in calls)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tnlayers.factorizations import Factorization
 from tnlayers.factorized import FactorizedLayer, arguments
@@ -19,7 +20,16 @@ from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
 from tnlayers.surgery import factorize, methods_of, refusal, replace_layers
 
-__all__ = ["CheckpointError", "adopted_shapes", "check_plain", "naming", "restructure", "shortened", "structure_of"]
+__all__ = [
+    "CheckpointError",
+    "adopted_shapes",
+    "as_checkpoint_error",
+    "check_plain",
+    "factor_keys",
+    "restructure",
+    "shortened",
+    "structure_of",
+]
 
 _VERSION = 1
 _DEPTH = 8
@@ -56,9 +66,9 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
     """
     if structure is None:
         return {}
-    with naming(f"{source} has a structure that is not understood"):
+    with as_checkpoint_error(f"{source} has a structure that is not understood"):
         wanted = _read(structure)
-    with naming(f"{source} does not fit {type(model).__name__}"):
+    with as_checkpoint_error(f"{source} does not fit {type(model).__name__}"):
         layers = {name: module for name, module in model.named_modules() if _dense(module)}
         for name, (_, dense) in wanted.items():
             _check_dense(name, dense, layers)
@@ -70,25 +80,29 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
     return replacements
 
 
-def adopted_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the model's state has once a state of these shapes is loaded: its layers adopt other ranks.
-
-    A rank that cannot be of a layer is not taken: it would be allocated.
-    """
+def adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the model's state has once this one is loaded: its layers adopt the ranks of whole sets of factors."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, FactorizedLayer) or layer.factorization.joint:
+    for start, layer in factor_keys(model).items():
+        given = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if layer.factorization.joint or not all(map(_holds_numbers, given.values())):
             continue
-        start, method, geometry = f"{name}.factors.".lstrip("."), layer.factorization, layer.geometry
-        given = {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}
+        shapes = {key: tuple(value.shape) for key, value in given.items()}
         with suppress(ValueError):
-            ranks = method.ranks_from(layer.network, given)
-            explicit = method.with_rank(ranks)
-            attained = method.clamp(geometry.weight_shape, ranks) == ranks
-            if attained and geometry.parameter_shapes(explicit, ranks) == given:
-                own = {key: shape for key, shape in own.items() if not key.startswith(start)}
-                own |= {f"{start}{key}": shape for key, shape in given.items()}
+            layer.geometry.with_ranks_of(layer.factorization, shapes)
+            own = {key: shape for key, shape in own.items() if not key.startswith(start)}
+            own |= {f"{start}{key}": shape for key, shape in shapes.items()}
     return own
+
+
+def factor_keys(model: nn.Module) -> dict[str, FactorizedLayer]:
+    """The factorized layers of a model, by what the state dict's keys of their factors start with."""
+    layers = model.named_modules(remove_duplicate=False)
+    return {f"{name}.factors.".lstrip("."): layer for name, layer in layers if isinstance(layer, FactorizedLayer)}
+
+
+def _holds_numbers(factor: Tensor) -> bool:
+    return factor.is_floating_point() and factor.layout is torch.strided and not factor.is_meta
 
 
 def _replacements(
@@ -193,7 +207,7 @@ def check_plain(value: object) -> None:
 
 
 @contextmanager
-def naming(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+def as_checkpoint_error(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     """What goes wrong inside is an error of the checkpoint, in a message of bounded length."""
     try:
         yield

@@ -1,8 +1,8 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from lightning_modules.callbacks.rank_steps import Step, steps_of
 from lightning_modules.classifier import ImageClassifier
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 from tnlayers.checkpoints import read_checkpoint
-from tnlayers.structure import naming, shortened
+from tnlayers.structure import as_checkpoint_error, shortened
+from tnlayers.surgery import naming
 
 __all__ = ["RankSchedule"]
 
@@ -63,7 +64,9 @@ class RankSchedule(Callback):
         return {"applied": dict(self.applied)} if self.steps else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with naming("the checkpoint has a rank schedule that is not understood", Exception):  # whatever it may hold
+        with as_checkpoint_error(
+            "the checkpoint has a rank schedule that is not understood", Exception
+        ):  # whatever it may hold
             self.applied = {int(epoch): shortened(str(step), 60) for epoch, step in state_dict["applied"].items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,7 +94,7 @@ class RankSchedule(Callback):
                     )
                 continue
             assert isinstance(pl_module, ImageClassifier)
-            with _naming(epoch):
+            with naming(f"RankSchedule at epoch {epoch}"):
                 step.check(pl_module, trainer.datamodule, self.pattern)  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +122,7 @@ class RankSchedule(Callback):
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                with _naming(trainer.current_epoch):
+                with naming(f"RankSchedule at epoch {trainer.current_epoch}"):
                     _check_finite(trainer, module)
                     rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
             except Exception as error:  # whatever it is, the other processes must not wait for rules
@@ -128,14 +131,6 @@ class RankSchedule(Callback):
         if said:
             raise problem or ValueError(said)
         return rules_from_plain(rules)
-
-
-@contextmanager
-def _naming(epoch: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"RankSchedule at epoch {epoch}: {error}") from None
 
 
 def _check_finite(trainer: Trainer, module: ImageClassifier) -> None:
