@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from lightning_modules import files, quickstart
 from lightning_modules.alone import LOCK, alone, claimed, first_unused
 from lightning_modules.files import append, whole_folder, write_files
+from tests import killed_commands
 from tests.commands import DIGITS, QUIET, tnlayers
+from tests.killed_commands import RULES
 from tests.processes import Forks
-
-RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
-COMPRESSED = {"model.ckpt", "config.yaml", "report.md", "report.json", "layers.png", "accuracy.png", "logs"}
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -167,22 +165,11 @@ def test_two_writers_of_a_result(tmp_path: Path) -> None:
 
 def test_compress_is_killed_and_started_again(forks: Forks, dense: Path, tmp_path: Path) -> None:
     """Before its folder is complete there is none, and the same command begins anew; a result is not written over."""
-    start = time.monotonic()
-    assert forks.start(compress(dense, Path("whole")), tmp_path).wait() == 0
-    seconds = time.monotonic() - start
-    run = forks.start(compress(dense, Path("out")), tmp_path)
-    time.sleep(random.uniform(0.2, 0.9) * seconds)
-    if not (tmp_path / "out").exists():
-        run.kill()
-    assert run.wait() in (-signal.SIGKILL, 0)
-    if not (tmp_path / "out").exists():
-        assert forks.start(compress(dense, Path("out")), tmp_path).wait() == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} - {LOCK} == COMPRESSED
-    torch.load(tmp_path / "out/model.ckpt", weights_only=True)
-    assert not list(tmp_path.glob(".*"))
-    again = forks.start(compress(dense, Path("out")), tmp_path)
-    assert again.wait() == 2
-    assert "out already holds a run; give another --out" in again.said
+    job = killed_commands.compress(dense)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    seconds, whole = killed_commands.run_whole(job, forks, tmp_path / "whole")
+    killed_commands.check(job, forks, tmp_path / "killed", random.uniform(0.2, 0.9) * seconds, whole)
 
 
 def test_fit_on_a_run_that_another_job_trains(forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,10 +25,8 @@ from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.interrupts import interruptible
 from lightning_modules.resume import newest_checkpoint
 from tests.commands import DIGITS, QUIET, output_to, tnlayers
+from tests.killed_commands import RULES, STEPS
 from tests.processes import Forks, finish, start
-
-RULES = ["--model.rules", "[{pattern: conv3, method: Tucker, rank: 8}]"]
-STEPS = 21  # of an epoch on the digits
 
 
 def fit(epochs: int = 500, *options: str) -> list[str]:
