@@ -347,7 +347,7 @@ def test_a_rank_that_no_layer_has_is_not_allocated(tmp_path: Path) -> None:
     target = tensorize(net(), TUCKER)
     state = target.state_dict()
     one = torch.zeros(1)
-    state |= {"0.factors.input": one.expand(10**12, 3), "0.factors.core": one.expand(2, 10**12, 3, 3)}
+    state |= {"0.factors.input": one.expand(10**12, 3), "0.factors.core": one.expand(3, 10**12, 3, 3)}
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="does not fit Sequential"):
         load_checkpoint(tmp_path / "a.pt", target)
