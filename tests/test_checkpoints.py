@@ -352,6 +352,9 @@ def test_a_rank_that_no_layer_has_is_not_allocated(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit Sequential"):
         load_checkpoint(tmp_path / "a.pt", target)
     assert target[0].rank == (3, 2)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        target.load_state_dict(state)
+    assert target[0].rank == (3, 2)
 
 
 class Hostile:

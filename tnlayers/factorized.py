@@ -429,11 +429,11 @@ def _adopt_ranks(layer: FactorizedLayer, state: dict[str, Any], prefix: str) -> 
     if layer.factorization.joint:
         return
     with suppress(ValueError):
-        ranks = layer.factorization.ranks_from(layer.network, shapes)
-        if ranks != layer.ranks and layer.geometry.parameter_shapes(layer.factorization, ranks) == shapes:
-            layer._adopt(layer.factorization.with_rank(ranks), anew=True, **layer._like)
+        adopted = layer.geometry.with_ranks_of(layer.factorization, shapes)
+        if adopted.rank != layer.ranks:
+            layer._adopt(adopted, anew=True, **layer._like)
             warnings.warn(
-                f"{prefix.rstrip('.') or type(layer).__name__}: rank {ranks} adopted from the loaded state; "
+                f"{prefix.rstrip('.') or type(layer).__name__}: rank {adopted.rank} adopted from the loaded state; "
                 "an optimizer made before holds the old factors: make it anew",
                 stacklevel=2,
             )
