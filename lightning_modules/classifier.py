@@ -139,6 +139,11 @@ class ImageClassifier(LightningModule):
         take the net's precision, and what is computed of the outputs (losses, probabilities) has at least float32's.
         """
         logits = self.net(x.to(self.dtype, memory_format=torch.channels_last))
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"net {self.hparams['net']!r} gives {type(logits).__name__} in training and not logits alone: leave its auxiliary outputs "
+                "out, such as by --model.net_options '{aux_logits: false}'"
+            )
         return logits.float() if logits.dtype.itemsize < 4 else logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -190,6 +195,7 @@ class ImageClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        _check_eps(optimizer)
         if self._lr_scheduler is not None:
             scheduler = self._lr_scheduler(optimizer)
             watched = {"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {}
@@ -223,6 +229,19 @@ class ImageClassifier(LightningModule):
                 raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: {start}")
         state, _ = fitting_state(checkpoint, self.net, path)
         checkpoint["state_dict"] = {f"net.{key}": value for key, value in (self.net.state_dict() | state).items()}
+
+
+def _check_eps(optimizer: torch.optim.Optimizer) -> None:
+    """Adam and its kin divide by eps where a gradient's square is too small for the dtype, and then by zero if eps is too."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if isinstance(eps, float) and eps > 0 and torch.tensor(eps, dtype=dtype) == 0:
+                name = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{type(optimizer).__name__}'s eps {eps} is 0 in {name}, the dtype of the weights under --trainer.precision "
+                    "16-true, and weights would become nan: give --model.optimizer.eps 1e-4, or --trainer.precision 16-mixed or bf16-true"
+                )
 
 
 def _check_averages(trainer: Trainer) -> None:

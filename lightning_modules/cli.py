@@ -1,6 +1,5 @@
 """The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
 
-import dis
 import errno
 import signal
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lightning_modules.errors import FOR_USERS, OURS, raised_in
 from lightning_modules.interrupts import TERMINATED, interruptible
 
 __all__ = ["main"]
@@ -15,7 +15,6 @@ __all__ = ["main"]
 _LENGTH = 960
 # The last of them says that a module lacks what a callback asks of it.
 _MADE_BY_OPTIONS = ("lightning.", "torch.optim.", "torch.nn.modules.module")
-_FOR_USERS = (ValueError, OSError, ArithmeticError)
 
 _HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
 
@@ -98,11 +97,11 @@ def _users_error(error: BaseException | None) -> BaseException | None:
     while error is not None:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    for packages in (("tnlayers", "lightning_modules"), ("lightning",)):
+    for packages in (OURS, ("lightning",)):
         for link in chain:
             # A kind of error that is ours may be raised by others: torch does it with what a worker raised.
-            ours = {_raised_in(link), type(link).__module__.partition(".")[0]}
-            if isinstance(link, _FOR_USERS) and not ours.isdisjoint(packages):
+            ours = {raised_in(link), type(link).__module__.partition(".")[0]}
+            if isinstance(link, FOR_USERS) and not ours.isdisjoint(packages):
                 return link
     refused = (ArgumentError, MemoryError)
     found = next(
@@ -131,7 +130,7 @@ def _by_options_alone(error: BaseException) -> bool:
     if entered is None or isinstance(error, AssertionError):
         return False
     called = {name.partition(".")[0] for name in names[entered:]}
-    return called.isdisjoint({"tnlayers", "lightning_modules"}) and names[-1].startswith(_MADE_BY_OPTIONS)
+    return called.isdisjoint(OURS) and names[-1].startswith(_MADE_BY_OPTIONS)
 
 
 def _places(error: BaseException) -> list[dict[str, Any]]:
@@ -149,16 +148,6 @@ def _one_line(error: BaseException) -> str:
     """Of bounded length: the beginning says what and where, the end how to mend it."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LENGTH else f"{text[: _LENGTH // 2]} ... {text[-_LENGTH // 2 + 5 :]}"
-
-
-def _raised_in(error: BaseException) -> str | None:
-    """The package whose `raise` statement an error comes from; None where Python itself raised it, which is a bug."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or last.tb_frame.f_code.co_code[last.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
-        return None
-    return last.tb_frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def _is_disk(error: BaseException) -> bool:

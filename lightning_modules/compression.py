@@ -54,6 +54,7 @@ def compress(
         checkpoint: of the dense net, or of a tensorized one that is to be compressed further.
         out: an empty folder.
     """
+    trainer.precision_plugin.convert_module(model)  # ranks are chosen in the dtype that the factors will have
     loaded = model.load(checkpoint)
     stage = "before" if rules_of(model.net) else "dense"
     to_dense(model.net, model.rules)
@@ -67,7 +68,8 @@ def compress(
     notes = [f"from        {checkpoint}: {loaded}"]
     verb = "re-estimated on training pictures" if recalibrated else "kept: new ones did not bring the outputs nearer"
     notes.append(f"BatchNorm   statistics {verb}")
-    example = batches[0].cpu().contiguous(memory_format=torch.channels_last)  # as the classifier runs it
+    # As the classifier runs it.
+    example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
@@ -104,7 +106,7 @@ def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Te
         norm.train()
     with torch.no_grad():
         for pictures in estimate:
-            net(pictures.to(next(net.parameters()).device))
+            net(pictures.to(next(net.parameters())))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     better = _agreement(net, dense, judge) > agreement
@@ -117,13 +119,13 @@ def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> f
     """How near the outputs are: minus the mean KL divergence of the dense net's probabilities from the net's."""
     net.eval()
     dense.eval()
-    device = next(net.parameters()).device
-    dense.to(device)
+    like = next(net.parameters())
+    dense.to(like.device)
+    losses = []
     with torch.no_grad():
-        losses = [
-            nn.functional.kl_div(net(x).log_softmax(1), dense(x).log_softmax(1), log_target=True, reduction="batchmean")
-            for x in (pictures.to(device) for pictures in batches)
-        ]
+        for x in (pictures.to(like) for pictures in batches):
+            ours, theirs = (each(x).float().log_softmax(1) for each in (net, dense))
+            losses.append(nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
     return -float(torch.stack(losses).mean())
 
 

@@ -114,6 +114,10 @@ def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:
         path = f"{above}{key.value}" if isinstance(key, yaml.ScalarNode) else ""
         if not above and path in _COMMANDS and isinstance(value, yaml.MappingNode):
             _check_sections(value, name)
+        if path == "config" and not value.tag.endswith(":null"):
+            raise ValueError(
+                f"{name}, line {key.start_mark.line + 1}: a configuration names no other one; give each a -c of its own"
+            )
         if path not in SECTIONS:
             continue
         if isinstance(value, yaml.MappingNode):

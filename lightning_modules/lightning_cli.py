@@ -37,8 +37,10 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.configurations import check_yaml
 from lightning_modules.data import ImageData
+from lightning_modules.errors import OURS, is_bug
 from lightning_modules.files import aside, whole_folder, write_files
 from lightning_modules.loggers import log_config, run_folder
+from lightning_modules.processes import check_processes
 from lightning_modules.progress import progress_bar
 from lightning_modules.resume import begin_run, is_first_process
 from lightning_modules.study import (
@@ -69,6 +71,7 @@ _HARMLESS = (
     "Checkpoint directory .* exists and is not empty",
 )
 
+_LIBRARIES = {"lightning", "pytorch_lightning", "torch"}
 _SOME_EPOCHS = " --trainer.max_epochs 15"
 
 
@@ -95,6 +98,10 @@ class CompressionTrainer(Trainer):
             raise ValueError(
                 f"val_check_interval {val_check_interval}: expected a number of batches, or a part of an epoch, above 0"
             )
+        devices = str(kwargs.get("devices"))
+        # Of other devices there are only so many.
+        if kwargs.get("accelerator", "auto") in ("auto", "cpu") and devices.isdecimal():
+            check_processes("trainer.devices", int(devices))
         numbers = {
             "accumulate_grad_batches": accumulate_grad_batches,
             "check_val_every_n_epoch": check_val_every_n_epoch,
@@ -177,6 +184,8 @@ class TensorCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except Exception as error:  # devices that are no number, a precision that needs a library, two progress bars
+            if is_bug(error):
+                raise
             raise ValueError(f"the trainer cannot be made of its options (--trainer): {error}") from error
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
@@ -318,11 +327,12 @@ def resolved_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dic
 
 
 def _made(kind: type, *args: Any, **options: Any) -> Any:
-    """An object of a library's class; what the class does not take is an error of whoever gave the options."""
+    """An object of a class; what a library's does not take is an error of whoever gave the options, as is what another refuses."""
     try:
         return kind(*args, **options)
     except Exception as error:
-        if kind.__module__.startswith("lightning_modules."):
+        package = kind.__module__.partition(".")[0]
+        if package in OURS or is_bug(error, *{package} - _LIBRARIES):
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(f"{kind.__name__} cannot be made with the options {given}: {error}") from error

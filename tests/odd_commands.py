@@ -37,7 +37,6 @@ TRAINER = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-# No number of workers or devices above one: a command may start as many as it is asked for.
 OPTIONS = [
     *(f"trainer.{name}" for name in (
         "accelerator", "strategy", "precision", "logger", "callbacks", "fast_dev_run", "min_epochs", "min_steps", "max_time",
@@ -50,7 +49,7 @@ OPTIONS = [
         "net", "net_options", "init_from", "rules", "init", "teacher", "distill_weight", "temperature", "optimizer",
         "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "lr_scheduler", "num_classes", "input_shape",
     )),
-    *(f"data.{name}" for name in ("batch_size", "val_fraction", "split_seed", "augment", "mean", "std", "root")),
+    *(f"data.{name}" for name in ("batch_size", "val_fraction", "split_seed", "augment", "mean", "std", "root", "num_workers")),
     *(f"model_checkpoint.{name}" for name in ("monitor", "mode", "save_top_k", "every_n_epochs", "dirpath", "filename")),
     "rank_schedule.ranks", "rank_schedule.pattern", "seed_everything", "ckpt_path", "checkpoint", "out", "dense", "nonsense",
     "model", "data", "trainer", "config",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -152,6 +153,16 @@ CASES += [
     ("devices", [*FIT, "--trainer.accelerator", "cpu", "--trainer.devices", "two"], ["--trainer", "`devices`"]),
     ("early stopping", [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "x"],
      ["EarlyStopping", "`x`", "val/loss"]),
+    ("too many devices", [*FIT, "--trainer.accelerator", "cpu", "--trainer.devices", "100000"],
+     ["devices is 100000", "processes", "--trainer.devices"]),
+    ("too many workers", [*FIT, "--data.num_workers", "100000"], ["num_workers is 100000", "processes"]),
+    ("small pictures", [*FIT, "--model.net", "timm/vgg11"], ["'timm/vgg11'", "8x8", "--data.image_size 32"]),
+    ("auxiliary outputs", ["fit", *FOLDERS[1:], "--data.root", "@pictures", "--data.image_size", "64", "--trainer.max_epochs", "1",
+     "--model.net", "torchvision/googlenet", "--model.net_options", "{init_weights: false}"],
+     ["'torchvision/googlenet'", "GoogLeNetOutputs", "aux_logits: false"]),
+    ("eps of zero", [*FIT, "--trainer.precision", "16-true"], ["AdamW's eps 1e-08", "float16", "--trainer.precision 16-mixed"]),
+    ("net's option of a wrong type", [*FIT, "--model.net_options", "{widths: [a, b, c, d]}"], ["widths is ['a', 'b'"]),
+    ("class of a user's", [*FIT, "--trainer.callbacks+=tests.test_cli.Particular"], ["Particular", "number=1", "give 2"]),
     ("scheduler's step", [*FIT, "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
      "--model.lr_scheduler.step_size", "0"], ["StepLR", "integer modulo by zero"]),
     ("sparse optimizer", [*FIT, "--model.optimizer", "torch.optim.SparseAdam"], ["SparseAdam", "dense gradients"]),
@@ -350,6 +361,10 @@ CONFIGURATIONS: list[tuple[str, list[str]]] = [
     ("model:\n  net: cnn4\n  net: resnet20\n", ["line 3", "'net'", "twice", "line 2"]),
     ("model:\n  rules:\n  - {pattern: conv2, pattern: conv3}\n", ["line 3", "'pattern'"]),
     ("model: {}\nmodel: {}\n", ["line 2", "'model'"]),
+    *(
+        (f"seed_everything: 1\nconfig: {value}\n", ["line 2", "-c of its own"])
+        for value in ("[]", "3", "{class_path: x}", "a.yaml")
+    ),
 ]
 
 
@@ -419,9 +434,15 @@ def test_every_precision_works(precision: str, dense: Path, tmp_path: Path) -> N
     (theirs,), (ours,) = (tmp_path / "reference").rglob("metrics.csv"), (tmp_path / "logs").rglob("metrics.csv")
     losses = [metric(path.parent, "test/loss") for path in (theirs, ours)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--model.optimizer", "torch.optim.SGD"]
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--model.optimizer.eps", "1e-4"]
     taught = ["--model.teacher", dense, "--model.init_from", dense]
     assert tnlayers("fit", *DIGITS, *options, *few, *taught) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert all(value.isfinite().all() for value in weights(last).values())
+    out = tmp_path / "out"
+    assert tnlayers("compress", *DIGITS, *options, "--checkpoint", dense, "--out", out) == 0
+    accuracy = json.loads((out / "report.json").read_text())["accuracy"]
+    assert accuracy["dense"] == pytest.approx(metric(theirs.parent, "test/accuracy"), abs=0.2)
     assert tnlayers("predict", *DIGITS, *options, "--model.init_from", dense) == 0
 
 
@@ -464,13 +485,37 @@ def test_a_real_process_says_it_once(tmp_path: Path) -> None:
     assert ours[0].startswith("tnlayers: error: pattern 'cnov2' matches no layer")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise KeyError("a bug")
+class Particular(Callback):
+    """A class of a user's own, with a bug where it gets 0 and words for what it does not take."""
 
-    monkeypatch.setattr("lightning_modules.classifier.build_net", broken)
-    with pytest.raises(KeyError, match="a bug"):
-        tnlayers(*(argument.replace("@", str(tmp_path)) for argument in VALIDATE))
+    def __init__(self, number: int = 1) -> None:
+        if number != 0:
+            raise ValueError("give 2")
+        self.number = None.number  # type: ignore[attr-defined]
+
+
+# A name that is taken away from a line of ours, and the options with which a command comes to it.
+BUGS: list[tuple[str, list[str]]] = [
+    ("lightning_modules.classifier.build_net", []),
+    ("lightning_modules.lightning_cli.keeps_whole_parameters", []),
+    ("lightning_modules.nets.resnet_cifar.F", ["--model.net", "resnet20"]),
+    ("lightning_modules.nets.cnn4.nn", ["--model.net_options", "{hidden: 3}"]),
+    ("lightning_modules.loggers.CSVLogger.__init__", ["-c", str(CONFIGS / "logger/csv.yaml")]),
+    (
+        "lightning_modules.data.base.as_is",
+        ["--trainer.callbacks+=tests.test_cli.Particular", "--trainer.callbacks.number", "0"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BUGS, ids=[name for name, _ in BUGS])
+def test_a_bug_keeps_its_traceback(
+    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what a user gave becomes a line; a bug in code of ours, or of a user's own, is not blamed on the options beside it."""
+    monkeypatch.setattr(name, None)
+    with pytest.raises(Exception, match="'NoneType' object"):
+        tnlayers(*(argument.replace("@", str(tmp_path)) for argument in VALIDATE), *options)
 
 
 # ---- from a dense checkpoint to predictions

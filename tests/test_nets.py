@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_modules.data import Folders
-from lightning_modules.nets import CNN4, NETS, CIFARResNet, build_net
+from lightning_modules.nets import CNN4, NETS, CIFARResNet, build, build_net
 from lightning_modules.nets.garipov import SameMaxPool
 
 CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
@@ -52,6 +52,46 @@ def test_builds_and_runs(name: str, input_shape: tuple[int, int, int], options: 
     assert logits.shape == (2, 7)
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "reads"),
+    [
+        ("torchvision/alexnet", 8, 64),
+        ("torchvision/vgg11", 8, 32),
+        ("torchvision/vit_b_16", 32, 224),
+        ("timm/vgg11", 8, 32),
+        ("timm/vit_tiny_patch16_224", 8, 224),
+    ],
+)
+def test_pictures_that_a_net_cannot_read(name: str, size: int, reads: int) -> None:
+    """It is said before anything is trained, without a computation that large pictures would make long."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    message = (
+        rf"net '{name}' cannot read pictures of {size}x{size} \(.+\): it reads {reads}x{reads}, .* --data.image_size"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_net(name, num_classes=2, input_shape=(3, size, size))
+
+
+@pytest.mark.parametrize("name", ["cnn4", "timm/vit_tiny_patch16_224"])
+def test_trying_a_net_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it is only traced nor where it is run: random numbers, statistics and modes are as they would be."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    built = []
+    for tried in ([], ["meta"], ["cpu"]):
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            if tried != ["meta"]:
+                patch.setattr(
+                    build, "_refusal", lambda *args, tried=tried, run=build._refusal: tried and run(*args[:2], "cpu")
+                )
+            net = build_net(name, num_classes=2, input_shape=(3, 224, 224))
+        built.append((net.state_dict(), torch.get_rng_state(), [module.training for module in net.modules()]))
+    for found in built[1:]:
+        torch.testing.assert_close(found, built[0], rtol=0, atol=0)
 
 
 def test_every_own_net_is_a_case() -> None:

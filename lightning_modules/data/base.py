@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, random_spli
 from lightning_modules.data.augment import crop_flip, normalise
 from lightning_modules.data.pictures import Batch, PictureSet, as_is
 from lightning_modules.data.shares import EpochSampler, LateLoader, Padded
+from lightning_modules.processes import check_processes
 from lightning_modules.seeds import batch_seed
 
 __all__ = ["Augment", "ImageData"]
@@ -230,6 +231,7 @@ class ImageData(LightningDataModule):
             )
         if self.num_workers < 0:
             raise ValueError(f"num_workers is {self.num_workers}: give 0 to read in this process, or more")
+        check_processes("data.num_workers", self.num_workers)
         if self.augment not in get_args(Augment):
             raise ValueError(f"augment is {self.augment!r}: give one of {', '.join(get_args(Augment))}")
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:

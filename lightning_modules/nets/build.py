@@ -4,11 +4,15 @@ import inspect
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
+from itertools import chain
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
+from torch.func import functional_call
 
+from lightning_modules.errors import is_bug
 from lightning_modules.nets.caffenet import caffenet
 from lightning_modules.nets.cnn4 import CNN4
 from lightning_modules.nets.garipov import garipov_conv, garipov_conv_fc
@@ -16,6 +20,7 @@ from lightning_modules.nets.resnet50_cifar import resnet50_cifar
 from lightning_modules.nets.resnet_cifar import cifar_resnet
 from lightning_modules.nets.tai import tai_cnn, tai_nin
 from lightning_modules.nets.vgg16_cifar import vgg16_cifar
+from tnlayers.tracing import evaluating
 
 __all__ = ["NETS", "build_net"]
 
@@ -36,6 +41,8 @@ NETS: dict[str, Builder] = {
     "caffenet": caffenet,
 }
 """Our own networks: each builder takes `num_classes`, `input_shape` and its options by keyword."""
+_SIZES = (32, 64, 96, 128, 192, 224, 256, 299, 384)
+"""Heights and widths that are proposed to whoever has pictures that a net cannot read."""
 
 
 def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int], **options: Any) -> nn.Module:
@@ -68,14 +75,46 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
     else:
         raise ValueError(_unknown(name, [*NETS, *_torchvision_names()]))
     try:
-        return builder(**arguments, **options)
+        net = builder(**arguments, **options)
     except Exception as error:  # whatever values make a constructor raise
-        if not options:
+        if not options or is_bug(error):
             raise
         accepted = sorted(_option_names(builder) - arguments.keys()) or ["none"]
         raise ValueError(
             f"net {name!r} cannot be built with the options {options} ({error}): its options are {', '.join(accepted)}"
         ) from error
+    _check_reads(net, name, input_shape)
+    return net
+
+
+def _check_reads(net: nn.Module, name: str, input_shape: tuple[int, int, int]) -> None:
+    """Sends one picture through the net without computing; what fails so is tried in earnest, as a net may need values.
+
+    Raises:
+        ValueError: the net cannot read pictures of that size.
+    """
+    if not _refusal(net, input_shape, "meta"):
+        return
+    error = _refusal(net, input_shape, next(net.parameters()).device)
+    if error is None:
+        return
+    if is_bug(error):
+        raise error
+    channels, height, width = input_shape
+    size = next((size for size in _SIZES if not _refusal(net, (channels, size, size), "meta")), None)
+    fix = f"it reads {size}x{size}, so give --data.image_size {size} where the data are folders, or" if size else "give"
+    raise ValueError(f"net {name!r} cannot read pictures of {width}x{height} ({error}): {fix} another net") from error
+
+
+def _refusal(net: nn.Module, input_shape: tuple[int, int, int], device: torch.device | str) -> Exception | None:
+    """What a net raises in evaluation where it gets one picture of zeros."""
+    tensors = chain(net.named_parameters(), net.named_buffers())
+    try:
+        with evaluating(net), torch.device(device):
+            functional_call(net, {name: tensor.to(device) for name, tensor in tensors}, torch.zeros(1, *input_shape))
+    except Exception as error:
+        return error
+    return None
 
 
 def _torchvision_names() -> list[str]:

@@ -34,12 +34,11 @@ class CNN4(nn.Module):
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        if len(widths) != 4 or min(widths) < 1:
+        if not isinstance(widths, Sequence) or len(widths) != 4 or not all(map(_is_width, widths)):
             raise ValueError(
-                f"widths is {list(widths)}, but cnn4 has four convolutions: give four positive numbers such as "
-                "[32, 64, 64, 128]"
+                f"widths is {widths}, but cnn4 has four convolutions: give four positive numbers such as [32, 64, 64, 128]"
             )
-        if hidden < 1:
+        if not _is_width(hidden):
             raise ValueError(f"hidden is {hidden}, but cnn4's fc1 needs an output: give a positive number such as 128")
         width1, width2, width3, width4 = widths
         self.conv1 = nn.Conv2d(input_shape[0], width1, 3, padding=1, bias=False)
@@ -64,3 +63,7 @@ class CNN4(nn.Module):
         x = self.halve(self.relu(self.bn4(self.conv4(x))))
         x = self.average(x).flatten(1)
         return self.fc2(self.relu(self.fc1(x)))
+
+
+def _is_width(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
