@@ -8,7 +8,6 @@ import re
 import socket
 import struct
 import tarfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +27,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from lightning_modules.data import CIFAR10, CIFAR100, Digits, FashionMNIST, Folders, ImageData, folders
+from lightning_modules.data import CIFAR10, CIFAR100, Digits, FashionMNIST, Folders, ImageData, folders, picture_files
 from lightning_modules.data.augment import crop_flip, normalise
 from lightning_modules.data.picture_files import PictureError, PictureFiles, open_picture
 from lightning_modules.data.pictures import Pictures
@@ -295,6 +294,7 @@ def test_cnn4_learns_the_digits() -> None:
         ({"batch_size": 0}, "batch_size is 0: give at least 1"),
         ({"val_fraction": 1.0}, r"val_fraction is 1\.0: give the part .* from 0 to below 1"),
         ({"num_workers": -1}, "num_workers is -1: give 0"),
+        ({"num_workers": 100_000}, r"num_workers is 100000: .* at most \d+ processes; .* --data.num_workers"),
         ({"augment": "flip"}, "augment is 'flip': give one of none, crop, crop_flip"),
         ({"mean": (0.5, 0.5)}, r"mean is \(0\.5, 0\.5\) .*one mean and one positive std for each of the 1 channels"),
         ({"std": (0.0,)}, r"std \(0\.0,\): give one mean and one positive std"),
@@ -456,7 +456,11 @@ def test_parts_of_another_size_are_refused(
     monkeypatch.setattr(folders, "MEMORY_LIMIT", 0 if lazy else folders.MEMORY_LIMIT)
     message = rf"train/cat/0.png is 6x4 but {pictures}/{part}/cat/0.png is 8x8: .*--data\.image_size"
     with pytest.raises(ValueError, match=message):
-        Folders(str(pictures)).setup("test" if part == "test" else "fit")
+        Folders(str(pictures))  # of whatever command: a training would be followed by a test
+    draw(pictures / part / "cat" / "0.png")
+    if not lazy:  # else it is read when its batch is
+        with pytest.raises(ValueError, match=message.replace("cat/0.png is 8", "dog/0.png is 8")):
+            Folders(str(pictures)).setup("test" if part == "test" else "fit")
     Folders(str(pictures), image_size=4).setup()
 
 
@@ -689,13 +693,21 @@ def test_image_size_out_of_range(pictures: Path) -> None:
 
 
 @pytest.mark.data
-def test_real_pictures(cifar10_png: Path) -> None:
+def test_real_pictures(cifar10_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file is decoded once, beside the first of each part, whose sizes are compared."""
+    decoded: list[str] = []
+
+    def counting(path: str, image_size: int | None) -> Image.Image:
+        decoded.append(path)
+        return open_picture(path, image_size)
+
+    monkeypatch.setattr(picture_files, "open_picture", counting)
     data = Folders(str(cifar10_png))
     assert data.class_names == CIFAR10.class_names
     assert data.input_shape == (3, 32, 32)
-    start = time.perf_counter()
     data.setup()
-    assert time.perf_counter() - start < 20
+    assert len(set(decoded)) == 6102
+    assert len(decoded) - 6102 < 10
     assert (len(data.load("test")), len(fingerprints(data.train_dataloader()))) == (1017, 4577)
 
 

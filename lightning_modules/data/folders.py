@@ -121,10 +121,17 @@ class Folders(ImageData):
         return class_names
 
     def _find_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of the first training picture."""
+        """(3, H, W) of the first training picture; the first of each other part is of that size too.
+
+        Of the others a part says it when it is read, which for the test is after the training.
+        """
         if self.image_size is not None:
             self._require_room(1, (3, self.image_size, self.image_size))
-        width, height = PictureFiles([self._first], torch.zeros(1), self.image_size).width_height
+        firsts = [
+            list_pictures(self._path(part), self.class_names[:1])[0][0] for part in ("val", "test") if self._has(part)
+        ]
+        for path in [self._first, *firsts]:
+            width, height = PictureFiles([path], torch.zeros(1), self.image_size, self._first).width_height
         return 3, height, width
 
     def _require_room(self, num_pictures: int, shape: tuple[int, int, int]) -> None:
