@@ -11,7 +11,7 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK", "alone", "check_unused", "claimed", "first_unused"]
+__all__ = ["LOCK", "alone", "check_unused", "claimed", "first_unused", "is_abandoned"]
 
 LOCK = ".lock"
 """The file in a folder that is locked while a job writes there. It alone does not make a folder a used one."""
@@ -88,6 +88,11 @@ def _is(file: IO[str], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a job that was killed, or one that has just begun, has come to nothing there but its lock."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def check_unused(folder: Path, option: str = "--out") -> None:

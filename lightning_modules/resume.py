@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lightning_modules.alone import claimed, first_unused
+from lightning_modules.alone import claimed, first_unused, is_abandoned
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.structure import shortened
@@ -93,8 +93,9 @@ def _claim_versions(config: Namespace, held: ExitStack, taken: set[str]) -> None
 
 
 def _new_versions(home: Path) -> Iterator[Path]:
-    """version_<n> for the numbers after the last one that is there."""
-    found = [re.fullmatch(r"version_(\d+)", path.name) for path in home.glob("version_*")]
+    """version_<n> for the numbers after the last one that is there; what was only locked may be free again."""
+    there = (path for path in home.glob("version_*") if not is_abandoned(path))
+    found = [re.fullmatch(r"version_(\d+)", path.name) for path in there]
     start = max((int(each[1]) for each in found if each), default=-1) + 1
     return (home / f"version_{number}" for number in count(start))
 

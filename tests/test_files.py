@@ -150,6 +150,17 @@ def test_neighbours(tmp_path: Path) -> None:
         assert [first, second] == places[1:]
 
 
+def test_a_run_that_came_to_nothing_but_its_lock(tmp_path: Path) -> None:
+    """Killed runs do not pile up: its number is the next one's."""
+    run = tmp_path / "logs/version_0"
+    run.mkdir(parents=True)
+    (run / LOCK).touch()
+    options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--ckpt_path", "last"]
+    assert tnlayers("fit", *DIGITS, *QUIET, *options, "--trainer.default_root_dir", tmp_path) == 0
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["version_0"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+
+
 def test_two_writers_of_a_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with whole_folder(out) as folder:

@@ -57,3 +57,15 @@ def test_resume_after_sigterm(step: int, tmp_path: Path) -> None:
     assert torch.load(saved, weights_only=True)["global_step"] == step
     assert tnlayers(*fit(rest), "--ckpt_path", saved) == 0
     torch.testing.assert_close(replica(rest), replica(whole), **EXACT)
+
+
+def test_what_early_stopping_ended_stays_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 10}}
+    command = [*fit(tmp_path / "run", stopping), "--ckpt_path", "last", "--trainer.max_epochs", "9"]
+    assert tnlayers(*command) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    before = last.read_bytes()
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    assert tnlayers(*command) == 0
+    assert "EarlyStopping on val/loss ended this training in epoch 1: nothing is left" in caplog.text
+    assert last.read_bytes() == before

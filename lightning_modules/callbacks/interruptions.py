@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -107,6 +108,16 @@ class Interruptible(Callback):
             raise ValueError(
                 "Interruptible needs lightning_modules.lightning_cli.CompressionTrainer, which stops when it says so"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A training that early stopping had ended stays ended, as one does whose epochs or time are over."""
+        for each in trainer.early_stopping_callbacks:
+            if each.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+                trainer.should_stop = True
+                rank_zero_info(
+                    f"EarlyStopping on {each.monitor} ended this training in epoch {each.stopped_epoch}: nothing is left to train; "
+                    "to go on nevertheless leave that callback out"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         same = trainer.strategy.broadcast(trainer.ckpt_path) == trainer.ckpt_path
