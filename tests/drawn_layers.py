@@ -115,7 +115,7 @@ def wrong(drawn: Drawn) -> Iterator[str]:
     x = torch.randn(drawn.shape).to(drawn.dtype)
     expected, scales = _reference(layer, x)
     rng = random.Random(drawn.seed)
-    for plan in partitions(tuple(layer.network.factors)):
+    for plan in partitions(tuple(layer.spec.network.factors)):
         layer.set_plan(plan)
         for layout in (*LAYOUTS, *rng.choices((None, *ODD_LAYOUTS), weights=(4, 1, 1))):
             if layout is None:
@@ -147,7 +147,7 @@ def _reference(layer: FactorizedLayer, x: Tensor) -> tuple[list[Tensor], list[Te
         factors = {name: transform(factor.detach()).requires_grad_() for name, factor in layer.factors.items()}
         given = transform(x).requires_grad_()
         bias = None if layer.bias is None else transform(layer.bias.detach()).requires_grad_()
-        weight = layer.network.reconstruct(factors)
+        weight = layer.spec.network.reconstruct(factors)
         dense = nn.Conv2d(**_geometry(layer), dtype=torch.float64)
         out = torch.func.functional_call(dense, {"weight": weight} | ({} if bias is None else {"bias": bias}), (given,))
         parts = [given, *([] if bias is None else [bias]), *factors.values()]

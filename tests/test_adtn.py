@@ -93,7 +93,7 @@ def test_zero_weights_stay_zero_and_can_be_trained() -> None:
 
 def test_a_weight_takes_the_leading_entries() -> None:
     layer = ADTNConv2d(6, 10, 3, groups=2, rank=2, dtype=torch.float64)  # 10 x 3 x 9 = 270 of 512
-    whole = layer.factorization.factors(dict(layer.factors.items()), {"weight": (512,)})["weight"]
+    whole = layer.spec.method.factors(dict(layer.factors.items()), {"weight": (512,)})["weight"]
     torch.testing.assert_close(layer.weight.flatten(), whole[:270], **EXACT)
     assert layer.weight.shape == (10, 3, 3, 3)
 
@@ -141,7 +141,7 @@ def made(net: Net) -> torch.Tensor:
     """What the generator of a joint net makes."""
     layer = net.body
     shapes = {"weight": (7 * 45 + 77,)}
-    return layer.factorization.with_joint("").factors(dict(layer.factors.items()), shapes)["weight"].detach()
+    return layer.spec.method.with_joint("").factors(dict(layer.factors.items()), shapes)["weight"].detach()
 
 
 @pytest.mark.parametrize("init", ["random", "decompose"])
@@ -248,7 +248,7 @@ def test_a_copied_generator_is_one_of_its_own() -> None:
 def test_a_joint_layer_converted_alone_has_gates_of_its_own() -> None:
     net = joint_net()
     dense = net.head.to_dense()
-    alone = ADTNLinear.convert(dense, net.head.factorization)
+    alone = ADTNLinear.from_spec(dense, net.head.spec)
     assert alone.factors["layer1"].shape == (6, 2, 2, 2, 2)  # 77 entries: 7 bits
     assert alone.decomposition_error < 1
 

@@ -24,6 +24,7 @@ from tnlayers import (
     UnsupportedLayer,
     tensorize,
 )
+from tnlayers.factorized import arguments
 
 clamps = pytest.mark.filterwarnings("ignore:.*above what a weight")  # where FULL asks for it
 EXACT_CASES = [case for case in CASES if case.exact]
@@ -368,13 +369,17 @@ def test_bad_ranks_are_named(case: Case, rank: object, message: str) -> None:
 def test_a_rank_above_the_attainable_is_clamped_and_said(case: Case) -> None:
     with pytest.warns(UserWarning, match=r"above what a weight of shape .* attains; clamped to"):
         layer = case.convert(case.dense(), FULL)
-    assert layer.factorization.rank == case.method(FULL).max_ranks(tuple(case.dense().weight.shape))
+    assert layer.ranks == case.method(FULL).max_ranks(tuple(case.dense().weight.shape))
+
+
+def scratch(case: Case, rank: Any) -> FactorizedLayer:
+    return case.layer(**arguments(case.dense()), dtype=torch.float64, rank=rank, **case.options)
 
 
 @pytest.mark.parametrize("rule", [ParamsKept(0.5), MacsKept(0.5)], ids=str)
 @every_exact_layer
 def test_rank_rules(case: Case, rule: ParamsKept | MacsKept) -> None:
-    for layer in (converted(case, rule), case.layer.convert(case.dense(), case.method(rule), init="random")):
+    for layer in (converted(case, rule), scratch(case, rule)):
         factors = sum(factor.numel() for factor in layer.factors.values())
         if isinstance(rule, ParamsKept):
             assert factors <= 0.5 * layer.to_dense().weight.numel()
@@ -391,7 +396,7 @@ def test_relative_error_is_met_by_less_than_the_dense_layer(case: Case) -> None:
     with pytest.raises(ValueError, match="is cheaper than the dense"):
         case.convert(case.dense(), RelativeError(1e-9))
     with pytest.raises(ValueError, match="needs trained weights"):
-        case.layer.convert(dense, case.method(RelativeError(0.1)), init="random")
+        scratch(case, RelativeError(0.1))
 
 
 @pytest.mark.parametrize("error", [0.5, 0.7, 0.8, 0.9, 0.95])

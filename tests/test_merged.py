@@ -296,7 +296,7 @@ def test_every_layer_is_a_constant_in_evaluation(case: Case, form: Form) -> None
 def test_built_in_inference_mode_weights_are_kept() -> None:
     with torch.inference_mode():
         net, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval(), torch.randn(2, 8, 9, 9)
-        tensorize(net, [Rule("*", Tucker(4, plan="dense"))])
+        tensorize(net, [Rule("*", Tucker(4), plan="dense")])
         net(x)
         out, names = as_it_is(net, x)
     assert contractions(names) == 0

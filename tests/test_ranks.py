@@ -146,7 +146,7 @@ def difference(before: Tensor, after: Tensor) -> float:
 def made(layer: FactorizedLayer) -> Tensor:
     """What the factors, as they are in their dtype, make in float64."""
     factors = {name: factor.detach().double() for name, factor in layer.factors.items()}
-    return layer.network.reconstruct(layer.factorization.factors(factors, {}))
+    return layer.spec.network.reconstruct(layer.spec.method.factors(factors, {}))
 
 
 def drawn(case: Case, dtype: torch.dtype) -> nn.Module:
@@ -184,13 +184,13 @@ def test_the_relative_error_of_the_layer_as_it_is_then_is_kept(case: Case, dtype
         if isinstance(layer, FactorizedLayer):
             assert difference(weight, made(layer)) <= error
             assert layer.decomposition_error == pytest.approx(difference(weight, made(layer)), rel=1e-6, abs=1e-14)
-            assert layer.factorization == case.layer.convert(dense, method).factorization
+            assert layer.spec == case.layer.from_dense(dense, **vars(method)).spec
             converted += 1
         else:
             assert f"{error!r}" in resolved.reason
             assert "cheaper" in resolved.reason
             with pytest.raises(ValueError, match=r"is cheaper than the dense .*leave it dense \(RelativeError"):
-                case.layer.convert(dense, method)
+                case.layer.from_dense(dense, **vars(method))
             layer = case.convert(dense, random.choice([2, 4, 8]))
         before, error, net = (
             made(layer),

@@ -11,8 +11,8 @@ from tnlayers import CP, MPS, TT, MacsKept, ParamsKept, RelativeError, Rule, Tuc
 RULES = [
     Rule("conv1", None, "small"),
     Rule("*", Tucker(MacsKept(1 / 3)), "a third"),
-    Rule("*", Tucker((4, 3), plan=(("input",), ("core", "output")))),
-    Rule("a.b", CP(7, plan="dense")),
+    Rule("*", Tucker((4, 3)), plan=(("input",), ("core", "output"))),
+    Rule("a.b", CP(7), plan="dense"),
     Rule("a.?", MPS((2, 3, 4))),
     Rule("fc*", TT(ParamsKept(0.1), in_shape=(4, 8), out_shape=(2, 5))),
     Rule("fc*", TT(RelativeError(0.25))),

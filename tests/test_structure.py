@@ -57,7 +57,7 @@ RULES = {
     "the same": TUCKER,
     "other ranks": [Rule("first", Tucker((4, 3))), Rule("second", Tucker((3, 3)))],
     "another method": [Rule("second", CP(4))],
-    "an option": [Rule("first", Tucker((4, 2), plan="dense")), Rule("second", Tucker((3, 3)))],
+    "an option": [Rule("first", Tucker((4, 2)), plan="dense"), Rule("second", Tucker((3, 3)))],
     "joint": [Rule("*", ADTN(2, joint="all"))],
     "joint and alone": [Rule("head", ADTN(1)), Rule("*", ADTN(2, joint="convs"))],
 }

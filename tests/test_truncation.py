@@ -134,7 +134,7 @@ def test_a_truncation_to_what_the_weights_attain_keeps_the_outputs() -> None:
 def test_plans_are_made_anew_for_smaller_ranks() -> None:
     """At full rank rebuilding the weight is the fewest MACs; at rank 2 it is not."""
     model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
-    tensorize(model, [Rule("0", Tucker(rank=(32, 32), plan="dense"))])
+    tensorize(model, [Rule("0", Tucker(rank=(32, 32)), plan="dense")])
     x = torch.zeros(1, 32, 8, 8)
     (rule,) = resolve_truncation(model, MacsKept(0.05), x)
     truncate(model, [rule])

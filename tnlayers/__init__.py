@@ -18,6 +18,7 @@ from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
+from tnlayers.spec import LayerSpec
 from tnlayers.structure import CheckpointError
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",
+    "LayerSpec",
     "LoadReport",
     "LowRank",
     "LowRankConv2d",

@@ -1,23 +1,59 @@
-"""From a rank rule to explicit ranks for the layers that share it."""
+"""From a rank, an int or a rule, to what becomes of the layers that share it."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnlayers.factorizations import Factorization, Slice
+from tnlayers.factorizations.base import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
-from tnlayers.plan import Partition, partitions
-from tnlayers.ranks import Candidate, MacsKept, RankRule, Ranks, RelativeError, allocate, within_error
+from tnlayers.plan import Partition, PlanChoice
+from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
+from tnlayers.spec import LayerSpec
 
-__all__ = ["Choice", "Fit", "accurate", "candidate_of", "settle"]
+__all__ = ["Choice", "Fit", "Slot", "settle"]
 
 Fit = tuple[dict[str, Tensor], float]
-"""What `Factorization.decompose` returns: the parameters and their relative error."""
+"""What `LayerSpec.decompose` returns: the parameters and their relative error."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A layer whose ranks are to be settled, dense or factorized already.
+
+    Attributes:
+        geometry: of the dense layer.
+        method: what it takes or has, whatever its rank.
+        weight: makes the dense weight; None for a layer that is trained from scratch, whose singular values all count alike.
+        dtype: of the factors.
+        device_type: where it runs.
+        calls: how it is used; None where nothing says.
+        present: what it is and how it is computed, if it is factorized: then no rank rises.
+    """
+
+    geometry: Geometry
+    method: Factorization
+    weight: Callable[[], Tensor] | None
+    dtype: torch.dtype
+    device_type: str = "cpu"
+    calls: Sequence[Call] | None = None
+    present: tuple[LayerSpec, Partition] | None = None
+
+    @property
+    def used(self) -> Sequence[Call]:
+        return self.calls or NOMINAL_CALLS
+
+    def cost(self, *, by_macs: bool) -> tuple[int, int]:
+        """What the layer costs as it is and as a dense one: parameters of the weight, or multiply-accumulates."""
+        dense = self.geometry.macs(self.used) if by_macs else self.geometry.params
+        if self.present is None:
+            return dense, dense
+        spec, plan = self.present
+        return spec.macs(self.used, plan) if by_macs else spec.params, dense
 
 
 @dataclass(frozen=True)
@@ -25,166 +61,135 @@ class Choice:
     """What becomes of a layer.
 
     Attributes:
-        method: with explicit ranks; None to leave the layer as it is.
+        spec: what it is made; None to leave it as it is.
+        plan: how it is computed.
         reason: why it is left.
         fit: its parameters, where they had to be made to know the rank.
     """
 
-    method: Factorization | None
+    spec: LayerSpec | None
+    plan: PlanChoice = "auto"
     reason: str = ""
     fit: Fit | None = None
 
 
-def settle(
-    factorization: Factorization,
-    layers: Sequence[nn.Module],
-    *,
-    calls: Sequence[Sequence[Call]] | None = None,
-    flat: bool = False,
-    present: Ranks | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[Choice]:
-    """The factorization with explicit ranks for each layer, or none where dense is cheaper or the budget better spent elsewhere.
-
-    A budget is shared out among all the layers. Under `MacsKept` a plan left to "auto" becomes the one with the fewest
-    multiply-accumulates, since that is what was asked for.
+def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list[Choice]:
+    """What becomes of each layer. A budget is shared out among all of them.
 
     Args:
-        factorization: the method; its rank may be a rule.
-        layers: dense layers that it can replace.
-        calls: how each layer is called; nominal by default.
-        flat: whether all singular values count alike: for layers that are trained from scratch.
-        present: the ranks that the layers have already; a rule goes no higher.
-        dtype: of the factors, by default the layers' own.
+        slots: the layers.
+        rank: an int or tuple holds for each layer; an int lowers those that are factorized already.
+        plan: how they are computed; "auto" becomes the best for the calls where these are known. Under `MacsKept` that is
+            the one with the fewest multiply-accumulates, since these are what was asked for.
 
     Raises:
         ValueError: a budget out of reach, or `RelativeError` without trained weights.
     """
-    rule = factorization.rank
-    if not isinstance(rule, RankRule):
-        geometries = [Geometry(dense) for dense in layers]
-        placed = _laid_out(factorization, geometries)
-        return [
-            Choice(own.with_rank(own.ranks(geometry.weight_shape)))
-            for own, geometry in zip(placed, geometries, strict=True)
+    by_macs = isinstance(rank, MacsKept)
+    if not isinstance(rank, RankRule):
+        choices = [Choice(spec) for spec in _explicit(slots, rank)]
+    elif isinstance(rank, RelativeError):
+        if any(slot.weight is None for slot in slots):
+            raise ValueError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
+        choices = [_accurate(slot, rank) for slot in slots]
+    else:
+        chosen = allocate([_candidate(slot, by_macs=by_macs) for slot in slots], rank.fraction)
+        elsewhere = Choice(None, reason=f"{rank}: dense is cheaper or the budget is better spent elsewhere")
+        choices = [
+            elsewhere if ranks is None else Choice(_highest(slot).at(ranks))
+            for slot, ranks in zip(slots, chosen, strict=True)
         ]
-    if flat and isinstance(rule, RelativeError):
-        raise ValueError(f"{rule} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
-    used = calls or [NOMINAL_CALLS] * len(layers)
-    by_macs = isinstance(rule, MacsKept)
-    candidates = [
-        candidate_of(factorization, dense, of_layer, by_macs=by_macs, flat=flat, present=present)
-        for dense, of_layer in zip(layers, used, strict=True)
-    ]
-    if isinstance(rule, RelativeError):
-        return [
-            accurate(factorization, dense, candidate, rule, dtype)
-            for dense, candidate in zip(layers, candidates, strict=True)
-        ]
-    elsewhere = Choice(None, f"{rule}: dense is cheaper or the budget is better spent elsewhere")
     return [
-        elsewhere if ranks is None else Choice(_explicit(factorization, Geometry(dense), ranks, of_layer))
-        for dense, ranks, of_layer in zip(layers, allocate(candidates, rule.fraction), used, strict=True)
+        Choice(choice.spec, _planned(choice.spec, slot, plan, by_macs=by_macs), choice.reason, choice.fit)
+        for slot, choice in zip(slots, choices, strict=True)
     ]
 
 
-def accurate(
-    factorization: Factorization,
-    dense: nn.Module,
-    candidate: Candidate,
-    rule: RelativeError,
-    dtype: torch.dtype | None = None,
-) -> Choice:
-    """The cheapest ranks whose factors, in their dtype, are found to make the dense layer's weight to within the error."""
-    weight, geometry = dense.weight, Geometry(dense)
-    assert isinstance(weight, Tensor)
-    number = dtype or weight.dtype
+def _planned(spec: LayerSpec | None, slot: Slot, plan: PlanChoice, *, by_macs: bool) -> PlanChoice:
+    if spec is None or plan != "auto" or not (by_macs or slot.calls):
+        return plan
+    return spec.best_plan(slot.used, slot.device_type, by_macs=by_macs)
+
+
+def _explicit(slots: Sequence[Slot], rank: Rank) -> list[LayerSpec | None]:
+    specs: list[LayerSpec | None] = []
+    for slot, method in zip(slots, _laid_out(slots), strict=True):
+        if slot.present is None:
+            specs.append(LayerSpec(slot.geometry, method.with_rank(rank)))
+            continue
+        spec, _ = slot.present
+        asked = (rank,) * len(spec.ranks) if isinstance(rank, int) else tuple(rank)  # type: ignore[arg-type]
+        specs.append(spec.at(tuple(map(min, asked, spec.ranks))))
+    return specs
+
+
+def _laid_out(slots: Sequence[Slot]) -> list[Factorization]:
+    """The methods; layers with a generator in common take its entries one after the other."""
+    name = slots[0].method.joint if slots else ""
+    if not name or isinstance(name, Slice):
+        return [slot.method for slot in slots]
+    ends = list(itertools.accumulate(slot.geometry.params for slot in slots))
+    return [
+        slot.method.with_joint(Slice(name, end - slot.geometry.params, ends[-1], max(slot.geometry.fan_in, 1) ** -0.5))
+        for end, slot in zip(ends, slots, strict=True)
+    ]
+
+
+def _highest(slot: Slot) -> LayerSpec:
+    """The ranks that the layer has, or from which on every weight is represented exactly."""
+    if slot.present is not None:
+        return slot.present[0]
+    return LayerSpec(slot.geometry, slot.method.with_rank(slot.method.max_ranks(slot.geometry.weight_shape)))
+
+
+def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
+    """What the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
+    highest = _highest(slot)
+
+    def macs_of(plan: Partition) -> Callable[[Ranks], int]:
+        return lambda ranks: highest.at(ranks).macs(slot.used, plan)
+
+    costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: highest.at(ranks).params]
+    present_cost, dense_cost = slot.cost(by_macs=by_macs)
+    error = _flat_error(slot) if slot.weight is None else _error(slot, slot.weight())
+    return Candidate(highest.ranks, error, costs, dense_cost, present_cost)
+
+
+def _accurate(slot: Slot, rule: RelativeError) -> Choice:
+    """The cheapest ranks whose factors, in their dtype, are found to make the weight to within the error."""
+    assert slot.weight is not None
+    weight, highest = precise(slot.weight()), _highest(slot)
     last: list[Fit] = []
 
     def measured(ranks: Ranks) -> float:
-        attained = factorization.clamp(geometry.weight_shape, ranks)
-        last[:] = [factorization.decompose(precise(weight), attained, geometry.groups, number)]
+        last[:] = [highest.at(ranks).decompose(weight, slot.dtype)]
         return last[0][1]
 
-    ranks, error = within_error(candidate, rule.error, measured)
+    ranks, error = within_error(_candidate(slot, by_macs=False), rule.error, measured)
     if ranks is not None:
-        return Choice(factorization.with_rank(factorization.clamp(geometry.weight_shape, ranks)), fit=last[0])
+        return Choice(highest.at(ranks), fit=last[0])
     if error == math.inf:
-        return Choice(None, f"{rule}: dense is cheaper")
-    reached = f"{1.001 * error:.4g} at best in {str(number).removeprefix('torch.')}"  # never below what it is
-    return Choice(None, f"{rule}: factors that are cheaper than dense reach {reached}")
+        return Choice(None, reason=f"{rule}: dense is cheaper")
+    reached = f"{1.001 * error:.4g} at best in {str(slot.dtype).removeprefix('torch.')}"  # never below what it is
+    return Choice(None, reason=f"{rule}: factors that are cheaper than dense reach {reached}")
 
 
-def _laid_out(factorization: Factorization, geometries: Sequence[Geometry]) -> list[Factorization]:
-    """Layers with a generator in common take its entries one after the other."""
-    name = factorization.joint
-    if not name or isinstance(name, Slice):
-        return [factorization for _ in geometries]
-    ends = list(itertools.accumulate(geometry.num_params for geometry in geometries))
-    return [
-        factorization.with_joint(Slice(name, end - geometry.num_params, ends[-1], max(geometry.fan_in, 1) ** -0.5))
-        for end, geometry in zip(ends, geometries, strict=True)
-    ]
+def _flat_error(slot: Slot) -> Callable[[Ranks], float]:
+    method, shape = slot.method, slot.geometry.weight_shape
+    full = math.prod(method.max_ranks(shape))
+    return lambda ranks: 1 - math.prod(method.clamp(shape, ranks)) / full
 
 
-def _explicit(factorization: Factorization, geometry: Geometry, ranks: Ranks, calls: Sequence[Call]) -> Factorization:
-    attained = factorization.clamp(geometry.weight_shape, ranks)
-    explicit = factorization.with_rank(attained)
-    if isinstance(factorization.rank, MacsKept) and explicit.plan == "auto":
-        explicit = replace(explicit, plan=geometry.fewest_macs(explicit, attained, calls))
-    return explicit
-
-
-def candidate_of(
-    factorization: Factorization,
-    dense: nn.Module,
-    calls: Sequence[Call],
-    *,
-    by_macs: bool,
-    flat: bool = False,
-    present: Ranks | None = None,
-) -> Candidate:
-    """What the rank rules need to know of one dense layer; ranks that hold each other down count as what they attain.
-
-    If it stands for a factorized one, that has the ranks `present`: they are the most, and what leaving it costs.
-    """
-    geometry = Geometry(dense)
-    network, shape = geometry.network(factorization), geometry.weight_shape
-
-    def sizes(ranks: Ranks) -> dict[str, int]:
-        return geometry.sizes(factorization, factorization.clamp(shape, ranks))
-
-    def macs_of(groups: Partition) -> Callable[[Ranks], int]:
-        return lambda ranks: geometry.network_macs(network, sizes(ranks), groups, calls)
-
-    max_ranks = present or factorization.max_ranks(shape)
-    error = _flat_error(factorization, shape) if flat else _error(factorization, dense, geometry)
-    costs: list[Callable[[Ranks], int]] = [lambda ranks: network.num_params(sizes(ranks))]
-    dense_cost = geometry.num_params
-    if by_macs:
-        costs = [macs_of(groups) for groups in partitions(tuple(network.factors))]
-        dense_cost = geometry.macs(calls)
-    present_cost = min(cost(present) for cost in costs) if present else dense_cost
-    return Candidate(max_ranks, error, costs, dense_cost, present_cost)
-
-
-def _flat_error(factorization: Factorization, shape: tuple[int, ...]) -> Callable[[Ranks], float]:
-    full = math.prod(factorization.max_ranks(shape))
-    return lambda ranks: 1 - math.prod(factorization.clamp(shape, ranks)) / full
-
-
-def _error(factorization: Factorization, dense: nn.Module, geometry: Geometry) -> Callable[[Ranks], float]:
+def _error(slot: Slot, weight: Tensor) -> Callable[[Ranks], float]:
     """Ranks -> the squared relative error over all groups."""
-    weight = dense.weight
-    assert isinstance(weight, Tensor)
     check_finite(weight)
     whole = precise(weight)
-    parts = (whole / scale_of(whole)).chunk(geometry.groups)
+    parts = (whole / scale_of(whole)).chunk(slot.geometry.groups)
     energies = [float(part.square().sum()) for part in parts]
-    estimates = [factorization.error_estimate(part) for part in parts]
+    estimates = [slot.method.error_estimate(part) for part in parts]
 
     def error(ranks: Ranks) -> float:
-        attained = factorization.clamp(geometry.weight_shape, ranks)
+        attained = slot.method.clamp(slot.geometry.weight_shape, ranks)
         lost = sum(energy * estimate(attained) for energy, estimate in zip(energies, estimates, strict=True))
         return lost / sum(energies) if sum(energies) > 0 else 0.0
 

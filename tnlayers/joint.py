@@ -6,28 +6,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tnlayers.budget import Choice
 from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Fill
+from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import precise
+from tnlayers.spec import LayerSpec
 
 __all__ = ["convert_together", "named_apart"]
 
 
 def convert_together(
-    layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization], init: Fill, limit: int
+    layers: Mapping[str, nn.Module], choices: Mapping[str, Choice], init: Fill, limit: int
 ) -> dict[str, FactorizedLayer]:
     """The layers in place of dense ones, by name; they share one `factors`.
 
     Args:
         layers: name -> the dense layer; it is not changed.
-        methods: name -> the method, with its slice.
+        choices: name -> what becomes of it; its method has a slice.
         init: "decompose" fits all the weights together.
         limit: how many entries the generator may make at most; a file must not ask for all memory.
 
     Raises:
         ValueError: layers that cannot have one generator, or slices that do not go together.
     """
+    specs = {name: choice.spec for name, choice in choices.items() if choice.spec}
+    methods = {name: spec.method for name, spec in specs.items()}
     names = sorted(methods, key=lambda name: _slice(methods[name]).offset)
     slices, weights = [_slice(methods[name]) for name in names], [_weight(layers[name]) for name in names]
     alone, *others = (methods[name].with_joint("") for name in names)
@@ -43,9 +48,11 @@ def convert_together(
         parts = [precise(weight).flatten() / own.scale for weight, own in zip(weights, slices, strict=True)]
         with torch.no_grad():
             linear.weight.copy_(torch.cat(parts).unsqueeze(1))
-    parameters = layer_type(alone, linear).convert(linear, alone, init=init).factors
+    whole = layer_type(alone, linear).from_spec(linear, LayerSpec(Geometry.of(linear), alone), init=init)
     return {
-        name: layer_type(alone, layers[name]).convert(layers[name], methods[name], init=init, shared=parameters)
+        name: layer_type(alone, layers[name]).from_spec(
+            layers[name], specs[name], choices[name].plan, init=init, shared=whole.factors
+        )
         for name in names
     }
 
@@ -66,7 +73,7 @@ def named_apart(layers: Mapping[str, FactorizedLayer]) -> dict[str, Factorizatio
     taken: dict[int, str] = {}
     methods = {}
     for name, layer in layers.items():
-        method, generator = layer.factorization, id(layer.factors)
+        method, generator = layer.spec.method, id(layer.factors)
         if isinstance(method.joint, Slice):
             if generator not in taken:
                 given = method.joint.name

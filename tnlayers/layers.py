@@ -61,7 +61,7 @@ class _FactorizedConv2d(FactorizedLayer):
         super().__init__()
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         template = nn.Conv2d(*geometry, device="meta")  # type: ignore[arg-type]
-        self._build(template, type(self).method(rank, plan, **options), device, dtype)
+        self._build(template, type(self).method(rank, **options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -99,7 +99,7 @@ class _FactorizedLinear(FactorizedLayer):
     ) -> None:
         super().__init__()
         template = nn.Linear(in_features, out_features, bias, device="meta")
-        self._build(template, type(self).method(rank, plan, **options), device, dtype)
+        self._build(template, type(self).method(rank, **options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)

@@ -4,15 +4,20 @@ A graph that is compiled, exported or traced cannot ask whether a factor has cha
 by `eval()`, by a load and by a move to another device or dtype. Eager calls ask each time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import cache
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Merged"]
+from tnlayers.plan import Plan
+from tnlayers.spec import LayerSpec
+
+__all__ = ["Merged", "Merging"]
 
 
 class Merged:
@@ -67,3 +72,101 @@ def _lies_as(factor: Tensor, alias: Tensor) -> bool:
     """Whether two tensors are the same memory, read in the same way."""
     same = factor.data_ptr() == alias.data_ptr() and factor.dtype == alias.dtype
     return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace
+
+
+class Merging(nn.Module):
+    """A layer of factors that are merged for a plan, in evaluation once.
+
+    Attributes:
+        factors: the parameters, by name.
+        spec: what the layer is.
+        plan: how it is computed.
+    """
+
+    factors: nn.ParameterDict
+    spec: LayerSpec
+    plan: Plan
+    _merged: Merged | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged = None
+        self.register_load_state_dict_post_hook(_keep_again)
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        """The device and dtype of the factors."""
+        factor = next(iter(self.factors.values()))
+        return {"device": factor.device, "dtype": factor.dtype}
+
+    def _weights(self) -> list[Tensor]:
+        """The plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
+        kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
+        if self.training:
+            if kept is not None:  # somebody has set the mode without `train()`
+                self._merged = None
+            return self._merge()
+        factors = list(self.factors.values())
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
+            same = kept is not None and (not tracing or kept.made_of(factors))
+            fresh = kept is not None and same and (by_dynamo or kept.unwritten())
+            return kept.weights if kept is not None and fresh else self._merge()
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            return self._merge()
+        if by_dynamo:
+            fresh = kept is not None and not kept.stepped and kept.made_of(factors)
+            return kept.weights if kept is not None and fresh else self._merge()
+        if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
+            return self._merge()
+        if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
+            kept = self._merged = self._kept(checked=True)
+        return kept.weights
+
+    def _keep(self) -> None:
+        """Makes what evaluation keeps, and drops what training does not."""
+        self._merged = None
+        factors, shapes = self.factors, self.spec.parameter_shapes
+        whole = all(type(value) is nn.Parameter and value.shape == shapes.get(name) for name, value in factors.items())
+        countable = whole and not any(factor.is_inference() for factor in factors.values())
+        if not self.training and countable and self._like["device"].type != "meta":
+            with suppress(NotImplementedError):  # a dtype that is there to be stored alone
+                self._merged = self._kept(checked=False)
+
+    def _kept(self, *, checked: bool) -> Merged:
+        with torch.inference_mode(False), torch.no_grad():
+            weights = [weight.detach() for weight in self._merge()]  # some are views of a factor
+            return Merged(weights, list(self.factors.values()), checked=checked)
+
+    def _merge(self) -> list[Tensor]:
+        """In the factors' own precision: autocast would round the products, and casts the result itself."""
+        device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has no autocast
+            return self.plan.weights(spec.method.factors(parameters, spec.factor_shapes))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._keep()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Factors have no memory format: `to(memory_format=...)` is about pictures, and torch refuses it for five dimensions."""
+        with torch.inference_mode(False):
+            super()._apply(lambda x: fn(x.reshape(-1)).view(x.shape) if x.dim() > 3 else fn(x), recurse)
+        self._keep()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is derived is not part of a copy or a pickle; a shallow copy has modules and parameters of its own to exchange."""
+        own = {name: dict(getattr(self, name)) for name in ("_modules", "_parameters")}
+        return self.__dict__ | own | {"_merged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep()
+
+
+def _keep_again(layer: nn.Module, _: Any) -> None:
+    """After a load, whose writes no compiled graph sees."""
+    assert isinstance(layer, Merging)
+    layer._keep()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
 
-__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "macs", "partitions"]
+__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "check_plan", "macs", "partitions"]
 
 Partition = tuple[tuple[str, ...], ...]
 PlanChoice = Literal["auto", "factors", "dense"] | Partition
@@ -94,6 +94,19 @@ def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
         steps.append(roles)
         held = roles.after
     return tuple(steps)
+
+
+def check_plan(plan: object) -> PlanChoice:
+    """A choice of a plan, groups as tuples.
+
+    Raises:
+        ValueError: a value of another kind; whether groups are those of a network is known when it is compiled.
+    """
+    if isinstance(plan, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in plan):
+        return tuple(tuple(group) for group in plan)
+    if plan in ("auto", "factors", "dense"):
+        return plan
+    raise ValueError(f"plan {plan!r}: expected 'auto', 'factors', 'dense' or groups of factor names")
 
 
 def partitions(names: Sequence[str]) -> Iterator[Partition]:

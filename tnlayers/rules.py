@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from tnlayers.factorizations import METHODS, Factorization, Slice
+from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
 
 __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
@@ -29,11 +30,19 @@ class Rule:
         pattern: a layer's name as in `model.named_modules()`; `*`, `?` and `[...]` match as in file names, across dots.
         factorization: the method and its rank; None leaves the layer dense.
         reason: why; for reports.
+        plan: how the factorized layers are computed; see `tnlayers.plan`.
+
+    Raises:
+        ValueError: a plan of another kind.
     """
 
     pattern: str
     factorization: Factorization | None
     reason: str = ""
+    plan: PlanChoice = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", check_plan(self.plan))
 
     def to_plain(self) -> dict[str, Any]:
         """Strings, numbers and lists only."""
@@ -44,6 +53,8 @@ class Rule:
             value = getattr(self.factorization, field.name)
             if field.default is MISSING or value != field.default:
                 plain[field.name] = _plain(value)
+        if self.plan != "auto":
+            plain["plan"] = _plain(self.plan)
         return plain | ({"reason": self.reason} if self.reason else {})
 
     @staticmethod
@@ -68,7 +79,7 @@ class Rule:
         method = next((known[key] for key in known if key.lower() == name.lower()), MISSING)
         if method is MISSING:
             raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{_near(name, known)}")
-        options = [field.name for field in fields(method)] if method else []
+        options = [*(field.name for field in fields(method)), "plan"] if method else []
         for key in values:
             if key not in options:
                 expected = ", ".join(["pattern", "method", *options])
@@ -82,7 +93,8 @@ class Rule:
                 f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
             )
         values["rank"] = rank_from_text(values["rank"])
-        return Rule(pattern, method(**values), reason)
+        plan = values.pop("plan", "auto")
+        return Rule(pattern, method(**values), reason, plan)
 
 
 def fits(name: str, pattern: str) -> bool:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers.factorizations import Factorization
+from tnlayers.budget import Choice
 from tnlayers.factorized import FactorizedLayer, arguments
 from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
-from tnlayers.surgery import factorize, methods_of, refusal, replace_layers
+from tnlayers.spec import LayerSpec
+from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
 
 __all__ = [
     "CheckpointError",
@@ -43,10 +44,7 @@ class CheckpointError(ValueError):
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
     """The tensorized layers of a model, as strings, numbers and lists."""
-    layers = [
-        Rule(name, method).to_plain() | {"dense": _dense(model.get_submodule(name))}
-        for name, method in methods_of(model).items()
-    ]
+    layers = [rule.to_plain() | {"dense": _dense(model.get_submodule(rule.pattern))} for rule in rules_of(model)]
     return {"version": _VERSION, "layers": layers}
 
 
@@ -72,10 +70,10 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
         layers = {name: module for name, module in model.named_modules() if _dense(module)}
         for name, (_, dense) in wanted.items():
             _check_dense(name, dense, layers)
-        methods = {name: method for name, (method, _) in wanted.items()}
-        if methods == methods_of(model):
+        rules = {name: rule for name, (rule, _) in wanted.items()}
+        if rules == {rule.pattern: rule for rule in rules_of(model)}:
             return {}
-        replacements = _replacements(model, layers, methods)
+        replacements = _replacements(model, layers, rules)
     replace_layers(model, replacements)
     return replacements
 
@@ -85,11 +83,11 @@ def adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, t
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for start, layer in factor_keys(model).items():
         given = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if layer.factorization.joint or not all(map(_holds_numbers, given.values())):
+        if layer.spec.method.joint or not all(map(_holds_numbers, given.values())):
             continue
         shapes = {key: tuple(value.shape) for key, value in given.items()}
         with suppress(ValueError):
-            layer.geometry.with_ranks_of(layer.factorization, shapes)
+            layer.spec.of_parameters(shapes)
             own = {key: shape for key, shape in own.items() if not key.startswith(start)}
             own |= {f"{start}{key}": shape for key, shape in shapes.items()}
     return own
@@ -106,27 +104,28 @@ def _holds_numbers(factor: Tensor) -> bool:
 
 
 def _replacements(
-    model: nn.Module, layers: Mapping[str, nn.Module], methods: Mapping[str, Factorization]
+    model: nn.Module, layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]
 ) -> dict[nn.Module, nn.Module]:
-    """From the model's present layers to what the methods make of them, or to dense ones."""
+    """From the model's present layers to what the rules make of them, or to dense ones."""
     if model in layers.values():
         raise ValueError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
-    for name in methods:
+    choices = {}
+    for name, rule in rules.items():
         if not isinstance(layers[name], FactorizedLayer) and (reason := refusal(model, name)):
             raise ValueError(f"{name}: {reason}")
-        _check_rank(name, methods[name], layers[name])
+        choices[name] = Choice(_spec(rule, layers[name]), rule.plan)
     dense = {
         name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer
         for name, layer in layers.items()
-        if isinstance(layer, FactorizedLayer) or name in methods
+        if isinstance(layer, FactorizedLayer) or name in rules
     }
-    limit = sum(_geometry(layer).num_params for layer in layers.values())
-    made = factorize(dense, methods, "empty", limit)
+    limit = sum(_geometry(layer).params for layer in layers.values())
+    made = factorize(dense, choices, "empty", limit)
     return {layers[name]: made.get(name, dense[name]) for name in dense}
 
 
-def _read(structure: Any) -> dict[str, tuple[Factorization, Mapping[str, Any] | None]]:
-    """Name -> the method and the dense layer's arguments; None for those where the file is too old to say."""
+def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
+    """Name -> the rule and the dense layer's arguments; None for those where the file is too old to say."""
     check_plain(structure)
     version = structure.get("version") if isinstance(structure, dict) else None
     if type(version) is not int or version != _VERSION:
@@ -134,7 +133,7 @@ def _read(structure: Any) -> dict[str, tuple[Factorization, Mapping[str, Any] | 
     layers = structure.get("layers")
     if not isinstance(layers, list):
         raise ValueError("it has no list of layers; save it again")
-    found: dict[str, tuple[Factorization, Mapping[str, Any] | None]] = {}
+    found: dict[str, tuple[Rule, Mapping[str, Any] | None]] = {}
     for place, entry in enumerate(layers):
         plain = dict(entry) if isinstance(entry, dict) else entry
         dense = plain.pop("dense", None) if isinstance(entry, dict) else None
@@ -144,7 +143,7 @@ def _read(structure: Any) -> dict[str, tuple[Factorization, Mapping[str, Any] | 
             raise ValueError(f"layers[{place}]: {error}") from None
         if rule.factorization is None or rule.pattern in found or not isinstance(dense, dict | None):
             raise ValueError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
-        found[rule.pattern] = (rule.factorization, dense)
+        found[rule.pattern] = (rule, dense)
     return found
 
 
@@ -158,7 +157,7 @@ def _dense(layer: nn.Module) -> dict[str, Any]:
 
 
 def _geometry(layer: nn.Module) -> Geometry:
-    return layer.geometry if isinstance(layer, FactorizedLayer) else Geometry(layer)
+    return layer.spec.geometry if isinstance(layer, FactorizedLayer) else Geometry.of(layer)
 
 
 def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str, nn.Module]) -> None:
@@ -172,16 +171,19 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
             raise ValueError(f"{name}: {key} is {theirs} in the file and {ours} in the model")
 
 
-def _check_rank(name: str, method: Factorization, layer: nn.Module) -> None:
-    """Ranks above what a layer attains cannot have been written, and could ask for all memory."""
-    kind = _dense(layer)["type"]
+def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
+    """What a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
+    method, kind, geometry = rule.factorization, _dense(layer)["type"], _geometry(layer)
+    assert method is not None
     if kind not in method.replaces:
-        raise ValueError(f"{name}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}")
-    shape = _geometry(layer).weight_shape
+        raise ValueError(
+            f"{rule.pattern}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}"
+        )
+    shape, ranks = geometry.weight_shape, method.rank
     attained = method.max_ranks(shape)
-    ranks = method.rank
     if not isinstance(ranks, tuple) or len(ranks) != len(attained) or method.clamp(shape, ranks) != ranks:
-        raise ValueError(f"{name}: rank {ranks}: a weight of shape {shape} attains {attained} at most")
+        raise ValueError(f"{rule.pattern}: rank {ranks}: a weight of shape {shape} attains {attained} at most")
+    return LayerSpec(geometry, method)
 
 
 def check_plain(value: object) -> None:

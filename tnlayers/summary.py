@@ -208,12 +208,11 @@ def _layer(
     measure: bool,
 ) -> LayerSummary:
     factorized = layer if isinstance(layer, FactorizedLayer) else None
-    geometry = factorized.geometry if factorized else Geometry(layer)
+    geometry = factorized.spec.geometry if factorized else Geometry.of(layer)
     calls = calls_of(geometry, inputs)
     dense_macs = layer_macs = geometry.macs(calls) // batch
     if factorized:
-        groups, sizes = factorized.plan.groups, factorized.index_sizes
-        layer_macs = geometry.network_macs(factorized.network, sizes, groups, calls) // batch
+        layer_macs = factorized.spec.macs(calls, factorized.plan.groups) // batch
     error = factorized.decomposition_error if factorized else None
     if original is not None and factorized:
         error = relative_error(original.weight, factorized.weight)  # type: ignore[arg-type]
@@ -222,15 +221,15 @@ def _layer(
         dense = factorized.to_dense()
         with evaluating(layer), evaluating(dense):
             dense_seconds, seconds = _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], inputs[0].device)
-    if factorized and isinstance(joint := factorized.factorization.joint, Slice):
+    if factorized and isinstance(joint := factorized.spec.method.joint, Slice):
         note = f"made by generator {joint.name!r}, whose parameters count once"
     return LayerSummary(
         name=name,
-        method=type(factorized.factorization).__name__ if factorized else "dense",
+        method=type(factorized.spec.method).__name__ if factorized else "dense",
         weight_shape=(geometry.groups * geometry.weight_shape[0], *geometry.weight_shape[1:]),
         rank=factorized.ranks if factorized else (),
         plan=factorized.plan.groups if factorized else (),
-        dense_params=geometry.num_params + (layer.bias.numel() if isinstance(layer.bias, Tensor) else 0),
+        dense_params=geometry.params + (layer.bias.numel() if isinstance(layer.bias, Tensor) else 0),
         params=num_params,
         dense_macs=dense_macs,
         macs=layer_macs,

@@ -1,24 +1,23 @@
 """From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
 
 import difflib
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
-from tnlayers.budget import Fit, settle
+from tnlayers.budget import Choice, settle
 from tnlayers.factorizations import Factorization, Slice
-from tnlayers.factorized import FactorizedLayer, Fill, Init
+from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
+from tnlayers.spec import LayerSpec
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = [
@@ -57,68 +56,72 @@ def resolve(
         ValueError: a pattern that matches nothing, a budget out of reach, `MacsKept` without an example input, weights that
             are not finite, an `init` that is neither.
     """
-    return [rule for rule, _ in _resolved(model, rules, example_input, init)]
+    return [
+        Rule(name, choice.spec.method if choice.spec else None, choice.reason, choice.plan)
+        for name, choice in _resolved(model, rules, example_input, init).items()
+    ]
 
 
-def _resolved(
-    model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init
-) -> list[tuple[Rule, Fit | None]]:
-    """What `resolve` returns, and the parameters that had to be made to know it."""
+def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init) -> dict[str, Choice]:
+    """Name -> what becomes of the layer, for each that a rule matches."""
     if init not in ("decompose", "random"):
         raise ValueError(f"init {init!r}: expected 'decompose' or 'random'")
     dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
     done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     taken = _assign(rules, dense, done)
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
-    calls = {name: calls_of(Geometry(dense[name]), inputs[name]) for name in dense if name in inputs}
+    calls = {name: calls_of(Geometry.of(dense[name]), inputs[name]) for name in dense if name in inputs}
     refused = {name: reason for name in dense if (reason := refusal(model, name))}
-    resolved: dict[str, tuple[Rule, Fit | None]] = {}
+    resolved: dict[str, Choice] = {}
     for rule, names in zip(rules, taken, strict=True):
         if rule.factorization is None:
             reason = rule.reason or f"the rule {rule.pattern!r} leaves it dense"
-            resolved |= {name: (Rule(name, None, reason), None) for name in names}
+            resolved |= {name: Choice(None, reason=reason) for name in names}
             continue
-        resolved |= {name: (Rule(name, None, refused[name]), None) for name in names if name in refused}
+        resolved |= {name: Choice(None, reason=refused[name]) for name in names if name in refused}
         layers = {name: dense[name] for name in names if name not in refused}
         for name, layer in layers.items() if init == "decompose" else ():
             with naming(name):
                 check_finite(layer.weight)
         try:
-            resolved |= _settled(rule.factorization, layers, calls, flat=init == "random")
+            resolved |= _settled(rule, layers, calls, flat=init == "random")
         except ValueError as error:
             raise ValueError(f"rule {rule.pattern!r}: {error}") from None
-    return [resolved[name] for name in dense if name in resolved]
+    return {name: resolved[name] for name in dense if name in resolved}
 
 
 def _settled(
-    method: Factorization, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
-) -> dict[str, tuple[Rule, Fit | None]]:
-    """The resolved rules of the layers that one rule takes, with what was made of them on the way."""
+    rule: Rule, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
+) -> dict[str, Choice]:
+    """What becomes of the layers that one rule takes."""
+    method = rule.factorization
+    assert method is not None
     unseen = [name for name in layers if name not in calls]
-    if isinstance(method.rank, MacsKept) and unseen and (calls or any(Geometry(layers[name]).axes for name in unseen)):
+    if (
+        isinstance(method.rank, MacsKept)
+        and unseen
+        and (calls or any(isinstance(layers[name], nn.Conv2d) for name in unseen))
+    ):
         raise ValueError(
             f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
         )
-    used = None if unseen else [calls[name] for name in layers]
-    resolved: dict[str, tuple[Rule, Fit | None]] = {}
-    choices = settle(method, list(layers.values()), calls=used, flat=flat)
-    for (name, layer), choice in zip(layers.items(), choices, strict=True):
-        if (explicit := choice.method) is None:
-            resolved[name] = (Rule(name, None, choice.reason), None)
-            continue
-        resolved[name] = (Rule(name, _planned(explicit, layer, calls.get(name))), choice.fit)
-        if isinstance(method.rank, (int, tuple)) and not (isinstance(explicit.joint, Slice) and explicit.joint.offset):
-            _warn_if_larger(name, explicit, Geometry(layer))
-    return resolved
+    slots = [slot_of(layer, method, calls.get(name), flat=flat) for name, layer in layers.items()]
+    choices = dict(zip(layers, settle(slots, method.rank, rule.plan), strict=True))
+    for name, choice in choices.items():
+        if choice.spec and isinstance(method.rank, (int, tuple)):
+            _warn_if_larger(name, choice.spec)
+    return choices
 
 
-def _warn_if_larger(name: str, choice: Factorization, geometry: Geometry) -> None:
-    assert isinstance(choice.rank, tuple)
-    params = sum(math.prod(shape) for shape in geometry.parameter_shapes(choice, choice.rank).values())
-    replaced = choice.joint.total if isinstance(choice.joint, Slice) else geometry.num_params
-    if params >= replaced:
+def _warn_if_larger(name: str, spec: LayerSpec) -> None:
+    joint, replaced = spec.method.joint, spec.geometry.params
+    if isinstance(joint, Slice):
+        if joint.offset:
+            return
+        replaced = joint.total
+    if spec.params >= replaced:
         warnings.warn(
-            f"{name}: {type(choice).__name__} of rank {choice.rank} has {params} parameters and the dense weight "
+            f"{name}: {type(spec.method).__name__} of rank {spec.ranks} has {spec.params} parameters and the dense weight "
             f"{replaced}; lower the rank or leave the layer dense",
             stacklevel=5,
         )
@@ -192,15 +195,6 @@ def refusal(model: nn.Module, name: str) -> str:
     return ""
 
 
-def _planned(choice: Factorization, dense: nn.Module, calls: Sequence[Call] | None) -> Factorization:
-    """The choice with its plan made explicit for the input that the layer really gets."""
-    if choice.plan != "auto" or not calls:
-        return choice
-    assert isinstance(choice.rank, tuple)
-    device = next(dense.parameters()).device.type
-    return replace(choice, plan=Geometry(dense).fastest(choice, choice.rank, device, calls))
-
-
 def tensorize(
     model: Model, rules: Sequence[Rule], *, init: Init = "decompose", example_input: Example | None = None
 ) -> Model:
@@ -215,49 +209,45 @@ def tensorize(
     Raises:
         ValueError: what `resolve` raises.
     """
-    resolved = _resolved(model, rules, example_input, init)
-    methods = {rule.pattern: rule.factorization for rule, _ in resolved if rule.factorization}
-    fits = {rule.pattern: fit for rule, fit in resolved if fit}
-    for name in _generators(methods_of(model)) & _generators(methods):
+    chosen = {name: choice for name, choice in _resolved(model, rules, example_input, init).items() if choice.spec}
+    new = [choice.spec.method for choice in chosen.values() if choice.spec]
+    for name in _generators(methods_of(model).values()) & _generators(new):
         raise ValueError(f"joint {name!r}: the model has a generator of this name; choose another")
-    layers = {name: model.get_submodule(name) for name in methods}
+    layers = {name: model.get_submodule(name) for name in chosen}
     limit = sum(parameter.numel() for parameter in model.parameters())
-    made = factorize(layers, methods, init, limit, fits)
+    made = factorize(layers, chosen, init, limit)
     return replace_layers(model, {layers[name]: made[name] for name in made})
 
 
-def _generators(methods: Mapping[str, Factorization]) -> set[str]:
-    return {method.joint.name for method in methods.values() if isinstance(method.joint, Slice)}
+def _generators(methods: Iterable[Factorization]) -> set[str]:
+    return {method.joint.name for method in methods if isinstance(method.joint, Slice)}
 
 
 def factorize(
-    layers: Mapping[str, nn.Module],
-    methods: Mapping[str, Factorization],
-    init: Fill,
-    limit: int,
-    fits: Mapping[str, Fit] | None = None,
+    layers: Mapping[str, nn.Module], choices: Mapping[str, Choice], init: Fill, limit: int
 ) -> dict[str, FactorizedLayer]:
     """The factorized layers in place of dense ones, by name; those of one generator share it.
 
     Args:
         layers: name -> the dense layer; it is not changed.
-        methods: name -> the method, with integer ranks.
+        choices: name -> what becomes of it.
         init: what they start with.
         limit: how many entries a generator may make at most.
-        fits: what is known already of what the methods make of the weights.
 
     Raises:
         ValueError: a method that does not fit its layer.
     """
     made: dict[str, FactorizedLayer] = {}
-    joined: dict[str, dict[str, Factorization]] = {}
-    for name, method in methods.items():
+    joined: dict[str, dict[str, Choice]] = {}
+    for name, choice in choices.items():
+        assert choice.spec is not None
+        method = choice.spec.method
         if isinstance(method.joint, Slice):
-            joined.setdefault(method.joint.name, {})[name] = method
+            joined.setdefault(method.joint.name, {})[name] = choice
         else:
             with naming(name):
-                kind, fit = layer_type(method, layers[name]), (fits or {}).get(name)
-                made[name] = kind.convert(layers[name], method, init=init, fit=fit)
+                kind = layer_type(method, layers[name])
+                made[name] = kind.from_spec(layers[name], choice.spec, choice.plan, init=init, fit=choice.fit)
     for name, together in joined.items():
         with naming(f"joint {name!r} of {', '.join(together)}"):
             made |= convert_together(layers, together, init, limit)
@@ -305,7 +295,8 @@ def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) ->
 
 def rules_of(model: nn.Module) -> list[Rule]:
     """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
-    return [Rule(name, method) for name, method in methods_of(model).items()]
+    plans = {name: layer.plan_choice for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    return [Rule(name, method, plan=plans[name]) for name, method in methods_of(model).items()]
 
 
 def methods_of(model: nn.Module) -> dict[str, Factorization]:

@@ -1,66 +1,22 @@
 """Lowering the ranks of a model's layers: ranks are decided first, for all layers together; weights are touched second."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from tnlayers.budget import accurate, candidate_of
+from tnlayers.budget import Slot, settle
 from tnlayers.factorizations import Factorization
-from tnlayers.factorized import FactorizedLayer, exact_dense
-from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.factorized import FactorizedLayer, slot_of
+from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
-from tnlayers.ranks import Candidate, MacsKept, ParamsKept, Rank, RankRule, Ranks, RelativeError, allocate
+from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
+from tnlayers.spec import LayerSpec
 from tnlayers.surgery import method_for, naming, replace_layers
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """A layer whose rank may fall, or a dense one that a rule lets become factorized; and how it is called."""
-
-    name: str
-    layer: nn.Module
-    method: Factorization
-    calls: Sequence[Call]
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """What it has now; None if it is dense."""
-        return self.layer.ranks if isinstance(self.layer, FactorizedLayer) else None
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.layer.geometry if isinstance(self.layer, FactorizedLayer) else Geometry(self.layer)
-
-    def cost(self, *, by_macs: bool) -> tuple[int, int]:
-        """What the layer costs as it is and as a dense one: parameters of the weight, or multiply-accumulates."""
-        geometry, layer = self.geometry, self.layer
-        dense = geometry.macs(self.calls) if by_macs else geometry.num_params
-        if not isinstance(layer, FactorizedLayer):
-            return dense, dense
-        if by_macs:
-            return geometry.network_macs(layer.network, layer.index_sizes, layer.plan.groups, self.calls), dense
-        return sum(factor.numel() for factor in layer.factors.values()), dense
-
-    def candidate(self, *, by_macs: bool) -> Candidate:
-        """For the rank rules: truncations of the present weight from the present rank downward."""
-        found = candidate_of(self.method, self.dense, self.calls, by_macs=by_macs, present=self.ranks)
-        return replace(found, present_cost=self.cost(by_macs=by_macs)[0])
-
-    def within(self, rule: RelativeError) -> Ranks | None:
-        """The cheapest ranks found that keep the present weight to within the error; None if it is cheapest as it is."""
-        dtype = next(self.layer.parameters()).dtype
-        choice = accurate(self.method, self.dense, self.candidate(by_macs=False), rule, dtype)
-        return choice.method.rank if choice.method else None  # type: ignore[return-value]
-
-    @property
-    def dense(self) -> nn.Module:
-        return exact_dense(self.layer) if isinstance(self.layer, FactorizedLayer) else self.layer
 
 
 def resolve_truncation(
@@ -88,18 +44,13 @@ def resolve_truncation(
         ValueError: no layer matches, a budget out of reach, a layer that cannot be truncated by this rank, or one whose
             weight is not finite.
     """
-    selected = _checked(model, rank, example_input, pattern, rules)
-    by_macs = isinstance(rank, MacsKept)
-    if not isinstance(rank, RankRule):
-        chosen: list[Ranks | None] = [_lowered(each, rank) for each in selected]
-    elif isinstance(rank, RelativeError):
-        chosen = [each.within(rank) for each in selected]
-    else:
-        chosen = allocate([each.candidate(by_macs=by_macs) for each in selected], rank.fraction)
+    slots = _checked(model, rank, example_input, pattern, rules)
+    if not isinstance(rank, RankRule):  # which lowers what there is
+        slots = {name: slot for name, slot in slots.items() if slot.present}
     return [
-        _rule(each, ranks, by_macs=by_macs)
-        for each, ranks in zip(selected, chosen, strict=True)
-        if ranks is not None and ranks != each.ranks
+        Rule(name, choice.spec.method, plan=choice.plan)
+        for (name, slot), choice in zip(slots.items(), settle(list(slots.values()), rank), strict=True)
+        if choice.spec and not (slot.present and slot.present[0] == choice.spec)
     ]
 
 
@@ -138,9 +89,9 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
         assert method is not None
         if isinstance(layer, FactorizedLayer):
             errors[rule.pattern] = layer.truncate(method.rank)
-            layer.set_plan(method.plan)
+            layer.set_plan(rule.plan)
         else:
-            new = layer_type(method, layer).convert(layer, method)
+            new = layer_type(method, layer).from_spec(layer, LayerSpec(Geometry.of(layer), method), rule.plan)
             replace_layers(model, {layer: new})
             errors[rule.pattern] = new.decomposition_error or 0.0
     return errors
@@ -155,41 +106,43 @@ def fraction_kept(
     rules: Sequence[Rule] = (),
 ) -> float:
     """The fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
-    costs = [each.cost(by_macs=by is MacsKept) for each in _select(model, example_input, pattern, rules)]
+    costs = [slot.cost(by_macs=by is MacsKept) for slot in _select(model, example_input, pattern, rules).values()]
     return sum(present for present, _ in costs) / sum(dense for _, dense in costs)
 
 
-def _select(model: nn.Module, example_input: Example | None, pattern: str, rules: Sequence[Rule]) -> list[_Selected]:
+def _select(model: nn.Module, example_input: Example | None, pattern: str, rules: Sequence[Rule]) -> dict[str, Slot]:
+    """The factorized layers, and the dense ones that a rule lets become factorized, by name."""
     methods: dict[str, Factorization] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
-            methods[name] = module.factorization
+            methods[name] = module.spec.method
         elif (method := method_for(model, name, rules)) is not None:
             methods[name] = method
     found = {name: method for name, method in methods.items() if fits(name, pattern)}
     if not found:
         have = f"its factorized layers are {', '.join(map(repr, methods))}" if methods else "the model has none"
         raise ValueError(f"pattern {pattern!r} matches no factorized layer; {have}")
-    layers = {name: model.get_submodule(name) for name in found}
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
-    selected = [_Selected(name, layers[name], method, NOMINAL_CALLS) for name, method in found.items()]
-    return [
-        replace(each, calls=calls_of(each.geometry, inputs[each.name])) if each.name in inputs else each
-        for each in selected
-    ]
+    slots = {}
+    for name, method in found.items():
+        layer = model.get_submodule(name)
+        geometry = layer.spec.geometry if isinstance(layer, FactorizedLayer) else Geometry.of(layer)
+        calls = calls_of(geometry, inputs[name]) if name in inputs else NOMINAL_CALLS
+        slots[name] = slot_of(layer, method, calls)
+    return slots
 
 
 def _checked(
     model: nn.Module, rank: Rank, example_input: Example | None, pattern: str, rules: Sequence[Rule]
-) -> list[_Selected]:
-    selected = _select(model, example_input, pattern, rules)
-    for each in selected:
-        _check_weight(each.name, each.layer)
+) -> Mapping[str, Slot]:
+    slots = _select(model, example_input, pattern, rules)
+    for name, slot in slots.items():
+        _check_weight(name, model.get_submodule(name))
         try:
-            _check(each, rank)
+            _check(slot, rank)
         except ValueError as error:
-            raise ValueError(f"{each.name}: {error}; leave the layer out by a pattern") from None
-    return selected
+            raise ValueError(f"{name}: {error}; leave the layer out by a pattern") from None
+    return slots
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
@@ -198,27 +151,9 @@ def _check_weight(name: str, layer: nn.Module) -> None:
             check_finite(parameter)  # type: ignore[arg-type]
 
 
-def _check(each: _Selected, rank: Rank) -> None:
-    if each.method.joint:
+def _check(slot: Slot, rank: Rank) -> None:
+    if slot.method.joint:
         raise ValueError("its parameters make other layers too")
-    each.method.with_rank(rank)
-    if isinstance(rank, (tuple, list)) and each.ranks is not None and len(rank) != len(each.ranks):
-        raise ValueError(f"rank {rank!r} has {len(rank)} entries; the layer has {each.ranks}")
-
-
-def _lowered(each: _Selected, rank: Rank) -> Ranks | None:
-    """An explicit rank, each bond of it at most the present one; None for a dense layer."""
-    present = each.ranks
-    if present is None:
-        return None
-    asked = (rank,) * len(present) if isinstance(rank, int) else tuple(rank)  # type: ignore[arg-type]
-    return each.method.clamp(each.geometry.weight_shape, tuple(map(min, asked, present)))
-
-
-def _rule(each: _Selected, ranks: Ranks, *, by_macs: bool) -> Rule:
-    """The layer at its new ranks, computed in the way that is then the best: a plan that was made for larger ranks need not be."""
-    geometry, method = each.geometry, replace(each.method, rank=ranks)
-    if by_macs:
-        return Rule(each.name, replace(method, plan=geometry.fewest_macs(method, ranks, each.calls)))
-    device = next(each.layer.parameters()).device.type
-    return Rule(each.name, replace(method, plan=geometry.fastest(method, ranks, device, each.calls)))
+    slot.method.with_rank(rank)
+    if isinstance(rank, (tuple, list)) and slot.present and len(rank) != len(slot.present[0].ranks):
+        raise ValueError(f"rank {rank!r} has {len(rank)} entries; the layer has {slot.present[0].ranks}")

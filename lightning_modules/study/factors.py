@@ -8,6 +8,7 @@ from lightning_modules.study.findings import Measured
 from lightning_modules.study.rows import CUT_SETS
 from tnlayers import MPS, TT, Factorization, LowRank, Rule, Tucker
 from tnlayers.geometry import Call, Geometry
+from tnlayers.spec import LayerSpec
 
 __all__ = ["REALISED", "factorization_of", "fewer_params", "recommend"]
 
@@ -19,7 +20,7 @@ _NONE, _GROUPED = "no factorization that saves is tolerated", "a study factorize
 
 def factorization_of(module: nn.Module, cuts: Sequence[str], bonds: Sequence[int]) -> Factorization | None:
     """The factorization of a layer whose weight has these bond dimensions at these cuts; None if no method makes them low rank."""
-    geometry = Geometry(module)
+    geometry = Geometry.of(module)
     if geometry.groups > 1:
         return None  # the ranks of a grouped convolution are those of each group
     shape = geometry.weight_shape
@@ -41,7 +42,8 @@ def factorization_of(module: nn.Module, cuts: Sequence[str], bonds: Sequence[int
 
 def fewer_params(module: nn.Module, method: Factorization) -> bool:
     """Whether the factors have fewer parameters than the layer's weight."""
-    return _params(Geometry(module), method) < Geometry(module).num_params
+    geometry = Geometry.of(module)
+    return LayerSpec(geometry, method).params < geometry.params
 
 
 def recommend(
@@ -63,7 +65,7 @@ def recommend(
         good = [row for curve in curves for row in curve[: measured.num_tolerated(curve, tolerance)]]
         methods = [method for row in good if (method := factorization_of(module, row.cuts, row.bonds))]
         found = _cheapest(module, methods, calls[layer.name])
-        reason = _GROUPED if Geometry(module).groups > 1 else _NONE
+        reason = _GROUPED if Geometry.of(module).groups > 1 else _NONE
         rules.append(Rule(layer.name, found, "" if found else reason))
     return rules
 
@@ -72,17 +74,10 @@ def _cheapest(module: nn.Module, methods: Sequence[Factorization], calls: Sequen
     """The method that can be computed with the fewest multiply-accumulates; None if none takes fewer of these and of parameters
     than the dense layer.
     """
-    geometry = Geometry(module)
+    geometry = Geometry.of(module)
     costs = []
     for method in methods:
-        ranks = method.ranks(geometry.weight_shape)
-        plan = geometry.fewest_macs(method, ranks, calls)
-        macs = geometry.network_macs(geometry.network(method), geometry.sizes(method, ranks), plan, calls)
-        costs.append((macs, _params(geometry, method), method))
-    cheaper = [cost for cost in costs if cost[0] < geometry.macs(calls) and cost[1] < geometry.num_params]
+        spec = LayerSpec(geometry, method)
+        costs.append((spec.macs(calls, spec.best_plan(calls, by_macs=True)), spec.params, method))
+    cheaper = [cost for cost in costs if cost[0] < geometry.macs(calls) and cost[1] < geometry.params]
     return min(cheaper, key=lambda cost: cost[:2])[2] if cheaper else None
-
-
-def _params(geometry: Geometry, method: Factorization) -> int:
-    network = geometry.network(method)
-    return network.num_params(geometry.sizes(method, method.ranks(geometry.weight_shape)))

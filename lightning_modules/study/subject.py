@@ -95,7 +95,7 @@ class Subject:
                 )
         self.kernels = {name: Kernel(name, module) for name, module in self.modules.items()}
         inputs = layer_inputs(self._net, self._example)
-        self._calls = {name: calls_of(Geometry(module), inputs[name]) for name, module in self.modules.items()}
+        self._calls = {name: calls_of(Geometry.of(module), inputs[name]) for name, module in self.modules.items()}
         self._macs = {layer.name: layer.macs for layer in summarize(self._net, self._example, measure=False).layers}
         self._checkpoint = Path(checkpoint)
         self._dense = score(self._net, self._batches())

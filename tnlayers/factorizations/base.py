@@ -29,7 +29,6 @@ from tnlayers.linalg import (
     unfold,
 )
 from tnlayers.network import Indices, Network, size_of
-from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
 __all__ = ["Factorization", "Slice"]
@@ -67,14 +66,12 @@ class Factorization(ABC):
 
     Args:
         rank: an int (that bond dimension wherever it is attainable), one int for each bond, or a rule.
-        plan: how the layer is computed; see `tnlayers.plan`.
 
     Raises:
         ValueError: a rank below 1, a bare float, or another number of ranks than the method has bonds.
     """
 
     rank: Rank
-    plan: PlanChoice = "auto"
 
     replaces: ClassVar[tuple[str, ...]]
     """The torch layers that the method factorizes: "Conv2d", "Linear"."""
@@ -85,10 +82,6 @@ class Factorization(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", check_rank(self.rank))
-        if isinstance(self.plan, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in self.plan):
-            object.__setattr__(self, "plan", tuple(tuple(group) for group in self.plan))
-        elif self.plan not in ("auto", "factors", "dense"):
-            raise ValueError(f"plan {self.plan!r}: expected 'auto', 'factors', 'dense' or groups of factor names")
 
     @abstractmethod
     def network(self, weight_shape: tuple[int, ...]) -> Network:

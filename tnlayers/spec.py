@@ -1,0 +1,126 @@
+"""What a factorized layer is, whatever its weights: the one place that knows its shapes and what it costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tnlayers.factorizations.base import Factorization
+from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.network import Network
+from tnlayers.plan import Machine, Partition, Plan, PlanChoice, cheapest, macs, partitions
+from tnlayers.ranks import Ranks
+
+__all__ = ["LayerSpec"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The geometry of a dense layer, a method in its place, and integer ranks.
+
+    Attributes:
+        geometry: of the dense layer.
+        method: its rank becomes one int for each bond, each at most what is attainable; what is clamped is said.
+
+    Raises:
+        ValueError: the rank is a rule, or has another number of entries than there are bonds.
+    """
+
+    geometry: Geometry
+    method: Factorization
+
+    def __post_init__(self) -> None:
+        attained = self.method.ranks(self.geometry.weight_shape)
+        if attained != self.method.rank:
+            object.__setattr__(self, "method", self.method.with_rank(attained))
+
+    @property
+    def ranks(self) -> Ranks:
+        assert isinstance(self.method.rank, tuple)
+        return self.method.rank
+
+    @cached_property
+    def network(self) -> Network:
+        network = self.method.network(self.geometry.weight_shape)
+        return network.grouped() if self.geometry.groups > 1 else network
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """The size of every index of the network."""
+        return self.method.sizes(self.geometry.weight_shape, self.ranks) | {"g": self.geometry.groups}
+
+    @cached_property
+    def factor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.network.shapes(self.sizes)
+
+    @cached_property
+    def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every parameter that makes the weight: the factors', unless the method generates those."""
+        return dict(self.method.parameter_shapes(self.factor_shapes, self.ranks))
+
+    @property
+    def params(self) -> int:
+        """Parameters in place of the dense weight."""
+        return sum(map(math.prod, self.parameter_shapes.values()))
+
+    def at(self, ranks: Ranks) -> "LayerSpec":
+        """The same method at other ranks, each at most what is attainable next to the others."""
+        attained = self.method.clamp(self.geometry.weight_shape, ranks)
+        other = replace(self, method=self.method.with_rank(attained))
+        other.__dict__["network"] = self.network  # which no rank changes
+        return other
+
+    def of_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> "LayerSpec":
+        """The same method at the ranks that parameters of these shapes have.
+
+        Raises:
+            ValueError: they are not its parameters, or of ranks that no weight attains, which could ask for all memory.
+        """
+        ranks = self.method.ranks_from(self.network, shapes)
+        found = self.at(ranks)
+        if found.ranks != ranks or found.parameter_shapes != shapes:
+            raise ValueError(f"parameters of the shapes {dict(shapes)} are not those of {found.method}")
+        return found
+
+    def decompose(self, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
+        """The parameters closest to a dense weight, in the dtype, and their relative error; see `Factorization.decompose`."""
+        return self.method.decompose(weight, self.ranks, self.geometry.groups, dtype)
+
+    # ---- how it is computed
+
+    @property
+    def plans(self) -> Sequence[Partition]:
+        """Every way to compute the layer, from all factors apart to all together."""
+        return list(partitions(tuple(self.network.factors)))
+
+    def macs(self, calls: Sequence[Call], plan: Partition) -> int:
+        """Multiply-accumulates of all the calls, once the weights of the plan are merged; bias not counted."""
+        axes, input_size = self.geometry.axes, self.geometry.input_size
+        return sum(call.rows * macs(self.network, self.sizes, plan, axes, input_size(call)) for call in calls)
+
+    def best_plan(
+        self, calls: Sequence[Call] = NOMINAL_CALLS, device_type: str = "cpu", *, by_macs: bool = False
+    ) -> Partition:
+        """The plan that the cost model holds to be the fastest for the first of the calls.
+
+        Args:
+            calls: how the layer is used.
+            device_type: "cpu" or "cuda".
+            by_macs: whether to take the one with the fewest multiply-accumulates; of equals, that with the most steps.
+        """
+        if by_macs:
+            return min(self.plans, key=lambda plan: self.macs(calls, plan))
+        machine, size = Machine.of(device_type), self.geometry.input_size(calls[0])
+        return cheapest(self.network, self.sizes, self.geometry.axes, machine, size, calls[0].rows)
+
+    def compile(self, plan: PlanChoice, device_type: str) -> Plan:
+        """The plan in integers.
+
+        Raises:
+            ValueError: groups that are no partition of the factors, in order.
+        """
+        groups = self.best_plan(device_type=device_type) if plan == "auto" else plan
+        return Plan.compile(self.network, self.sizes, groups, self.geometry.axes, self.geometry.pad_mode)
