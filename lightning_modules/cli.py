@@ -1,6 +1,7 @@
 """The command `tnlayers`. Commands that need only a checkpoint start without Lightning's command line."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 for a user's error, which is one line on stderr; 130 after Ctrl-C; 143 after SIGTERM.
+        0; 2 for a user's error, which is one line on stderr; 130 after Ctrl-C; 141 where its output is read no more; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with _terminable(), interruptible():
-            return _command(arguments[0])(arguments)
+            code = _command(arguments[0])(arguments)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more, and complain
+        return 141
     except KeyboardInterrupt:
         print("tnlayers: interrupted", file=sys.stderr)
         return 130

@@ -56,6 +56,11 @@ def compress(
     """
     trainer.precision_plugin.convert_module(model)  # ranks are chosen in the dtype that the factors will have
     loaded = model.load(checkpoint)
+    if not model.rules:
+        raise ValueError(
+            "compress has no rules, and would change nothing: give some, such as -c configs/rules/tucker.yaml or "
+            "--model.rules '[{pattern: \"*\", method: Tucker, rank: MacsKept(0.5)}]'"
+        )
     stage = "before" if rules_of(model.net) else "dense"
     to_dense(model.net, model.rules)
     rules = model.resolve("decompose")  # first of all: what is wrong with them shows before anything is written

@@ -40,6 +40,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.errors import OURS, is_bug
 from lightning_modules.files import aside, whole_folder, write_files
 from lightning_modules.loggers import log_config, run_folder
+from lightning_modules.own_methods import import_methods
 from lightning_modules.processes import check_processes
 from lightning_modules.progress import progress_bar
 from lightning_modules.resume import begin_run, is_first_process
@@ -214,6 +215,7 @@ class TensorCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fails early, and in one line, on what would fail late in a traceback."""
         config = self.config[self.subcommand]
+        import_methods(config.model.rules or [])
         self._log_under_root(config)
         self._given = config.clone()
         if self.subcommand in ("compress", "study"):

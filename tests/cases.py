@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.own_method import Blocks
 from tnlayers import (
     ADTNConv2d,
     ADTNLinear,
     CPConv2d,
     Factorization,
+    FactorizedConv2d,
     FactorizedLayer,
+    KroneckerConv2d,
     LowRankConv2d,
     MPSConv2d,
     TTConv2d,
@@ -30,7 +33,9 @@ class Case:
 
     Attributes:
         options: what else the layer is built with.
+        own: the method of a layer that names none.
         exact: whether there is a rank from which on every weight is represented, so that rank rules make sense.
+        trained: a rank for tests that train; 0 where another row's will do.
     """
 
     layer: type[FactorizedLayer]
@@ -39,20 +44,26 @@ class Case:
     keys: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
+    trained: int = 0
+    own: type[Factorization] | None = None
 
     @property
     def name(self) -> str:
-        return "-".join([self.layer.__name__, *map(str, self.options.values())])
+        return "-".join([self.own.__name__ if self.own else self.layer.__name__, *map(str, self.options.values())])
 
     @property
     def is_conv(self) -> bool:
         return self.layer.dense_type is nn.Conv2d
 
     def convert(self, dense: nn.Module, rank: Any) -> FactorizedLayer:
-        return self.layer.from_dense(dense, rank=rank, **self.options)
+        return self.layer.from_dense(dense, **self.given(rank))
 
     def method(self, rank: Any) -> Factorization:
-        return self.layer.method(rank, **self.options)
+        return (self.own or self.layer.method)(rank, **self.options)
+
+    def given(self, rank: Any) -> dict[str, Any]:
+        """What the layer is built with beside the dense one's arguments."""
+        return {"method": self.method(rank)} if self.own else {"rank": rank} | self.options
 
     def dense(self, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
         """A dense layer with uneven, partly prime sizes."""
@@ -65,14 +76,16 @@ class Case:
 
 
 CASES = (
-    Case(TuckerConv2d, (5, 4), (3, 2), ("input", "core", "output")),
-    Case(CPConv2d, 9, 4, ("input", "height", "width", "output")),
-    Case(MPSConv2d, (4, 6, 5), (3, 3, 3), ("input", "height", "width", "output")),
+    Case(TuckerConv2d, (5, 4), (3, 2), ("input", "core", "output"), trained=6),
+    Case(CPConv2d, 9, 4, ("input", "height", "width", "output"), trained=24),
+    Case(MPSConv2d, (4, 6, 5), (3, 3, 3), ("input", "height", "width", "output"), trained=8),
     Case(MPSConv2d, (3, 6, 8), (2, 4, 3), ("height", "width", "input", "output"), {"order": "h w i o"}),
-    Case(LowRankConv2d, 6, 3, ("vertical", "horizontal")),
-    Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3")),
-    Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
-    Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3")),
+    Case(LowRankConv2d, 6, 3, ("vertical", "horizontal"), trained=12),
+    Case(KroneckerConv2d, 5, 3, ("kernel", "matrix"), trained=8),
+    Case(FactorizedConv2d, 3, 2, ("kernel", "matrix"), own=Blocks),
+    Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3"), trained=6),
+    Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False, trained=3),
+    Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3"), trained=4),
     Case(ADTNLinear, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
 )
 

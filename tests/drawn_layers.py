@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers import CPConv2d, FactorizedLayer, LowRankConv2d, MPSConv2d, TTConv2d, TuckerConv2d
+from tests.cases import CASES
+from tnlayers import FactorizedLayer
 from tnlayers.plan import partitions
 
 __all__ = ["Drawn", "draw", "wrong"]
 
-METHODS = (TuckerConv2d, CPConv2d, MPSConv2d, LowRankConv2d, TTConv2d)
+METHODS = tuple(dict.fromkeys(case.layer for case in CASES if case.is_conv and case.exact and not case.own))
 # Of the same computation on absolute values, so that what cancels does not count: a few roundings for each step.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 LAYOUTS = ("contiguous", "channels_last")

@@ -28,7 +28,7 @@ from tnlayers import (
     tensorize,
     to_dense,
 )
-from tnlayers.factorizations import adtn
+from tnlayers.methods import adtn
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ADTN. .* leave a relative error", "ignore:.*lower the rank or leave the layer dense"

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from tests.cases import CASES, Case
 from tests.fixtures.make import FOLDER, RULES, example
 from tnlayers import ADTN, CP, CheckpointError, Rule, Tucker, load_checkpoint, save_safetensors, tensorize
 from tnlayers.checkpoints import read_checkpoint
-from tnlayers.factorizations import METHODS
 
 FIXTURES = sorted([*FOLDER.glob("*.ckpt"), *FOLDER.glob("*.safetensors")])
 
@@ -357,6 +357,53 @@ def test_a_rank_that_no_layer_has_is_not_allocated(tmp_path: Path) -> None:
     assert target[0].rank == (3, 2)
 
 
+@pytest.mark.parametrize("number", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_counters_may_be_of_any_number(tmp_path: Path, number: torch.dtype) -> None:
+    """`half()` of all that a state dict holds; torch's own load takes it."""
+    source, target = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    source(torch.randn(2, 3, 4, 4))
+    torch.save({key: value.to(number) for key, value in source.state_dict().items()}, tmp_path / "a.pt")
+    load_checkpoint(tmp_path / "a.pt", target)
+    assert target[1].num_batches_tracked == 1
+
+
+def test_what_is_not_of_the_net_is_left(tmp_path: Path) -> None:
+    """Lightning's files hold a loss's weights and metrics' counts beside the net's."""
+    source = net()
+    state = {f"model.{key}": value for key, value in source.state_dict().items()}
+    torch.save(
+        {"state_dict": state | {"criterion.weight": torch.ones(3), "val_f1.tp": torch.ones(2)}}, tmp_path / "a.pt"
+    )
+    report = load_checkpoint(tmp_path / "a.pt", net())
+    assert report.outside == ("criterion.weight", "val_f1.tp")
+    assert "2 without it left (criterion.weight, val_f1.tp)" in str(report)
+    torch.save(source.state_dict() | {"total_ops": torch.ones(1)}, tmp_path / "b.pt")
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 unexpected \(total_ops\); all of the model's entries are there: load with strict=False",
+    ):
+        load_checkpoint(tmp_path / "b.pt", net())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapper_is_named(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.save(net().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"the model is a wrapper .*give the net inside of it"):
+        load_checkpoint(tmp_path / "a.pt", wrap(net()))
+
+
+def test_numbers_that_torch_cannot_convert_change_nothing(tmp_path: Path) -> None:
+    target = tensorize(net(), TUCKER)
+    before = copy.deepcopy(target.state_dict())
+    packed = {key: torch.empty(value.shape, dtype=torch.float4_e2m1fn_x2) for key, value in before.items()}
+    mixed = before | {list(before)[-1]: packed[list(before)[-1]]}
+    for state in (packed, mixed):
+        torch.save(state, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"float4_e2m1fn_x2 in the file"):
+            load_checkpoint(tmp_path / "a.pt", target)
+        torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
 class Hostile:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -460,7 +507,7 @@ def test_the_fixtures_have_every_method() -> None:
         f"{name}.{suffix}" for name in RULES for suffix in ("ckpt", "safetensors")
     }
     layers = [layer for path in FIXTURES for layer in read_checkpoint(path)["tensorization"]["layers"]]
-    assert {layer["method"] for layer in layers} == {method.__name__ for method in METHODS}
+    assert {layer["method"] for layer in layers} == {rule["method"] for rules in RULES.values() for rule in rules}
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 100_000
 
 

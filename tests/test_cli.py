@@ -93,6 +93,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("no checkpoint", [*COMPRESS, "--checkpoint", "@none.ckpt"], ["no checkpoint at @none.ckpt", ".safetensors"]),
     ("no teacher", ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "1", "--model.teacher", "@none.ckpt"],
      ["no checkpoint at @none.ckpt"]),
+    ("no rules", [*COMPRESS, "--checkpoint", "@dense.ckpt"], ["compress has no rules", "configs/rules/tucker.yaml"]),
     ("used out", ["compress", *DIGITS, *SMALL, "--checkpoint", "@dense.ckpt", "--out", "@pictures"],
      ["@pictures", "already holds", "--out"]),
     ("no data", [*FOLDERS, "--data.root", "@none"], ["@none/train", "--data.root", "train/ and test/"]),
@@ -733,3 +734,14 @@ def test_published_resnet20(resnet20_checkpoint: Path, cifar10_png: Path, tmp_pa
     published = ["--model.rules", "[]", "--model.init_from", str(resnet20_checkpoint)]
     assert tnlayers("test", *experiment, *published, *output_to(tmp_path)) == 0
     assert 931 <= round(metric(tmp_path, "test/accuracy") * 1017) <= 933
+
+
+def test_output_that_is_read_no_more() -> None:
+    """As that of `tnlayers methods | head -1`."""
+    code = "from lightning_modules.cli import main; raise SystemExit(main(['methods']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        assert ran.stdout
+        ran.stdout.close()
+        assert ran.stderr
+        assert ran.stderr.read() == b""
+    assert ran.returncode == 141

@@ -11,7 +11,8 @@ import tensorly
 import torch
 from torch import Tensor
 
-from tnlayers import CP, MPS, TT, Factorization, Tucker
+from tests.cases import CASES
+from tnlayers import CP, Factorization, Tucker
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
 
 SHAPES = {"conv": (12, 8, 3, 2), "pointwise": (7, 5, 1, 1), "prime": (11, 13, 3, 3), "thin": (2, 16, 3, 3)}
@@ -31,7 +32,7 @@ def weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
-METHODS = {"Tucker": Tucker(1), "CP": CP(1), "MPS": MPS(1), "TT": TT(1)}
+METHODS = {case.name: case.method(1) for case in CASES if case.exact}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -75,9 +76,10 @@ def test_the_estimate_bounds_the_error(method: Factorization, name: str) -> None
             assert error_at(method, weight, ranks) <= math.sqrt(estimate(attained)) + 1e-6, (kind, attained)
 
 
-@pytest.mark.parametrize("method", [Tucker(1), MPS(1), TT(1)], ids=lambda method: type(method).__name__)
-def test_no_cut_is_beaten(method: Factorization) -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "CPConv2d"])  # whose bond is a hyperedge
+def test_no_cut_is_beaten(name: str) -> None:
     """The error is at least what each bond's own cut discards (Eckart-Young): a smaller one would be a wrong one."""
+    method = METHODS[name]
     shape = shape_for(method, "conv")
     weight = torch.randn(shape, dtype=torch.float64)
     network, sizes = method.network(shape), method.mode_sizes(shape)

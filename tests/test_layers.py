@@ -105,7 +105,7 @@ def test_weight_is_what_the_factors_make(case: Case) -> None:
     assert all(factor.grad is not None for factor in layer.factors.values())
 
 
-@every_layer
+@pytest.mark.parametrize("case", [case for case in CASES if not case.own], ids=lambda case: case.name)
 def test_signature_is_the_dense_layers_plus_keywords(case: Case) -> None:
     dense = inspect.signature(case.layer.dense_type).parameters
     ours = inspect.signature(case.layer).parameters
@@ -262,7 +262,7 @@ def test_from_scratch_has_the_dense_layers_scale(case: Case) -> None:
     dense = case.dense(dtype=torch.float32, **options)
     arguments = options | ({"kernel_size": (3, 2)} if case.is_conv else {})
     for rank in (1, 3, 16):
-        layer = case.layer(**arguments, rank=rank, **case.options)
+        layer = case.layer(**arguments, **case.given(rank))
         assert layer.weight.square().mean().sqrt().item() == pytest.approx(
             dense.weight.square().mean().sqrt().item(), rel=0.05
         )
@@ -279,8 +279,7 @@ def test_nothing_is_left_uninitialised(case: Case) -> None:
                 if case.is_conv
                 else {"in_features": 30, "out_features": 28}
             ),
-            rank=4,
-            **case.options,
+            **case.given(4),
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -373,7 +372,7 @@ def test_a_rank_above_the_attainable_is_clamped_and_said(case: Case) -> None:
 
 
 def scratch(case: Case, rank: Any) -> FactorizedLayer:
-    return case.layer(**arguments(case.dense()), dtype=torch.float64, rank=rank, **case.options)
+    return case.layer(**arguments(case.dense()), dtype=torch.float64, **case.given(rank))
 
 
 @pytest.mark.parametrize("rule", [ParamsKept(0.5), MacsKept(0.5)], ids=str)

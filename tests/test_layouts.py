@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from tests.cases import CASES, Case
-from tests.drawn_layers import METHODS, Drawn, draw, wrong
+from tests.drawn_layers import Drawn, draw, wrong
 from tests.tolerances import FLOAT64
 from tnlayers import (
     CPConv2d,
@@ -58,10 +58,6 @@ def test_strides_that_could_be_misread(
     for moved in (False, True):
         drawn = Drawn(method, 1, geometry, dtype, shape, channels_last_module=moved, seed=0)
         assert not list(wrong(drawn))
-
-
-def test_every_method_of_convolutions_is_drawn() -> None:
-    assert {case.layer for case in CASES if case.is_conv and case.exact} == set(METHODS)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

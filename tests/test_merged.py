@@ -2,6 +2,8 @@
 
 import copy
 import random
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -367,6 +369,42 @@ def test_a_write_before_an_export_is_in_it() -> None:
             factor.mul_(1.1)
     for form in (exported, traced):
         torch.testing.assert_close(form(layer, x)[0], layer(x), **FLOAT32)
+
+
+@ignores_deprecation
+@pytest.mark.parametrize("fused", [False, True])
+@every_form
+def test_a_step_before_a_graph_is_in_it(form: Form, fused: bool) -> None:
+    layer, x = TTLinear(30, 28, rank=4).eval(), torch.randn(4, 30)
+    layer(x).square().mean().backward()
+    torch.optim.Adam(layer.parameters(), lr=0.3, fused=fused).step()
+    with torch.no_grad():
+        torch.testing.assert_close(form(layer, x)[0], layer.to_dense()(x), **FLOAT32)
+
+
+def test_steps_are_taken_while_other_threads_evaluate() -> None:
+    """What is told of a step may grow meanwhile."""
+    nets = [TTLinear(12, 12, rank=2) for _ in range(200)]
+    done = threading.Event()
+
+    def evaluate() -> None:
+        while not done.is_set():
+            for net in nets:
+                net.train().eval()
+
+    before, other = sys.getswitchinterval(), threading.Thread(target=evaluate)
+    sys.setswitchinterval(1e-6)
+    other.start()
+    try:
+        layer = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(200):
+            layer(torch.ones(3)).sum().backward()
+            optimizer.step()
+    finally:
+        done.set()
+        other.join()
+        sys.setswitchinterval(before)
 
 
 # ---- copies

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_modules import build_net
 from tests.commands import CONFIGS
 from tnlayers import ADTN, TT, LowRank, LowRankConv2d, TTConv, TTConv2d, rules_from_plain, tensorize
-from tnlayers.factorizations.adtn import num_effective
+from tnlayers.methods.adtn import num_effective
 
 # Garipov et al.: the modes of 64 and 128 channels, and of the features of the linears; the ranks of their configurations.
 MODES = {64: (4, 4, 4), 128: (4, 8, 4), 8192: (8, 8, 8, 16), 1536: (4, 6, 8, 8), 512: (4, 4, 4, 8)}

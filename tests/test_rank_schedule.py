@@ -175,11 +175,19 @@ def test_a_compiled_net_is_validated_with_its_averages(tmp_path: Path, monkeypat
             torch.testing.assert_close(pl_module(batch[0]), expected, **FLOAT32)
             self.seen += 1
 
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            """The weights are those of training again."""
+            x = torch.rand(2, 1, 8, 8)
+            with torch.compiler.set_stance("force_eager"):
+                expected, eager = copy.deepcopy(pl_module)(x), pl_module(x)
+            torch.testing.assert_close((eager, pl_module(x)), (expected, expected), **FLOAT32)
+            self.seen += 1
+
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     compare = Compare()
     model = classifier(compile=True)
     fitted(tmp_path, EMA(decay=0.9), compare, model=model, epochs=3, num_sanity_val_steps=0)
-    assert compare.seen == 3
+    assert compare.seen == 6
 
 
 def test_what_was_best_before_is_forgotten() -> None:

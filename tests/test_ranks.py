@@ -184,13 +184,13 @@ def test_the_relative_error_of_the_layer_as_it_is_then_is_kept(case: Case, dtype
         if isinstance(layer, FactorizedLayer):
             assert difference(weight, made(layer)) <= error
             assert layer.decomposition_error == pytest.approx(difference(weight, made(layer)), rel=1e-6, abs=1e-14)
-            assert layer.spec == case.layer.from_dense(dense, **vars(method)).spec
+            assert layer.spec == case.convert(dense, RelativeError(error)).spec
             converted += 1
         else:
             assert f"{error!r}" in resolved.reason
             assert "cheaper" in resolved.reason
             with pytest.raises(ValueError, match=r"is cheaper than the dense .*leave it dense \(RelativeError"):
-                case.layer.from_dense(dense, **vars(method))
+                case.convert(dense, RelativeError(error))
             layer = case.convert(dense, random.choice([2, 4, 8]))
         before, error, net = (
             made(layer),

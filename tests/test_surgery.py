@@ -276,7 +276,7 @@ def test_summary_counts_and_reasons() -> None:
     assert layers["body.0"].dense_macs == 32 * 16 * 9 * 8 * 8
     assert layers["head"].macs == 32 * 24
     assert layers["conv1"].note == "the rule 'conv1' leaves it dense"
-    assert layers["head"].note == "no rule matches it"
+    assert layers["head"].note == "no rule takes it"
     weight, approximation = dense.body[0].weight.detach(), net.body[0].weight.detach()
     assert layers["body.0"].error == pytest.approx(float((weight - approximation).norm() / weight.norm()), rel=1e-4)
     assert summary.totals.params == sum(parameter.numel() for parameter in net.parameters())

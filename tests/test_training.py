@@ -10,21 +10,19 @@ from lightning.pytorch import Trainer
 from lightning_modules.callbacks import Freeze
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
+from tests.cases import CASES
 from tests.commands import CONFIGS, metric, output_to, tnlayers
 from tnlayers import CheckpointError, FactorizedLayer, tensorize
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 EXPERIMENT = ["-c", CONFIGS / "experiment/digits.yaml"]
 CONVS = ("conv2", "conv3", "conv4")
+SMALL = ("conv2", "fc2")  # an ADTN generates all of a weight in each step
 # Method, the layers that it takes, and a rank for tests that only need some factors.
 METHODS = [
-    ("Tucker", CONVS, 6),
-    ("CP", CONVS, 24),
-    ("MPS", CONVS, 8),
-    ("LowRank", CONVS, 12),
-    ("TTConv", CONVS, 6),
-    ("TT", ("fc1",), 4),
-    ("ADTN", ("conv2", "fc2"), 3),  # small ones: it generates all of a weight in each step
+    (case.layer.method.name(), (CONVS if case.is_conv else ("fc1",)) if case.exact else SMALL, case.trained)
+    for case in CASES
+    if case.trained
 ]
 BUDGETS = {"ADTN": 3}  # its rank is a depth; the others get a share of the parameters
 # Where training starts, and epochs enough to pass 0.97 with margin.

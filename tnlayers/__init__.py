@@ -1,19 +1,17 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
 from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
-from tnlayers.factorizations import ADTN, CP, MPS, TT, Factorization, LowRank, TTConv, Tucker
 from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
-from tnlayers.layers import (
-    ADTNConv2d,
-    ADTNLinear,
-    CPConv2d,
-    LowRankConv2d,
-    MPSConv2d,
-    TTConv2d,
-    TTLinear,
-    TuckerConv2d,
-)
-from tnlayers.methods import methods_table
+from tnlayers.layers import FactorizedConv2d, FactorizedLinear
+from tnlayers.method import Factorization
+from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
+from tnlayers.methods.cp import CP, CPConv2d
+from tnlayers.methods.kronecker import Kronecker, KroneckerConv2d
+from tnlayers.methods.lowrank import LowRank, LowRankConv2d
+from tnlayers.methods.mps import MPS, MPSConv2d
+from tnlayers.methods.tt import TT, TTLinear
+from tnlayers.methods.ttconv import TTConv, TTConv2d
+from tnlayers.methods.tucker import Tucker, TuckerConv2d
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
@@ -22,6 +20,7 @@ from tnlayers.spec import LayerSpec
 from tnlayers.structure import CheckpointError
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
+from tnlayers.table import methods_table
 from tnlayers.truncation import fraction_kept, resolve_truncation, truncate
 
 __all__ = [
@@ -34,7 +33,11 @@ __all__ = [
     "CPConv2d",
     "CheckpointError",
     "Factorization",
+    "FactorizedConv2d",
     "FactorizedLayer",
+    "FactorizedLinear",
+    "Kronecker",
+    "KroneckerConv2d",
     "LayerSpec",
     "LoadReport",
     "LowRank",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization, Slice
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
+from tnlayers.method import Factorization, Slice
 from tnlayers.plan import Partition, PlanChoice
 from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
 from tnlayers.spec import LayerSpec

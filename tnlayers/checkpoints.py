@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tnlayers.state_dicts import USUAL_KEYS, Copy, find_copies, needed, prefixes
+from tnlayers.state_dicts import USUAL_KEYS, Copy, convertible, find_copies, needed, prefixes
 from tnlayers.structure import (
     CheckpointError,
     adopted_shapes,
@@ -39,6 +39,7 @@ _METADATA = "tnlayers"
 
 # torch's AveragedModel has a counter of its own.
 _MAY_ADD = "n_averaged"
+_WRAPPED = re.compile(r"(?:_orig_mod\.|module\.)+")
 _SHOWN = 4
 _KEY = 60
 _LIST = 220
@@ -58,6 +59,7 @@ class LoadReport:
             layer are loaded together, so that those which would fit follow where one of them does not.
         prefix: what was taken off the file's keys.
         left: under which keys the file has averaged weights beside the plain ones, which were taken.
+        outside: keys without the prefix, where all of the model's are behind it: a loss's weights, a metric's counts.
     """
 
     matched: tuple[str, ...]
@@ -66,6 +68,7 @@ class LoadReport:
     mismatched: tuple[tuple[str, str, str], ...]
     prefix: str
     left: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} entries matched"]
@@ -86,6 +89,8 @@ class LoadReport:
             parts.append(f"{len(self.mismatched)} of another shape ({_few(shapes, len(self.mismatched))})")
         if self.prefix:
             parts.append(f"prefix {shortened(self.prefix, _KEY)!r} taken off")
+        if self.outside:
+            parts.append(f"{len(self.outside)} without it left ({_few(self.outside)})")
         if self.left:
             parts.append(f"plain weights taken and the averaged ones under {shortened(self.left[0], _KEY)!r} left")
         return ", ".join(parts)
@@ -185,40 +190,46 @@ def fitting_state(
         )
     taken, *others = copies
     alike = [other for other in others if other.like(taken)]
-    state, report = _fit(taken, model)
+    beside = [other for other in others if other.whole and other.keys == taken.keys]
+    state, report = _fit(taken, model, alone=not beside)
     report = replace(report, left=_left(taken, others))
     if alike or not state or (strict and (report.missing or report.unexpected or report.mismatched)):
-        beside = [other for other in others if other.whole and other.keys == taken.keys]
         hint = _choice(taken, alike or beside, free=not alike) if alike or beside else _hint(report, taken, model)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {report}; {hint}")
     return state, report
 
 
-def _fit(taken: Copy, model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
-    """What of a copy fits, by the model's own keys."""
+def _fit(taken: Copy, model: nn.Module, *, alone: bool) -> tuple[dict[str, Tensor], LoadReport]:
+    """What of a copy fits, by the model's own keys; whether no other whole one is beside it."""
     given = {key.removeprefix(taken.prefix): value for key, value in taken.state.items()}
     present = model.state_dict()
     own = {
         key: _kind(present[key]) if key in present and present[key].shape == shape else str(shape)
         for key, shape in adopted_shapes(model, given).items()
     }
-    fits = {key for key in own if key in given and _kind(given[key]) == own[key]}
+    fits = {key for key in own if key in given and _alike(key, _kind(given[key]), own[key])}
     for start in factor_keys(model):  # the factors of a layer are one weight: all of them are loaded, or none
         factors = {key for key in own.keys() | given if key.startswith(start)}
         fits -= factors if factors - fits else set()
     mismatched = [(key, _kind(given[key]), own[key]) for key in own if key in given and key not in fits]
+    more = [
+        key for key in taken.state if key.removeprefix(taken.prefix) not in own and key.rpartition(".")[2] != _MAY_ADD
+    ]
+    outside = [key for key in more if alone and taken.whole and not key.startswith(taken.prefix)]
     report = LoadReport(
         matched=tuple(key for key in own if key in fits),
         missing=tuple(key for key in own if key not in given and needed(key)),
-        unexpected=tuple(
-            key
-            for key in taken.state
-            if key.removeprefix(taken.prefix) not in own and key.rpartition(".")[2] != _MAY_ADD
-        ),
+        unexpected=tuple(key for key in more if key not in outside),
         mismatched=tuple(sorted(mismatched, key=lambda entry: entry[1] == entry[2])),
         prefix=taken.prefix,
+        outside=tuple(outside),
     )
     return {key: given[key] for key in report.matched}, report
+
+
+def _alike(key: str, theirs: str, ours: str) -> bool:
+    """Whether one kind can be loaded as the other. A counter may have gone through `half()` with all the rest."""
+    return theirs == ours or (not needed(key) and theirs == ours.removesuffix(" integer"))
 
 
 def _left(taken: Copy, others: Sequence[Copy]) -> tuple[str, ...]:
@@ -258,8 +269,12 @@ def _hint(report: LoadReport, taken: Copy, model: nn.Module) -> str:
             f"its head {name!r} has {theirs} classes and the model's {ours}: build the model with num_classes {theirs}, or "
             "load with strict=False, which keeps the model's head"
         )
+    if not (report.missing or report.mismatched):
+        return "all of the model's entries are there: load with strict=False to leave the others"
     if 2 * len(report.matched) >= size:
         return "most of it fits: build the model with the options that the file's was built with"
+    if own and all(_WRAPPED.match(key) and _WRAPPED.sub("", key) in taken.state for key in filter(needed, own)):
+        return "the model is a wrapper (of torch.compile or for parallel training): give the net inside of it"
     return "is it a checkpoint of another architecture?"
 
 
@@ -352,7 +367,7 @@ def _is_pickle(path: Path) -> bool:
 def _kind(value: Tensor) -> str:
     """The shape, and the kind of number and the layout where they are not the usual ones."""
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
-    number = " quantized" if value.is_quantized else number
+    number = " quantized" if value.is_quantized else number if convertible(value.dtype) else f" {value.dtype}"
     layout = " without data" if value.is_meta else "" if value.layout is torch.strided else " sparse"
     return f"{tuple(value.shape)}{number}{layout}"
 

@@ -8,17 +8,17 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice, Fit, Slot, settle
-from tnlayers.factorizations.base import Factorization, Slice
 from tnlayers.geometry import Call, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
+from tnlayers.method import Factorization, Slice
 from tnlayers.plan import PlanChoice
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 from tnlayers.spec import LayerSpec
@@ -72,20 +72,22 @@ class FactorizedLayer(Merging):
     def __init_subclass__(cls) -> None:
         """A layer that names its method shows the method's options in its signature."""
         super().__init_subclass__()
-        if hasattr(cls, "method") and {"method", "__init__"} & vars(cls).keys():
-            own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-            given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
-            if len(given) == len(own):  # takes no options of the method
-                cls.__signature__ = inspect.Signature(own)
-                return
-            options = [field for field in fields(cls.method) if field.name not in {known.name for known in given}]
-            shown = [
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-                )
-                for field in options
-            ]
-            cls.__signature__ = inspect.Signature([*given, *shown])
+        if not (hasattr(cls, "method") and {"method", "__init__"} & vars(cls).keys()):
+            return
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        takes_options, names = len(given) < len(own), {parameter.name for parameter in given}
+        shown = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=field.type,
+            )
+            for field in fields(cls.method)
+            if takes_options and field.name not in names
+        ]
+        cls.__signature__ = inspect.Signature([*given, *shown])
 
     def _build(self, template: nn.Module, method: Factorization, plan: PlanChoice, device: Any, dtype: Any) -> None:
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
@@ -166,10 +168,21 @@ class FactorizedLayer(Merging):
             ValueError: a rank or an option that makes no sense for this layer.
         """
         plan = options.pop("plan", "auto")
-        method = cls.method(**options)
+        method = cls._method(**options)
         cls._check(dense)
         spec, choice = _settled(slot_of(dense, method), dense, plan)
         return cls.from_spec(dense, spec, choice.plan, fit=choice.fit)
+
+    @classmethod
+    def _method(cls, **options: Any) -> Factorization:
+        """What a layer is built with: the method that its class names, with the options, or the one that is given."""
+        if hasattr(cls, "method"):
+            return cls.method(**options)
+        method = options.pop("method", None)
+        if not isinstance(method, Factorization) or options:
+            given = ", ".join(f"{name}={value!r}" for name, value in ({"method": method} | options).items())
+            raise TypeError(f"{cls.__name__} takes a method, such as method=Tucker(8), not {given}")
+        return method
 
     @classmethod
     def _check(cls, dense: nn.Module) -> None:

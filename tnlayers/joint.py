@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice
-from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Fill
 from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import precise
+from tnlayers.method import Factorization, Slice
 from tnlayers.spec import LayerSpec
 
 __all__ = ["convert_together", "named_apart"]

@@ -1,36 +1,24 @@
-"""The drop-in layers. A new one is a class that names its method, and its place in `LAYERS`."""
+"""The drop-in layers for every method. A class under one of them that names its `method` takes that method's options."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnlayers.factorizations import ADTN, CP, MPS, TT, Factorization, LowRank, TTConv, Tucker
-from tnlayers.factorized import FactorizedLayer
+from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
+from tnlayers.method import Factorization
 from tnlayers.plan import PlanChoice
-from tnlayers.ranks import Rank
 
-__all__ = [
-    "LAYERS",
-    "ADTNConv2d",
-    "ADTNLinear",
-    "CPConv2d",
-    "LowRankConv2d",
-    "MPSConv2d",
-    "TTConv2d",
-    "TTLinear",
-    "TuckerConv2d",
-    "layer_type",
-]
+__all__ = ["FactorizedConv2d", "FactorizedLinear", "layer_type", "named_layers"]
 
 
-class _FactorizedConv2d(FactorizedLayer):
-    """Signature and attributes of `nn.Conv2d`, plus `rank` and `plan`; (n, i, h, w) or (i, h, w) in, (n, o, h', w') out.
+class FactorizedConv2d(FactorizedLayer):
+    """Signature and attributes of `nn.Conv2d`, plus `method` and `plan`; (n, i, h, w) or (i, h, w) in, (n, o, h', w') out.
 
     Args:
-        rank: an int, one int a bond, `ParamsKept`, `MacsKept` or `RelativeError` (the last from dense only).
         plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
-        options: what else the method has, such as `order` of MPS.
+        options: `method`; of a layer that names its method that one's own: `rank` (an int, one int a bond, `ParamsKept`,
+            `MacsKept` or `RelativeError`, the last from dense only), and others, such as `order` of MPS.
 
     Raises:
         ValueError: what nn.Conv2d refuses, a rank below 1, a bare float, a plan that is no partition of the factors.
@@ -54,14 +42,13 @@ class _FactorizedConv2d(FactorizedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        rank: Rank,
         plan: PlanChoice = "auto",
         **options: Any,
     ) -> None:
         super().__init__()
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         template = nn.Conv2d(*geometry, device="meta")  # type: ignore[arg-type]
-        self._build(template, type(self).method(rank, **options), plan, device, dtype)
+        self._build(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -69,13 +56,12 @@ class _FactorizedConv2d(FactorizedLayer):
         return self.plan(input, self._weights(), self.bias)
 
 
-class _FactorizedLinear(FactorizedLayer):
-    """Signature and attributes of `nn.Linear`, plus `rank` and `plan`; (..., i) in, (..., o) out.
+class FactorizedLinear(FactorizedLayer):
+    """Signature and attributes of `nn.Linear`, plus `method` and `plan`; (..., i) in, (..., o) out.
 
     Args:
-        rank: an int, one int a bond, `ParamsKept`, `MacsKept` or `RelativeError` (the last from dense only).
         plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
-        options: what else the method has, such as `in_shape` of TT.
+        options: as of `FactorizedConv2d`; another is `in_shape` of TT.
 
     Raises:
         ValueError: a rank below 1, a bare float, an option that makes no sense for these features.
@@ -93,85 +79,36 @@ class _FactorizedLinear(FactorizedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        rank: Rank,
         plan: PlanChoice = "auto",
         **options: Any,
     ) -> None:
         super().__init__()
         template = nn.Linear(in_features, out_features, bias, device="meta")
-        self._build(template, type(self).method(rank, **options), plan, device, dtype)
+        self._build(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
         return rows.reshape(*input.shape[:-1], self.out_features)
 
 
-class TuckerConv2d(_FactorizedConv2d):
-    """Tucker-2 convolution: W = core x output x input; `rank=(rank_out, rank_in)`. See `tnlayers.Tucker` and `nn.Conv2d`."""
+def layer_type(method: Factorization, dense: nn.Module) -> type[FactorizedLayer]:
+    """The layer of a method in this dense one's place: that which names the method, else the one for all methods.
 
-    method = Tucker
-
-
-class CPConv2d(_FactorizedConv2d):
-    """CP convolution: a sum of rank-one kernels; `rank` is how many. See `tnlayers.CP` and `nn.Conv2d`."""
-
-    method = CP
-
-
-class MPSConv2d(_FactorizedConv2d):
-    """MPS convolution; `rank` are the three bonds of a train over the modes in `order`, by default "i h w o".
-
-    See `tnlayers.MPS` and `nn.Conv2d`.
+    Raises:
+        UnsupportedLayer: the method replaces no such layers.
     """
-
-    method = MPS
-
-
-class LowRankConv2d(_FactorizedConv2d):
-    """Vertical filters, then horizontal ones; `rank` is how many in each group. See `tnlayers.LowRank` and `nn.Conv2d`."""
-
-    method = LowRank
-
-
-class TTConv2d(_FactorizedConv2d):
-    """TT-conv: a train over the window and the pairs of channel modes; `rank=(r0, ..., r_{d-1})`, `in_shape`, `out_shape`.
-
-    See `tnlayers.TTConv` and `nn.Conv2d`.
-    """
-
-    method = TTConv
+    kind = type(dense)
+    waiting = [base for base in (FactorizedConv2d, FactorizedLinear) if base.dense_type is kind]
+    if not waiting or kind.__name__ not in method.replaces:
+        raise UnsupportedLayer(f"{type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind.__name__}")
+    for layer in waiting:
+        if getattr(layer, "method", None) is type(method):
+            return layer
+        waiting += layer.__subclasses__()
+    return waiting[0]
 
 
-class ADTNConv2d(_FactorizedConv2d):
-    """A kernel generated by a brick wall of gates; `rank` is its depth. See `tnlayers.ADTN` and `nn.Conv2d`."""
-
-    method = ADTN
-
-
-class TTLinear(_FactorizedLinear):
-    """Tensor-train linear; `rank` are its d - 1 bonds, `in_shape` and `out_shape` its modes. See `tnlayers.TT` and `nn.Linear`."""
-
-    method = TT
-
-
-class ADTNLinear(_FactorizedLinear):
-    """A matrix generated by a brick wall of gates; `rank` is its depth. See `tnlayers.ADTN` and `nn.Linear`."""
-
-    method = ADTN
-
-
-LAYERS: tuple[type[FactorizedLayer], ...] = (
-    TuckerConv2d,
-    CPConv2d,
-    MPSConv2d,
-    LowRankConv2d,
-    TTConv2d,
-    ADTNConv2d,
-    TTLinear,
-    ADTNLinear,
-)
-
-
-def layer_type(factorization: Factorization, dense: nn.Module) -> type[FactorizedLayer]:
-    """The layer of a method that replaces this dense one."""
-    return next(layer for layer in LAYERS if layer.method is type(factorization) and layer.dense_type is type(dense))
+def named_layers() -> list[type[FactorizedLayer]]:
+    """The drop-in layers that name a method of this package."""
+    every = [*FactorizedConv2d.__subclasses__(), *FactorizedLinear.__subclasses__()]
+    return [layer for layer in every if layer.__module__.startswith("tnlayers.")]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Merged:
         self.weights, self.factors, self.checked, self.stepped = weights, list(factors), checked, False
         self._aliases = [factor.detach() for factor in factors]  # their memory is not given to another tensor
         self._counts = [factor._version for factor in factors]
-        _told_of_steps().add(self)
+        _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Sequence[Tensor]) -> bool:
         """Whether these are the parameters."""
@@ -53,13 +53,14 @@ class Merged:
 
 
 @cache
-def _told_of_steps() -> "WeakSet[Merged]":
+def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
     """All that is kept at present, which torch tells of every optimizer's step from now on."""
-    present: WeakSet[Merged] = WeakSet()
+    present: WeakValueDictionary[int, Merged] = WeakValueDictionary()
 
     @torch.compiler.disable
     def tell(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        kept = list(present)  # empty while everything trains
+        # Other threads may add to it meanwhile, so it is not iterated over; it is empty while everything trains.
+        kept = [merged for reference in present.valuerefs() if (merged := reference()) is not None]
         stepped = {id(value) for group in optimizer.param_groups if kept for value in group["params"]}
         for merged in kept:
             merged.stepped |= any(id(factor) in stepped for factor in merged.factors)
@@ -110,7 +111,7 @@ class Merging(nn.Module):
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             same = kept is not None and (not tracing or kept.made_of(factors))
-            fresh = kept is not None and same and (by_dynamo or kept.unwritten())
+            fresh = kept is not None and same and (not kept.stepped if by_dynamo else kept.unwritten())
             return kept.weights if kept is not None and fresh else self._merge()
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
             return self._merge()

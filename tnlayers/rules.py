@@ -1,7 +1,7 @@
 """Which layers to factorize, and how: in Python, and as plain values for YAML files and checkpoints.
 
 A resolved rule is a rule like any other, with a layer's exact name and integer ranks, so what was decided can be read,
-edited, saved and applied again. The plain form names methods by a fixed list: nothing is imported because a file says so.
+edited, saved and applied again. The plain form names methods that the program has imported: nothing is imported because a file says so.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tnlayers.factorizations import METHODS, Factorization, Slice
+from tnlayers.method import Factorization, Slice, known_methods
 from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
 
@@ -19,7 +19,6 @@ __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
 _RANK_RULES = {rule.__name__: rule for rule in (ParamsKept, MacsKept, RelativeError)}
 _RANK_TEXT = re.compile(r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s]+)\s*\)\s*")
-_METHODS = {method.__name__: method for method in METHODS}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Rule:
         """Strings, numbers and lists only."""
         if self.factorization is None:
             return {"pattern": self.pattern, "method": "dense"} | ({"reason": self.reason} if self.reason else {})
-        plain: dict[str, Any] = {"pattern": self.pattern, "method": type(self.factorization).__name__}
+        plain: dict[str, Any] = {"pattern": self.pattern, "method": self.factorization.name()}
         for field in fields(self.factorization):
             value = getattr(self.factorization, field.name)
             if field.default is MISSING or value != field.default:
@@ -75,10 +74,11 @@ class Rule:
                 f"pattern {values['pattern']!r} is not a string; expected a layer's name, such as 'conv1' or 'layer*'"
             )
         pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
-        known = {"dense": None, **_METHODS}
+        known = {"dense": None, **known_methods()}
         method = next((known[key] for key in known if key.lower() == name.lower()), MISSING)
         if method is MISSING:
-            raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{_near(name, known)}")
+            own = "; a method of your own is known once its module is imported" if "." in name else _near(name, known)
+            raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
         options = [*(field.name for field in fields(method)), "plan"] if method else []
         for key in values:
             if key not in options:

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.plan import Machine, Partition, Plan, PlanChoice, cheapest, macs, partitions
 from tnlayers.ranks import Ranks

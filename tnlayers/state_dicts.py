@@ -7,11 +7,13 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["USUAL_KEYS", "Copy", "find_copies", "needed", "prefixes"]
+__all__ = ["USUAL_KEYS", "Copy", "convertible", "find_copies", "needed", "prefixes"]
 
 _PREFIX = re.compile(r"(?:(?:module|model|net|_orig_mod|ema_model|ema)\.)*")
 USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net")
@@ -103,6 +105,18 @@ def prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[
             if not rest:
                 break
     return found
+
+
+@cache
+def convertible(dtype: torch.dtype) -> bool:
+    """Whether torch can make other numbers of these; of some packed ones it cannot."""
+    if not dtype.is_floating_point:
+        return True
+    try:
+        torch.empty(1, dtype=dtype).to(torch.float32)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def needed(key: str) -> bool:

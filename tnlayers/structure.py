@@ -19,6 +19,7 @@ from tnlayers.factorized import FactorizedLayer, arguments
 from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
+from tnlayers.state_dicts import convertible
 from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
 
 __all__ = [
@@ -100,7 +101,8 @@ def factor_keys(model: nn.Module) -> dict[str, FactorizedLayer]:
 
 
 def _holds_numbers(factor: Tensor) -> bool:
-    return factor.is_floating_point() and factor.layout is torch.strided and not factor.is_meta
+    number = factor.is_floating_point() and convertible(factor.dtype)
+    return number and factor.layout is torch.strided and not factor.is_meta
 
 
 def _replacements(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers.factorizations import Slice
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import relative_error
+from tnlayers.method import Slice
 from tnlayers.rules import Rule
 from tnlayers.surgery import to_dense
 from tnlayers.tracing import Example, calls_of, countable_layers, evaluating, layer_inputs
@@ -164,7 +164,7 @@ def summarize(
     counted: set[nn.Parameter] = set()
     for name, layer in countable_layers(model).items():
         original = reference.get_submodule(name) if reference else None
-        note = reasons.get(name, "no rule matches it" if rules and not isinstance(layer, FactorizedLayer) else "")
+        note = reasons.get(name, "no rule takes it" if rules and not isinstance(layer, FactorizedLayer) else "")
         own = set(layer.parameters()) - (counted if isinstance(layer, FactorizedLayer) else set())
         counted |= own
         num_params = sum(parameter.numel() for parameter in own)

@@ -9,12 +9,12 @@ from typing import TypeVar
 from torch import nn
 
 from tnlayers.budget import Choice, settle
-from tnlayers.factorizations import Factorization, Slice
 from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
+from tnlayers.method import Factorization, Slice
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
 from tnlayers.spec import LayerSpec

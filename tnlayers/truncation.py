@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from tnlayers.budget import Slot, settle
-from tnlayers.factorizations import Factorization
 from tnlayers.factorized import FactorizedLayer, slot_of
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
+from tnlayers.method import Factorization
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
 from tnlayers.spec import LayerSpec

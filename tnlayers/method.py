@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import isabstract
 from typing import Any, ClassVar, Self
 
 import torch
@@ -31,7 +32,7 @@ from tnlayers.linalg import (
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
-__all__ = ["Factorization", "Slice"]
+__all__ = ["Factorization", "Slice", "known_methods"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -141,6 +142,12 @@ class Factorization(ABC):
             )
         return attained
 
+    @classmethod
+    def name(cls) -> str:
+        """What rules, configurations and checkpoints call the method: with its module where it is none of this package's."""
+        ours = cls.__module__.startswith("tnlayers.methods.")
+        return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
     def with_rank(self, rank: Rank) -> Self:
         return replace(self, rank=rank)
 
@@ -246,6 +253,16 @@ class Factorization(ABC):
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.mul_(by ** (1 / len(parameters)))
+
+
+def known_methods() -> dict[str, type[Factorization]]:
+    """Name -> every method whose module this program has imported, its own ones too."""
+    waiting, found = [Factorization], {}
+    for kind in waiting:
+        waiting += kind.__subclasses__()
+        if not isabstract(kind):
+            found[kind.name()] = kind
+    return found
 
 
 def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from typing import ClassVar
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import FactorizedLinear
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["TT", "Tensorized", "balanced_shape"]
+__all__ = ["TT", "TTLinear", "Tensorized", "balanced_shape"]
 
-_DEFAULT_CORES = 3
 _MAX_CORES = 10  # a train of d cores has 2^(d - 1) plans
 
 
@@ -37,6 +37,9 @@ class Tensorized(Factorization):
     in_shape: tuple[int, ...] | None = None
     out_shape: tuple[int, ...] | None = None
 
+    cores: ClassVar[int] = 3
+    """The number of modes by default."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("in_shape", "out_shape"):
@@ -51,7 +54,7 @@ class Tensorized(Factorization):
     def shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(out_shape, in_shape) for this weight."""
         given = self.out_shape or self.in_shape
-        cores = len(given) if given else _DEFAULT_CORES
+        cores = len(given) if given else self.cores
         out_shape, in_shape = (
             shape or balanced_shape(channels, cores)
             for shape, channels in zip((self.out_shape, self.in_shape), weight_shape[:2], strict=True)
@@ -124,3 +127,9 @@ def balanced_shape(features: int, count: int) -> tuple[int, ...]:
     for prime in sorted([*primes, *([rest] if rest > 1 else [])], reverse=True):
         shape[shape.index(min(shape))] *= prime
     return tuple(sorted(shape))
+
+
+class TTLinear(FactorizedLinear):
+    """Tensor-train linear; `rank` are its d - 1 bonds, `in_shape` and `out_shape` its modes. See `TT` and `nn.Linear`."""
+
+    method = TT

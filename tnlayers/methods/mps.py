@@ -11,11 +11,12 @@ from typing import ClassVar
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import FactorizedConv2d
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["MPS"]
+__all__ = ["MPS", "MPSConv2d"]
 
 _NAMES = {"i": "input", "h": "height", "w": "width", "o": "output"}
 _BONDS = ("", "a", "b", "c", "")
@@ -60,3 +61,12 @@ def _network(order: str) -> Network:
     train = enumerate(order.split())
     cores = {_NAMES[mode]: f"{_BONDS[n]} {mode} {_BONDS[n + 1]}".strip() for n, mode in train}
     return Network(cores, weight="o i h w")
+
+
+class MPSConv2d(FactorizedConv2d):
+    """MPS convolution; `rank` are the three bonds of a train over the modes in `order`, by default "i h w o".
+
+    See `MPS` and `nn.Conv2d`.
+    """
+
+    method = MPS

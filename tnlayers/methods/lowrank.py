@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import FactorizedConv2d
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["LowRank"]
+__all__ = ["LowRank", "LowRankConv2d"]
 
 _NETWORK = Network({"vertical": "r i h", "horizontal": "o r w"}, weight="o i h w")
 
@@ -45,3 +46,9 @@ class LowRank(Factorization):
         vertical = (left[:, : ranks[0]] * share).mT.reshape(-1, in_channels, height)
         horizontal = ((values / share)[:, None] * right[: ranks[0]]).reshape(-1, out_channels, width).transpose(0, 1)
         return {"vertical": vertical, "horizontal": horizontal}
+
+
+class LowRankConv2d(FactorizedConv2d):
+    """Vertical filters, then horizontal ones; `rank` is how many in each group. See `LowRank` and `nn.Conv2d`."""
+
+    method = LowRank

@@ -1,9 +1,9 @@
-"""The methods at a glance, read off the code."""
+"""The table of methods, read off the code."""
 
 from dataclasses import fields
 
-from tnlayers.factorizations.base import Factorization
-from tnlayers.layers import LAYERS
+from tnlayers.layers import named_layers
+from tnlayers.method import Factorization
 
 __all__ = ["methods_table"]
 
@@ -23,7 +23,7 @@ def methods_table() -> str:
         "source",
     ]
     rows = [headings, ["---"] * len(headings)]
-    for layer in LAYERS:
+    for layer in named_layers():
         method = layer.method(1)
         shape = _WEIGHT_SHAPES[layer.dense_type.__name__]
         bonds = method.bonds(shape)

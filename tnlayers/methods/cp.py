@@ -18,12 +18,13 @@ from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import FactorizedConv2d
 from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, tails, unfold
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["CP"]
+__all__ = ["CP", "CPConv2d"]
 
 _NETWORK = Network({"input": "i r", "height": "h r", "width": "w r", "output": "o r"}, weight="o i h w")
 _SWEEPS = 50
@@ -116,3 +117,9 @@ def _balanced(terms: CPTensor) -> dict[str, Tensor]:
         for factor, norm, sign in zip(terms.factors, norms, signs, strict=True)
     )
     return {"input": inputs, "height": height, "width": width, "output": output}
+
+
+class CPConv2d(FactorizedConv2d):
+    """CP convolution: a sum of rank-one kernels; `rank` is how many. See `CP` and `nn.Conv2d`."""
+
+    method = CP

@@ -11,12 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tnlayers.factorizations.base import Factorization
+from tnlayers.layers import FactorizedConv2d
 from tnlayers.linalg import leading_subspace, left_singular_vectors, unfold
+from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
 
-__all__ = ["Tucker"]
+__all__ = ["Tucker", "TuckerConv2d"]
 
 _NETWORK = Network({"input": "s i", "core": "r s h w", "output": "o r"}, weight="o i h w", rank="r s")
 _SWEEPS = 20
@@ -53,3 +54,9 @@ class Tucker(Factorization):
             if kept - before <= _TOLERANCE:
                 break
         return {"input": inputs.mT, "core": norm * core, "output": output}
+
+
+class TuckerConv2d(FactorizedConv2d):
+    """Tucker-2 convolution: W = core x output x input; `rank=(rank_out, rank_in)`. See `Tucker` and `nn.Conv2d`."""
+
+    method = Tucker

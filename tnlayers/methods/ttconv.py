@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from tnlayers.factorizations.tt import Tensorized
+from tnlayers.layers import FactorizedConv2d
+from tnlayers.methods.tt import Tensorized
 from tnlayers.network import Network
 
-__all__ = ["TTConv"]
+__all__ = ["TTConv", "TTConv2d"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,12 @@ def _network(count: int) -> Network:
     cores = {f"core{n}": f"r{n - 1} i{n} o{n} {ends[n - 1]}".strip() for n in modes}
     fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
     return Network({"spatial": "h w r0", **cores}, weight=f"({fused[0]}) ({fused[1]}) h w")
+
+
+class TTConv2d(FactorizedConv2d):
+    """TT-conv: a train over the window and the pairs of channel modes; `rank=(r0, ..., r_{d-1})`, `in_shape`, `out_shape`.
+
+    See `TTConv` and `nn.Conv2d`.
+    """
+
+    method = TTConv

@@ -1,0 +1,32 @@
+"""Methods of a user's own, that a configuration names with their module: `method: my_package.Kronecker`."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from tnlayers.method import known_methods
+
+__all__ = ["import_methods"]
+
+
+def import_methods(rules: Sequence[Any]) -> None:
+    """Imports the modules that rules name. They are a configuration's, which is trusted; a checkpoint's are never imported.
+
+    Raises:
+        ValueError: no such module, or it has no such method.
+    """
+    named = {str(rule.get("method", "")) for rule in rules if isinstance(rule, Mapping)}
+    for name in sorted(name for name in named if "." in name):
+        module = name.rpartition(".")[0]
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another
+            raise ValueError(f"method {name!r}: {error}; install it, or put its folder on PYTHONPATH") from error
+        if name not in (known := known_methods()):
+            own = [known_name for known_name in known if known_name.startswith(f"{module}.")]
+            raise ValueError(
+                f"method {name!r}: the module {module} defines {', '.join(own) or 'no method'}; a method is a subclass of "
+                "tnlayers.Factorization"
+            )

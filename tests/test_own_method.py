@@ -1,0 +1,99 @@
+"""A method in a user's file: the conformance suite has its row; here it goes through configurations and checkpoints."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import own_method
+from tests.commands import DIGITS, QUIET, tnlayers
+from tests.processes import HANGING
+from tests.tolerances import FLOAT32
+from tnlayers import CheckpointError, FactorizedConv2d, Rule, load_checkpoint, rules_of, tensorize
+from tnlayers.method import known_methods
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+
+
+RULES = ["--model.rules", "[{pattern: 'conv[234]', method: mine.Blocks, rank: 2}]", "--model.init", "random"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the user's module `mine`."""
+    shutil.copy(own_method.__file__, tmp_path / "mine.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def test_a_configuration_imports_it_and_a_file_does_not(home: Path) -> None:
+    command = [*DIGITS, *QUIET, *RULES]
+    assert tnlayers("fit", *command, *TRAINED, "--model_checkpoint.dirpath", ".") == 0
+    assert tnlayers("test", *command, "--ckpt_path", "last.ckpt") == 0
+    layers = torch.load(home / "last.ckpt", weights_only=True)["tensorization"]["layers"]
+    assert {layer["method"] for layer in layers} == {"mine.Blocks"}
+    lines = [
+        "import sys",
+        "from lightning_modules import load_net",
+        "try: load_net('last.ckpt')",
+        "except Exception as error: print(error)",
+        "print('mine' in sys.modules)",
+        "import mine",
+        "print(type(load_net('last.ckpt')[0].conv2).__name__)",
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(home)])}
+    run = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    ran = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=HANGING)
+    error, imported, layer = ran.stdout.splitlines()
+    assert "'mine.Blocks' is not known" in error
+    assert "once its module is imported" in error
+    assert (imported, layer) == ("False", "FactorizedConv2d"), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("mine.Block", "the module mine defines mine.Blocks"),
+        ("nowhere.Blocks", "No module named 'nowhere'; install it, or put its folder on PYTHONPATH"),
+    ],
+)
+@pytest.mark.usefixtures("home")
+def test_a_mistake_is_one_line(method: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = f"[{{pattern: conv*, method: {method}, rank: 2}}]"
+    assert tnlayers("fit", *DIGITS, *QUIET, "--model.rules", rules) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("tnlayers: error:")
+    assert message in said[-1]
+    assert len([line for line in said if line.startswith("tnlayers: error:")]) == 1
+
+
+def test_it_is_a_method_like_any_other(tmp_path: Path) -> None:
+    def net() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 8, 3))
+
+    first = tensorize(net(), [Rule("*", own_method.Blocks(2))])
+    rules = [rule.to_plain() for rule in rules_of(first)]
+    assert [rule["method"] for rule in rules] == ["tests.own_method.Blocks"] * 2
+    assert known_methods()["tests.own_method.Blocks"] is own_method.Blocks
+    torch.save(first.state_dict(), tmp_path / "plain.pt")
+    second = tensorize(net(), [Rule.from_plain(rule) for rule in rules])
+    load_checkpoint(tmp_path / "plain.pt", second)
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(second(x), first(x), **FLOAT32)
+    with pytest.raises(CheckpointError, match="it holds factorized layers"):
+        load_checkpoint(tmp_path / "plain.pt", net())
+
+
+def test_the_layer_for_all_methods_says_what_it_takes() -> None:
+    with pytest.raises(
+        TypeError, match=r"FactorizedConv2d takes a method, such as method=Tucker\(8\), not method=None, rank=2"
+    ):
+        FactorizedConv2d(3, 8, 3, rank=2)
