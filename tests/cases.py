@@ -82,7 +82,7 @@ CASES = (
     Case(MPSConv2d, (3, 6, 8), (2, 4, 3), ("height", "width", "input", "output"), {"order": "h w i o"}),
     Case(LowRankConv2d, 6, 3, ("vertical", "horizontal"), trained=12),
     Case(KroneckerConv2d, 5, 3, ("kernel", "matrix"), trained=8),
-    Case(FactorizedConv2d, 3, 2, ("kernel", "matrix"), own=Blocks),
+    Case(FactorizedConv2d, 3, 2, ("kernel", "matrix"), {"blocks": 4}, own=Blocks),
     Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3"), trained=6),
     Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False, trained=3),
     Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3"), trained=4),
