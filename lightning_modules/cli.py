@@ -51,18 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _command(arguments[0])(arguments)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more, and complain
-        return 141
     except KeyboardInterrupt:
         print("tnlayers: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141
         users = _users_error(error)
         if users is None:
             raise
         print(f"tnlayers: error: {_one_line(users)}", file=sys.stderr)
         return 2
+
+
+def _unread() -> bool:
+    """Whether whoever read the output has enough of it, as `head` has."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more, and complain
+        return True
+    return False
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from tnlayers.method import known_methods
+from tnlayers.method import Factorization, known_methods
 
 __all__ = ["import_methods"]
 
@@ -17,13 +17,17 @@ def import_methods(rules: Sequence[Any]) -> None:
     """
     named = {str(rule.get("method", "")) for rule in rules if isinstance(rule, Mapping)}
     for name in sorted(name for name in named if "." in name):
-        module = name.rpartition(".")[0]
+        module, _, last = name.rpartition(".")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"method {name!r}: expected a module and a class, such as my_package.Kronecker")
         try:
-            import_module(module)
+            found = getattr(import_module(module), last, None)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module is there, and lacks another
             raise ValueError(f"method {name!r}: {error}; install it, or put its folder on PYTHONPATH") from error
+        if isinstance(found, type) and issubclass(found, Factorization) and found.name() != name:
+            raise ValueError(f"method {name!r} is called {found.name()!r} in rules: write that")
         if name not in (known := known_methods()):
             own = [known_name for known_name in known if known_name.startswith(f"{module}.")]
             raise ValueError(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,23 @@ from tests import own_method
 from tests.commands import DIGITS, QUIET, tnlayers
 from tests.processes import HANGING
 from tests.tolerances import FLOAT32
-from tnlayers import CheckpointError, FactorizedConv2d, Rule, load_checkpoint, rules_of, tensorize
+from tnlayers import (
+    CP,
+    TT,
+    CheckpointError,
+    Factorization,
+    FactorizedConv2d,
+    FactorizedLinear,
+    LayerSpec,
+    Rule,
+    Tucker,
+    TuckerConv2d,
+    UnsupportedLayer,
+    load_checkpoint,
+    rules_of,
+    tensorize,
+)
+from tnlayers.geometry import Geometry
 from tnlayers.method import known_methods
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +79,8 @@ def test_a_configuration_imports_it_and_a_file_does_not(home: Path) -> None:
     ("method", "message"),
     [
         ("mine.Block", "the module mine defines mine.Blocks"),
+        ("..Blocks", "expected a module and a class"),
+        ("tnlayers.Tucker", "is called 'Tucker' in rules: write that"),
         ("nowhere.Blocks", "No module named 'nowhere'; install it, or put its folder on PYTHONPATH"),
     ],
 )
@@ -97,3 +116,50 @@ def test_the_layer_for_all_methods_says_what_it_takes() -> None:
         TypeError, match=r"FactorizedConv2d takes a method, such as method=Tucker\(8\), not method=None, rank=2"
     ):
         FactorizedConv2d(3, 8, 3, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "method"),
+    [(FactorizedConv2d, TT(2)), (FactorizedLinear, Tucker(2)), (FactorizedLinear, own_method.Blocks(2))],
+)
+def test_a_method_of_other_layers_is_refused(layer: Any, method: Factorization) -> None:
+    with pytest.raises(UnsupportedLayer, match=f"{type(method).__name__} replaces .*, not"):
+        layer(*(8, 8, 3)[: 3 if layer is FactorizedConv2d else 2], method=method)
+
+
+def test_a_spec_of_another_layer_is_refused() -> None:
+    dense = torch.nn.Conv2d(4, 8, 3)
+    spec = LayerSpec(Geometry.of(torch.nn.Conv2d(4, 8, 3, stride=2)), Tucker(2))
+    for wrong in (spec, LayerSpec(Geometry.of(dense), CP(2))):
+        with pytest.raises(ValueError, match="is not of this layer: TuckerConv2d"):
+            TuckerConv2d.from_spec(dense, wrong)
+
+
+def test_a_layer_with_a_constructor_of_its_own() -> None:
+    class Gained(TuckerConv2d):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.gain = 2.0
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.gain * super().forward(input)
+
+    assert Gained.from_dense(torch.nn.Conv2d(4, 8, 3), rank=2)(torch.ones(1, 4, 5, 5)).shape == (1, 8, 3, 3)
+
+
+@pytest.mark.parametrize("option", ["name", "scale", "plan", "dense"])
+def test_an_option_that_would_take_another_s_place(option: str) -> None:
+    with pytest.raises(TypeError, match=f"an option cannot be called '{option}'"):
+        type("Odd", (own_method.Blocks,), {"__annotations__": {option: int}, option: 1})
+
+
+@pytest.mark.parametrize("plan", [None, 3, "dens"])
+def test_plans_are_checked(plan: Any) -> None:
+    layer = FactorizedConv2d(8, 8, 3, method=Tucker(2))
+    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense' or groups"):
+        layer.set_plan(plan)
+    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense' or groups"):
+        FactorizedConv2d(8, 8, 3, method=Tucker(2), plan=plan)
+    layer.set_plan([["input"], ["core", "output"]])  # type: ignore[arg-type]
+    assert layer.plan_choice == (("input",), ("core", "output"))
+    assert "method='Tucker'" in repr(layer)

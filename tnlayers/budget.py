@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -145,13 +146,18 @@ def _highest(slot: Slot) -> LayerSpec:
 def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
     """What the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
     highest = _highest(slot)
+    at = cache(highest.at)  # which is asked for the error and for every way of computing
 
     def macs_of(plan: Partition) -> Callable[[Ranks], int]:
-        return lambda ranks: highest.at(ranks).macs(slot.used, plan)
+        return lambda ranks: at(ranks).macs(slot.used, plan)
 
-    costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: highest.at(ranks).params]
+    costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: at(ranks).params]
     present_cost, dense_cost = slot.cost(by_macs=by_macs)
-    error = _flat_error(slot) if slot.weight is None else _error(slot, slot.weight())
+    lost = _flat_error(slot) if slot.weight is None else _error(slot, slot.weight())
+
+    def error(ranks: Ranks) -> float:
+        return lost(at(ranks).ranks)
+
     return Candidate(highest.ranks, error, costs, dense_cost, present_cost)
 
 
@@ -175,21 +181,19 @@ def _accurate(slot: Slot, rule: RelativeError) -> Choice:
 
 
 def _flat_error(slot: Slot) -> Callable[[Ranks], float]:
-    method, shape = slot.method, slot.geometry.weight_shape
-    full = math.prod(method.max_ranks(shape))
-    return lambda ranks: 1 - math.prod(method.clamp(shape, ranks)) / full
+    full = math.prod(slot.method.max_ranks(slot.geometry.weight_shape))
+    return lambda attained: 1 - math.prod(attained) / full
 
 
 def _error(slot: Slot, weight: Tensor) -> Callable[[Ranks], float]:
-    """Ranks -> the squared relative error over all groups."""
+    """Attained ranks -> the squared relative error over all groups."""
     check_finite(weight)
     whole = precise(weight)
     parts = (whole / scale_of(whole)).chunk(slot.geometry.groups)
     energies = [float(part.square().sum()) for part in parts]
     estimates = [slot.method.error_estimate(part) for part in parts]
 
-    def error(ranks: Ranks) -> float:
-        attained = slot.method.clamp(slot.geometry.weight_shape, ranks)
+    def error(attained: Ranks) -> float:
         lost = sum(energy * estimate(attained) for energy, estimate in zip(energies, estimates, strict=True))
         return lost / sum(energies) if sum(energies) > 0 else 0.0
 

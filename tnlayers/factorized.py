@@ -6,7 +6,7 @@ A layer knows its method only through the `Factorization` contract, so none of t
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Literal, Self
@@ -19,7 +19,7 @@ from tnlayers.geometry import Call, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
 from tnlayers.method import Factorization, Slice
-from tnlayers.plan import PlanChoice
+from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 from tnlayers.spec import LayerSpec
 
@@ -100,7 +100,7 @@ class FactorizedLayer(Merging):
             setattr(self, name, getattr(template, name))
         self.decomposition_error = None
         self.factors = nn.ParameterDict()
-        self.plan_choice = plan
+        self.plan_choice = check_plan(plan)
         self._adopt(spec, **dd)
         bias = nn.Parameter(torch.empty(template.bias.shape, **dd)) if isinstance(template.bias, Tensor) else None
         self.register_parameter("bias", bias)
@@ -133,6 +133,7 @@ class FactorizedLayer(Merging):
 
     def set_plan(self, plan: PlanChoice) -> None:
         """Chooses how the layer is computed; see `tnlayers.plan`."""
+        plan = check_plan(plan)
         self.plan = self.spec.compile(plan, self._like["device"].type)
         self.plan_choice = plan
         self._keep()
@@ -176,12 +177,13 @@ class FactorizedLayer(Merging):
     @classmethod
     def _method(cls, **options: Any) -> Factorization:
         """What a layer is built with: the method that its class names, with the options, or the one that is given."""
-        if hasattr(cls, "method"):
-            return cls.method(**options)
-        method = options.pop("method", None)
-        if not isinstance(method, Factorization) or options:
+        method = cls.method(**options) if hasattr(cls, "method") else options.pop("method", None)
+        if not isinstance(method, Factorization) or (options and not hasattr(cls, "method")):
             given = ", ".join(f"{name}={value!r}" for name, value in ({"method": method} | options).items())
             raise TypeError(f"{cls.__name__} takes a method, such as method=Tucker(8), not {given}")
+        if cls.dense_type.__name__ not in method.replaces:
+            replaced = " and ".join(method.replaces)
+            raise UnsupportedLayer(f"{type(method).__name__} replaces {replaced}, not {cls.dense_type.__name__}")
         return method
 
     @classmethod
@@ -218,14 +220,18 @@ class FactorizedLayer(Merging):
             UnsupportedLayer: the dense layer is of another type.
         """
         cls._check(dense)
-        weight = dense.weight
+        weight, own = dense.weight, getattr(cls, "method", type(spec.method))
         assert isinstance(weight, Tensor)
+        if spec.geometry != Geometry.of(dense) or own is not type(spec.method):
+            raise ValueError(f"{spec} is not of this layer: {cls.__name__} in place of {dense}")
         if shared is None and isinstance(spec.method.joint, Slice):
             spec = LayerSpec(spec.geometry, spec.method.with_joint(""))  # converted alone it has parameters of its own
         undrawn = shared is not None or init == "empty"
-        layer = cls.__new__(cls)
-        FactorizedLayer.__init__(layer)
-        layer._make(dense, spec, plan, device="meta" if undrawn else weight.device, dtype=weight.dtype)
+        device = "meta" if undrawn else weight.device
+        named = {field.name: getattr(spec.method, field.name) for field in fields(spec.method)}
+        options = named if hasattr(cls, "method") else {"method": spec.method}
+        make: Callable[..., Self] = cls
+        layer = make(**arguments(dense), device=device, dtype=weight.dtype, plan=plan, **options)
         if undrawn:
             layer.to_empty(device=weight.device)
             if shared is not None:
@@ -321,7 +327,8 @@ class FactorizedLayer(Merging):
     def extra_repr(self) -> str:
         method = self.spec.method
         options = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
-        shown = arguments(self) | options | {"rank": self.rank, "plan": self.plan.groups}
+        named = {} if hasattr(self, "method") else {"method": type(method).__name__}
+        shown = arguments(self) | named | options | {"rank": self.rank, "plan": self.plan.groups}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -36,6 +36,8 @@ __all__ = ["Factorization", "Slice", "known_methods"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_OPEN = {"rank", "joint", "replaces", "source", "per_group"}
+"""What a method may state of itself."""
 _UNBOUNDED = 1 << 40  # larger than any mode; `Network.clamp` brings it down to the attainable rank
 
 
@@ -80,6 +82,14 @@ class Factorization(ABC):
     """Where it comes from: authors, year, paper, equation."""
     per_group: ClassVar[bool] = True
     """Whether each group of a grouped convolution is fitted by itself."""
+
+    def __init_subclass__(cls) -> None:
+        """Options that would take the place of what every method has, or of what a rule says beside them, are refused."""
+        super().__init_subclass__()
+        own = vars(cls).get("__annotations__", {}).keys() - _OPEN
+        taken = own & {*dir(Factorization), "pattern", "method", "plan", "reason", "dense"}
+        if taken:
+            raise TypeError(f"{cls.__name__}: an option cannot be called {sorted(taken)[0]!r}; choose another name")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", check_rank(self.rank))

@@ -198,7 +198,10 @@ class Network:
             wider = side | {name for name, indices in self.indices.items() if reached.intersection(indices)}
             grown, side = wider != side, wider
         if len(self._holders(bond)) > 2 or side >= set(self._holders(bond)):
-            raise ValueError(f"bond {bond!r} does not cut the network {dict(self.factors)} in two")
+            raise ValueError(
+                f"bond {bond!r} does not cut the network {dict(self.factors)} in two; a method with such a bond overrides max_ranks, "
+                "clamp and error_estimate, as CP does"
+            )
         near = {index for name in side for index in self.indices[name]}
         weight = [index for index in self.weight_indices if index != "g"]
         return tuple(index for index in weight if index in near), tuple(index for index in weight if index not in near)

@@ -75,7 +75,8 @@ class Rule:
             )
         pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
         known = {"dense": None, **known_methods()}
-        method = next((known[key] for key in known if key.lower() == name.lower()), MISSING)
+        exact_first = sorted(known, key=lambda key: key != name)
+        method = next((known[key] for key in exact_first if key.lower() == name.lower()), MISSING)
         if method is MISSING:
             own = "; a method of your own is known once its module is imported" if "." in name else _near(name, known)
             raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
