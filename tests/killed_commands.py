@@ -145,7 +145,7 @@ def check(job: Job, forks: Forks, folder: Path, moment: float, whole: Path) -> s
     assert job.said_again in said, said[-2000:]
     assert job.result(folder) == result, f"{result} is not the result any more"
     assert result.read_bytes() == before, f"{result} was written again"
-    # A run that was killed before its first checkpoint stays as it is: the next one has a folder of its own.
+    # A run that was killed before its first checkpoint stays as a record where it has more than its lock.
     given_up = [path for path in folder.rglob("version_*") if path not in result.parents]
     left = [path for path in folder.rglob(".*") if not any(path.is_relative_to(run) for run in given_up)]
     assert not left, f"left behind: {left}"
