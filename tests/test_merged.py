@@ -397,10 +397,12 @@ def test_steps_are_taken_while_other_threads_evaluate() -> None:
     other.start()
     try:
         layer = nn.Linear(3, 3)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        start, optimizer = layer.bias.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
         for _ in range(200):
+            optimizer.zero_grad()
             layer(torch.ones(3)).sum().backward()
             optimizer.step()
+        torch.testing.assert_close(layer.bias, start - 200 * 0.1, **FLOAT32)
     finally:
         done.set()
         other.join()
