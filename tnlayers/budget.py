@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -101,7 +101,7 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
             for slot, ranks in zip(slots, chosen, strict=True)
         ]
     return [
-        Choice(choice.spec, _planned(choice.spec, slot, plan, by_macs=by_macs), choice.reason, choice.fit)
+        replace(choice, plan=_planned(choice.spec, slot, plan, by_macs=by_macs))
         for slot, choice in zip(slots, choices, strict=True)
     ]
 
@@ -165,6 +165,7 @@ def _accurate(slot: Slot, rule: RelativeError) -> Choice:
     """The cheapest ranks whose factors, in their dtype, are found to make the weight to within the error."""
     assert slot.weight is not None
     weight, highest = precise(slot.weight()), _highest(slot)
+    slot = replace(slot, weight=lambda: weight)  # of a factorized layer it is costly
     last: list[Fit] = []
 
     def measured(ranks: Ranks) -> float:
