@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unread() -> bool:
     """Whether whoever read the output has enough of it, as `head` has."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # whether or not what broke was already taken out of the buffer
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more, and complain
         return True

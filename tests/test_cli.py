@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -736,10 +737,13 @@ def test_published_resnet20(resnet20_checkpoint: Path, cifar10_png: Path, tmp_pa
     assert 931 <= round(metric(tmp_path, "test/accuracy") * 1017) <= 933
 
 
-def test_output_that_is_read_no_more() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_is_read_no_more(unbuffered: str) -> None:
     """As that of `tnlayers methods | head -1`."""
     code = "from lightning_modules.cli import main; raise SystemExit(main(['methods']))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as ran:
         assert ran.stdout
         ran.stdout.close()
         assert ran.stderr
