@@ -27,6 +27,7 @@ from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
 from tnlayers.checkpoints import fitting_state, read_checkpoint
+from tnlayers.errors import UserError
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
 from tnlayers.structure import as_checkpoint_error, check_plain, restructure, structure_of
@@ -79,7 +80,7 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= distill_weight <= 1 or temperature <= 0:
-            raise ValueError(
+            raise UserError(
                 f"distill_weight {distill_weight} and temperature {temperature}: expected a weight from 0 to 1 and a "
                 "temperature above 0"
             )
@@ -140,7 +141,7 @@ class ImageClassifier(LightningModule):
         """
         logits = self.net(x.to(self.dtype, memory_format=torch.channels_last))
         if not isinstance(logits, Tensor):
-            raise ValueError(
+            raise UserError(
                 f"net {self.hparams['net']!r} gives {type(logits).__name__} in training and not logits alone: leave its auxiliary outputs "
                 "out, such as by --model.net_options '{aux_logits: false}'"
             )
@@ -238,7 +239,7 @@ def _check_eps(optimizer: torch.optim.Optimizer) -> None:
         for dtype in {parameter.dtype for parameter in group["params"]}:
             if isinstance(eps, float) and eps > 0 and torch.tensor(eps, dtype=dtype) == 0:
                 name = str(dtype).removeprefix("torch.")
-                raise ValueError(
+                raise UserError(
                     f"{type(optimizer).__name__}'s eps {eps} is 0 in {name}, the dtype of the weights under --trainer.precision "
                     "16-true, and weights would become nan: give --model.optimizer.eps 1e-4, or --trainer.precision 16-mixed or bf16-true"
                 )
@@ -248,7 +249,7 @@ def _check_averages(trainer: Trainer) -> None:
     """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).setup in (WeightAveraging.setup, StochasticWeightAveraging.setup):
-            raise ValueError(
+            raise UserError(
                 f"{type(callback).__name__} copies the net before its layers are factorized; use lightning_modules.callbacks.EMA"
             )
 
@@ -272,7 +273,7 @@ def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
         with suppress(RuntimeError), torch.device("meta"):  # torchvision's regnets compute while they are built
             needed = sum(value.numel() for value in _build_net(given).state_dict().values())
             if needed > _MOST_PARAMS:
-                raise ValueError(f"it would have {needed} parameters; at most {_MOST_PARAMS} are taken from a file")
+                raise UserError(f"it would have {needed} parameters; at most {_MOST_PARAMS} are taken from a file")
         net = _build_net(given)
     load_checkpoint(path, net)
     return net, tuple(given["input_shape"])
@@ -284,7 +285,7 @@ def _build_net(hparams: Mapping[str, Any]) -> nn.Module:
     if fixed := {"name", "num_classes", "input_shape"} & options.keys() or {
         key for key in options if not isinstance(key, str)
     }:
-        raise ValueError(
+        raise UserError(
             f"net_options has {', '.join(map(repr, fixed))}, which is no option of a net: the classes and the shape are the data's"
         )
     return build_net(hparams["net"], num_classes=hparams["num_classes"], input_shape=shape, **options)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_modules.errors import FOR_USERS, OURS, raised_in
 from lightning_modules.interrupts import TERMINATED, interruptible
+from tnlayers.errors import UserError
 
 __all__ = ["main"]
 
@@ -98,7 +99,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     known = ("quickstart", "compress", "study", "fit", "test", "validate", "predict", "report", "export", "methods")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
-    raise ValueError(f"unknown command {name!r}{hint}")
+    raise UserError(f"unknown command {name!r}{hint}")
 
 
 def _users_error(error: BaseException | None) -> BaseException | None:

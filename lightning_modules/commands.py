@@ -8,6 +8,8 @@ import jsonargparse
 import torch
 from rich.console import Console
 
+from tnlayers.errors import UserError
+
 __all__ = ["export", "methods", "quickstart", "report", "run"]
 
 
@@ -61,7 +63,7 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     from tnlayers import load_checkpoint, summarize, to_dense
 
     if batch < 1:
-        raise ValueError(f"batch {batch}: expected at least 1")
+        raise UserError(f"batch {batch}: expected at least 1")
     net, shape = load_net(checkpoint)
     reference = None
     if dense is not None:

@@ -14,6 +14,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.loggers import log_pictures, log_table
 from lightning_modules.report import Report
 from tnlayers import Rule, Summary, rules_of, summarize, tensorize, to_dense
+from tnlayers.errors import UserError
 
 __all__ = [
     "Compression",
@@ -57,7 +58,7 @@ def compress(
     trainer.precision_plugin.convert_module(model)  # ranks are chosen in the dtype that the factors will have
     loaded = model.load(checkpoint)
     if not model.rules:
-        raise ValueError(
+        raise UserError(
             "compress has no rules, and would change nothing: give some, such as -c configs/rules/tucker.yaml or "
             "--model.rules '[{pattern: \"*\", method: Tucker, rank: MacsKept(0.5)}]'"
         )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from tnlayers.errors import UserError
+
 __all__ = ["SECTIONS", "check_yaml"]
 
 SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
@@ -47,7 +49,7 @@ def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
     try:
         node = _check_text(path.read_text(encoding="utf-8"), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from None
     if config:
@@ -74,12 +76,12 @@ def _check_text(text: str, name: str) -> yaml.Node | None:
                     continue
                 line = key.start_mark.line + 1
                 if key.value in lines:
-                    raise ValueError(
+                    raise UserError(
                         f"{name}, line {line}: the key {key.value!r} is there twice, at line {lines[key.value]} too; leave one of them"
                     )
                 lines[key.value] = line
     except RecursionError:
-        raise ValueError(f"{name} is nested too deeply") from None
+        raise UserError(f"{name} is nested too deeply") from None
     return node
 
 
@@ -109,13 +111,13 @@ def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:
     """Refuses an empty file, and a section that is neither options nor the path of a file or class that has them."""
     if not isinstance(node, yaml.MappingNode) or not (node.value or above):
         what = "is empty" if node is None or not node.value else "has no options"
-        raise ValueError(f"{name} {what}; expected lines such as 'model:' with '  net: cnn4' below, indented")
+        raise UserError(f"{name} {what}; expected lines such as 'model:' with '  net: cnn4' below, indented")
     for key, value in node.value:
         path = f"{above}{key.value}" if isinstance(key, yaml.ScalarNode) else ""
         if not above and path in _COMMANDS and isinstance(value, yaml.MappingNode):
             _check_sections(value, name)
         if path == "config" and not value.tag.endswith(":null"):
-            raise ValueError(
+            raise UserError(
                 f"{name}, line {key.start_mark.line + 1}: a configuration names no other one; give each a -c of its own"
             )
         if path not in SECTIONS:
@@ -124,7 +126,7 @@ def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:
             _check_sections(value, name, f"{path}.")
         elif not isinstance(value, yaml.ScalarNode) or not value.tag.endswith(":str"):
             what = "empty" if value.tag.endswith(":null") else "no mapping"
-            raise ValueError(
+            raise UserError(
                 f"{name}, line {key.start_mark.line + 1}: {path!r} is {what}, which would take away what was given before; write its "
                 f"options below '{key.value}:', indented, or leave the key out"
             )

@@ -57,6 +57,7 @@ from lightning_modules.study import (
 from lightning_modules.study.log import log_study
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
+from tnlayers.errors import UserError
 
 __all__ = ["CompressionTrainer", "TensorCLI", "run"]
 
@@ -96,7 +97,7 @@ class CompressionTrainer(Trainer):
     ) -> None:
         """Lightning takes any number for these, and divides by zero in the middle of training."""
         if isinstance(val_check_interval, (int, float)) and not val_check_interval > 0:
-            raise ValueError(
+            raise UserError(
                 f"val_check_interval {val_check_interval}: expected a number of batches, or a part of an epoch, above 0"
             )
         devices = str(kwargs.get("devices"))
@@ -187,7 +188,7 @@ class TensorCLI(LightningCLI):
         except Exception as error:  # devices that are no number, a precision that needs a library, two progress bars
             if is_bug(error):
                 raise
-            raise ValueError(f"the trainer cannot be made of its options (--trainer): {error}") from error
+            raise UserError(f"the trainer cannot be made of its options (--trainer): {error}") from error
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
                 callback.config = self._given
@@ -250,7 +251,7 @@ class TensorCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.config["fit"].trainer.sync_batchnorm and isinstance(self.trainer.accelerator, CPUAccelerator):
-            raise ValueError(
+            raise UserError(
                 "sync_batchnorm works on GPUs and this run is on the CPU: leave --trainer.sync_batchnorm out, or give "
                 "--trainer.accelerator gpu"
             )
@@ -337,7 +338,7 @@ def _made(kind: type, *args: Any, **options: Any) -> Any:
         if package in OURS or is_bug(error, *{package} - _LIBRARIES):
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise ValueError(f"{kind.__name__} cannot be made with the options {given}: {error}") from error
+        raise UserError(f"{kind.__name__} cannot be made with the options {given}: {error}") from error
 
 
 def _ends(trainer: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from tnlayers.errors import UserError
 from tnlayers.method import Factorization, known_methods
 
 __all__ = ["import_methods"]
@@ -19,18 +20,18 @@ def import_methods(rules: Sequence[Any]) -> None:
     for name in sorted(name for name in named if "." in name):
         module, _, last = name.rpartition(".")
         if not all(part.isidentifier() for part in name.split(".")):
-            raise ValueError(f"method {name!r}: expected a module and a class, such as my_package.Kronecker")
+            raise UserError(f"method {name!r}: expected a module and a class, such as my_package.Kronecker")
         try:
             found = getattr(import_module(module), last, None)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module is there, and lacks another
-            raise ValueError(f"method {name!r}: {error}; install it, or put its folder on PYTHONPATH") from error
+            raise UserError(f"method {name!r}: {error}; install it, or put its folder on PYTHONPATH") from error
         if isinstance(found, type) and issubclass(found, Factorization) and found.name() != name:
-            raise ValueError(f"method {name!r} is called {found.name()!r} in rules: write that")
+            raise UserError(f"method {name!r} is called {found.name()!r} in rules: write that")
         if name not in (known := known_methods()):
             own = [known_name for known_name in known if known_name.startswith(f"{module}.")]
-            raise ValueError(
+            raise UserError(
                 f"method {name!r}: the module {module} defines {', '.join(own) or 'no method'}; a method is a subclass of "
                 "tnlayers.Factorization"
             )

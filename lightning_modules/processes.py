@@ -2,6 +2,8 @@
 
 import os
 
+from tnlayers.errors import UserError
+
 __all__ = ["check_processes"]
 
 _LEAST, _PER_CPU = 64, 4
@@ -19,6 +21,6 @@ def check_processes(option: str, number: int) -> None:
     most = max(_LEAST, _PER_CPU * cpus)
     if number > most:
         name = option.rpartition(".")[2]
-        raise ValueError(
+        raise UserError(
             f"{name} is {number}: a machine of {cpus} CPUs takes at most {most} processes; give fewer, such as --{option} {cpus}"
         )

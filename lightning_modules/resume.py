@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lightning_modules.alone import claimed, first_unused, is_abandoned
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
+from tnlayers.errors import UserError
 from tnlayers.structure import shortened
 
 __all__ = ["begin_run", "check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
@@ -133,7 +134,7 @@ def _check_same_net(found: _Saved, config: Namespace) -> None:
         ours = config.model.get(key)
         if (ours or None) != (theirs or None):
             theirs = shortened(str(theirs), 300)
-            raise ValueError(
+            raise UserError(
                 f"--ckpt_path last: the newest run, {found.path.parents[1]}, has {key} {theirs} and not {ours}; give the path of the "
                 "checkpoint that you mean, or each experiment a --trainer.default_root_dir of its own"
             )
@@ -178,7 +179,7 @@ def check_own(path: str | Path) -> dict[str, Any]:
     """
     content = read_checkpoint(path)
     if not content.keys() >= _OURS:
-        raise ValueError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
+        raise UserError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
     return content
 
 

@@ -1,6 +1,7 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
 from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
+from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.method import Factorization
@@ -56,6 +57,7 @@ __all__ = [
     "Tucker",
     "TuckerConv2d",
     "UnsupportedLayer",
+    "UserError",
     "fraction_kept",
     "load_checkpoint",
     "methods_table",

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
 from tnlayers.method import Factorization, Slice
@@ -91,7 +92,7 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
         choices = [Choice(spec) for spec in _explicit(slots, rank)]
     elif isinstance(rank, RelativeError):
         if any(slot.weight is None for slot in slots):
-            raise ValueError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
+            raise UserError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
         choices = [_accurate(slot, rank) for slot in slots]
     else:
         chosen = allocate([_candidate(slot, by_macs=by_macs) for slot in slots], rank.fraction)

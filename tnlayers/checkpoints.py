@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tnlayers.errors import UserError
 from tnlayers.state_dicts import USUAL_KEYS, Copy, convertible, find_copies, needed, prefixes
 from tnlayers.structure import (
     CheckpointError,
@@ -113,13 +114,13 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+        raise UserError(f"{path}: expected a name that ends in .safetensors")
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     owners: dict[Any, str] = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-            raise ValueError(f"{key} is no ordinary tensor, and safetensors holds nothing else")
+            raise UserError(f"{key} is no ordinary tensor, and safetensors holds nothing else")
         owner = owners.setdefault((value.data_ptr(), value.device, value.dtype, value.shape, value.stride()), key)
         if owner == key:
             tensors[key] = value.detach().cpu().contiguous().clone()
@@ -335,9 +336,9 @@ def _load(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             if sum(part.file_size for part in parts) > path.stat().st_size:
-                raise ValueError("torch does not compress; this could fill the memory")
+                raise UserError("torch does not compress; this could fill the memory")
             if any(part.CRC for part in parts) and archive.testzip():  # torch writes the sums, and does not check them
-                raise ValueError("the contents are not what was written")
+                raise UserError("the contents are not what was written")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of odd pickles that it then refuses
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -349,11 +350,11 @@ def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> d
         try:
             about = json.loads(description)
         except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+            raise UserError("it is nested too deeply") from None
         check_plain(about)
         shared = about.get("shared", {}) if isinstance(about, dict) else None
         if not isinstance(shared, dict) or not all(isinstance(key, str) and key in tensors for key in shared.values()):
-            raise ValueError("expected a mapping whose 'shared' names tensors of the file")
+            raise UserError("expected a mapping whose 'shared' names tensors of the file")
     state = {**tensors, **{key: tensors[owner] for key, owner in shared.items()}}
     return {"state_dict": state} | {key: about.get(key) for key in ("tensorization", "hyper_parameters")}
 

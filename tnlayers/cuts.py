@@ -22,6 +22,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.linalg import decomposing, fold, left_svd, precise, relative_error, tails, unfold
 
 __all__ = [
@@ -96,7 +97,7 @@ class Split:
             ValueError: a norm loss below 0.
         """
         if not eps >= 0:
-            raise ValueError(f"eps {eps}: expected a norm loss of at least 0, such as 0.3")
+            raise UserError(f"eps {eps}: expected a norm loss of at least 0, such as 0.3")
         return next(bond for bond, loss in enumerate(self._losses()) if bond >= 1 and loss <= eps)
 
     def truncated(self, bond: int) -> Tensor:
@@ -120,7 +121,7 @@ class Split:
 
     def _check(self, bond: int) -> None:
         if not 1 <= bond <= len(self.values):
-            raise ValueError(f"bond dimension {bond}: this cut has 1 to {len(self.values)}")
+            raise UserError(f"bond dimension {bond}: this cut has 1 to {len(self.values)}")
 
 
 def split(weight: Tensor, cut: str) -> Split:
@@ -219,7 +220,7 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
     with decomposing():
         m, k = math.prod(shape[axis] for axis in rows), len(values)
         if k > m:
-            raise ValueError(f"{k} singular values: the cut {cut!r} of a weight of shape {tuple(shape)} has {m}")
+            raise UserError(f"{k} singular values: the cut {cut!r} of a weight of shape {tuple(shape)} has {m}")
         left, right = _random_basis(m, k, generator), _random_basis(math.prod(shape) // m, k, generator)
         return fold((left * precise(values).cpu()) @ right.mT, rows, shape)
 
@@ -227,7 +228,7 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
 def _kept(weight: Tensor) -> Tensor:
     """A copy of a weight that has a spectrum, for it may be overwritten with what is truncated."""
     if not torch.isfinite(weight).all():
-        raise ValueError("the weight has values that are not finite; it has no spectrum")
+        raise UserError("the weight has values that are not finite; it has no spectrum")
     return weight.detach().clone()
 
 
@@ -247,7 +248,7 @@ def _random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor
 
 def _modes(shape: Sequence[int]) -> str:
     if len(shape) not in _MODES:
-        raise ValueError(f"a weight of shape {tuple(shape)} has {len(shape)} modes; cuts are known of 2 to 5")
+        raise UserError(f"a weight of shape {tuple(shape)} has {len(shape)} modes; cuts are known of 2 to 5")
     return _MODES[len(shape)]
 
 
@@ -255,7 +256,7 @@ def _sides(shape: Sequence[int], cut: str) -> tuple[tuple[int, ...], tuple[int, 
     """The axes on both sides of a cut."""
     modes = _modes(shape)
     if cut not in cuts_of(shape):
-        raise ValueError(f"cut {cut!r}: a weight of shape {tuple(shape)} has {', '.join(cuts_of(shape))}")
+        raise UserError(f"cut {cut!r}: a weight of shape {tuple(shape)} has {', '.join(cuts_of(shape))}")
     near = tuple(axis for axis, mode in enumerate(modes) if mode in cut)
     return near, tuple(axis for axis in range(len(modes)) if axis not in near)
 

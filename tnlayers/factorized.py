@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice, Fit, Slot, settle
+from tnlayers.errors import UserError
 from tnlayers.geometry import Call, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
@@ -28,7 +29,7 @@ Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
 
 
-class UnsupportedLayer(ValueError):
+class UnsupportedLayer(UserError):
     """A dense layer that a method cannot replace; the message names the argument."""
 
 
@@ -40,10 +41,10 @@ def _settled(slot: Slot, dense: nn.Module, plan: PlanChoice) -> tuple[LayerSpec,
     """
     method = slot.method
     if method.joint and not isinstance(method.joint, Slice):
-        raise ValueError(f"joint {method.joint!r} joins the layers of one rule; a layer by itself has none")
+        raise UserError(f"joint {method.joint!r} joins the layers of one rule; a layer by itself has none")
     (choice,) = settle([slot], method.rank, plan)
     if choice.spec is None:
-        raise ValueError(
+        raise UserError(
             f"no such rank of {type(method).__name__} is cheaper than the dense {dense}; leave it dense ({choice.reason})"
         )
     return choice.spec, choice
@@ -223,7 +224,7 @@ class FactorizedLayer(Merging):
         weight, own = dense.weight, getattr(cls, "method", type(spec.method))
         assert isinstance(weight, Tensor)
         if spec.geometry != Geometry.of(dense) or own is not type(spec.method):
-            raise ValueError(f"{spec} is not of this layer: {cls.__name__} in place of {dense}")
+            raise UserError(f"{spec} is not of this layer: {cls.__name__} in place of {dense}")
         if shared is None and isinstance(spec.method.joint, Slice):
             spec = LayerSpec(spec.geometry, spec.method.with_joint(""))  # converted alone it has parameters of its own
         undrawn = shared is not None or init == "empty"
@@ -298,7 +299,7 @@ class FactorizedLayer(Merging):
         """
         spec, rank = self.spec, check_rank(rank)
         if spec.method.joint:
-            raise ValueError(f"truncate: the parameters of this layer make other layers too: {spec.method.joint}")
+            raise UserError(f"truncate: the parameters of this layer make other layers too: {spec.method.joint}")
         wanted, plan, fit = spec, self.plan_choice, None
         if isinstance(rank, RankRule):
             (choice,) = settle([slot_of(self)], rank, plan)
@@ -309,7 +310,7 @@ class FactorizedLayer(Merging):
                 rank = tuple(min(rank, old) for old in spec.ranks)
             wanted = LayerSpec(spec.geometry, spec.method.with_rank(rank))
         if any(new > old for new, old in zip(wanted.ranks, spec.ranks, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"truncate: rank {wanted.ranks} is above the present {spec.ranks}; a truncation only lowers it"
             )
         if wanted.ranks == spec.ranks:

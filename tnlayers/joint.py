@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice
+from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer, Fill
 from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
@@ -37,11 +38,11 @@ def convert_together(
     slices, weights = [_slice(methods[name]) for name in names], [_weight(layers[name]) for name in names]
     alone, *others = (methods[name].with_joint("") for name in names)
     if any(other != alone for other in others) or len({own.total for own in slices}) > 1:
-        raise ValueError("layers of one generator need the same rank, options and total; put them under one rule")
+        raise UserError("layers of one generator need the same rank, options and total; put them under one rule")
     _check(weights, slices, whole=init == "decompose")
     first, total = weights[0], slices[0].total
     if total > limit:
-        raise ValueError(f"the generator would make {total} entries; the model has {limit} parameters")
+        raise UserError(f"the generator would make {total} entries; the model has {limit} parameters")
     linear = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
     linear.requires_grad_(first.requires_grad)
     if init == "decompose":
@@ -61,11 +62,11 @@ def _check(weights: Sequence[Tensor], slices: Sequence[Slice], *, whole: bool) -
     total = slices[0].total
     ends = [own.offset + weight.numel() for own, weight in zip(slices, weights, strict=True)]
     if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
-        raise ValueError("layers of one generator need the same dtype and device, and all or none of them trained")
+        raise UserError("layers of one generator need the same dtype and device, and all or none of them trained")
     if ends[-1] > total or any(own.offset < end for own, end in zip(slices[1:], ends, strict=False)):
-        raise ValueError(f"the slices overlap or leave the {total} entries of the generator: {list(slices)}")
+        raise UserError(f"the slices overlap or leave the {total} entries of the generator: {list(slices)}")
     if whole and sum(weight.numel() for weight in weights) != total:
-        raise ValueError(f"the layers leave out some of the generator's {total} entries; give it all its layers")
+        raise UserError(f"the layers leave out some of the generator's {total} entries; give it all its layers")
 
 
 def named_apart(layers: Mapping[str, FactorizedLayer]) -> dict[str, Factorization]:

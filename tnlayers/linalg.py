@@ -12,6 +12,8 @@ import tensorly
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
+
 __all__ = [
     "check_finite",
     "decomposing",
@@ -43,7 +45,7 @@ def check_finite(weight: Tensor) -> None:
     """
     spoilt = weight.numel() - int(torch.isfinite(weight).sum())
     if spoilt:
-        raise ValueError(
+        raise UserError(
             f"{spoilt} of the {weight.numel()} values of its weight are not finite, and it cannot be decomposed; start from "
             "weights of before that"
         )

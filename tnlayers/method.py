@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.linalg import (
     check_finite,
     decomposing,
@@ -60,7 +61,7 @@ class Slice:
         counts = type(self.offset) is int and type(self.total) is int and 0 <= self.offset < self.total
         scaled = isinstance(self.scale, (int, float)) and 0 < self.scale <= 1
         if not (isinstance(self.name, str) and self.name and counts and scaled):
-            raise ValueError(f"{self}: expected a name, 0 <= offset < total in ints, and a scale above 0 and at most 1")
+            raise UserError(f"{self}: expected a name, 0 <= offset < total in ints, and a scale above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ class Factorization(ABC):
         """
         bonds = self.bonds(weight_shape)
         if isinstance(self.rank, RankRule):
-            raise ValueError(f"rank {self.rank} is a rule; resolve it to integers first")
+            raise UserError(f"rank {self.rank} is a rule; resolve it to integers first")
         broadcast = isinstance(self.rank, int)
         asked = (self.rank,) * len(bonds) if isinstance(self.rank, int) else tuple(self.rank)
         if len(asked) != len(bonds):
-            raise ValueError(
+            raise UserError(
                 f"rank {self.rank!r} has {len(asked)} entries; {type(self).__name__} takes {len(bonds)}, for the bonds {bonds}"
             )
         attained = self.clamp(weight_shape, asked)

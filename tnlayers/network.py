@@ -20,6 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
+
 __all__ = ["Contraction", "Network", "size_of"]
 
 Sizes = Mapping[str, int]
@@ -79,21 +81,21 @@ class Network:
             indices = text.split()
             for index in indices:
                 if indices.count(index) > 1:
-                    raise ValueError(
+                    raise UserError(
                         f"factor {name!r} ({text!r}) has index {index!r} twice; an index may occur once in a factor"
                     )
                 if index not in self.weight_indices and len(self._holders(index)) < 2:
-                    raise ValueError(
+                    raise UserError(
                         f"index {index!r} of factor {name!r} is in no other factor and not in the weight {self.weight!r}; "
                         "a bond joins two factors or more"
                     )
         for index in self.weight_indices:
             if self.weight_indices.count(index) > 1:
-                raise ValueError(f"the weight {self.weight!r} has index {index!r} twice")
+                raise UserError(f"the weight {self.weight!r} has index {index!r} twice")
             if not self._holders(index):
-                raise ValueError(f"index {index!r} of the weight {self.weight!r} is in no factor; add it to one")
+                raise UserError(f"index {index!r} of the weight {self.weight!r} is in no factor; add it to one")
         if self.rank and not all(self._holders(bond) for bond in self.bonds):
-            raise ValueError(
+            raise UserError(
                 f"rank {self.rank!r} names a bond that no factor has; expected an order of the summed indices"
             )
 
@@ -160,12 +162,12 @@ class Network:
         for name, indices in self.indices.items():
             shape = tuple(shapes[name]) if name in shapes else None
             if shape is None or len(shape) != len(indices):
-                raise ValueError(
+                raise UserError(
                     f"factor {name!r} has shape {shape}; expected the {len(indices)} indices {self.factors[name]!r}"
                 )
             for index, size in zip(indices, shape, strict=True):
                 if sizes.setdefault(index, size) != size:
-                    raise ValueError(
+                    raise UserError(
                         f"index {index!r} is {sizes[index]} in one factor and {size} in {name!r} (shape {shape})"
                     )
         return sizes
@@ -198,7 +200,7 @@ class Network:
             wider = side | {name for name, indices in self.indices.items() if reached.intersection(indices)}
             grown, side = wider != side, wider
         if len(self._holders(bond)) > 2 or side >= set(self._holders(bond)):
-            raise ValueError(
+            raise UserError(
                 f"bond {bond!r} does not cut the network {dict(self.factors)} in two; a method with such a bond overrides max_ranks, "
                 "clamp and error_estimate, as CP does"
             )

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
 
 __all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "check_plan", "macs", "partitions"]
@@ -106,7 +107,7 @@ def check_plan(plan: object) -> PlanChoice:
         return tuple(tuple(group) for group in plan)
     if plan in ("auto", "factors", "dense"):
         return plan
-    raise ValueError(f"plan {plan!r}: expected 'auto', 'factors', 'dense' or groups of factor names")
+    raise UserError(f"plan {plan!r}: expected 'auto', 'factors', 'dense' or groups of factor names")
 
 
 def partitions(names: Sequence[str]) -> Iterator[Partition]:
@@ -129,7 +130,7 @@ def _partition(network: Network, choice: PlanChoice) -> Partition:
         return (names,)
     if not isinstance(choice, str) and tuple(itertools.chain(*choice)) == names and all(choice):
         return tuple(tuple(group) for group in choice)
-    raise ValueError(
+    raise UserError(
         f"plan {choice!r} is none of 'auto', 'factors', 'dense' or groups of the factors {names} in that order, "
         f"such as {tuple((name,) for name in names)}"
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from tnlayers.errors import UserError
+
 __all__ = [
     "Candidate",
     "MacsKept",
@@ -29,7 +31,7 @@ Ranks = tuple[int, ...]
 
 def _check_fraction(rule: object, value: float, upper: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= upper:
-        raise ValueError(f"{type(rule).__name__}({value!r}): expected a number above 0 and at most {upper:g}")
+        raise UserError(f"{type(rule).__name__}({value!r}): expected a number above 0 and at most {upper:g}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def check_rank(rank: object) -> int | Ranks | RankRule:
     if isinstance(rank, RankRule):
         return rank
     if isinstance(rank, float):
-        raise ValueError(
+        raise UserError(
             f"rank {rank!r} is a bare float; say what it is a fraction of: ParamsKept({rank!r}), MacsKept({rank!r}) "
             f"or RelativeError({rank!r})"
         )
@@ -94,9 +96,9 @@ def check_rank(rank: object) -> int | Ranks | RankRule:
     except TypeError:
         ranks = ()
     if not ranks or len(ranks) < len(given):
-        raise ValueError(f"rank {rank!r}: expected an int, a tuple of ints, ParamsKept, MacsKept or RelativeError")
+        raise UserError(f"rank {rank!r}: expected an int, a tuple of ints, ParamsKept, MacsKept or RelativeError")
     if min(ranks) < 1:
-        raise ValueError(f"rank {rank!r}: every rank must be at least 1")
+        raise UserError(f"rank {rank!r}: every rank must be at least 1")
     return ranks if isinstance(rank, (list, tuple)) else ranks[0]
 
 
@@ -209,7 +211,7 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
     spent = sum(frontier[0].cost for frontier in frontiers)
     if spent > budget:
         least = spent / sum(candidate.dense_cost for candidate in candidates)
-        raise ValueError(
+        raise UserError(
             f"a fraction of {fraction:g} cannot be reached: rank 1 in every layer keeps {least:.3g}; ask for more"
         )
     upgrades = []

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tnlayers.errors import UserError
 from tnlayers.method import Factorization, Slice, known_methods
 from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
@@ -64,13 +65,13 @@ class Rule:
             ValueError: an unknown method, key, rank or value; the message names it and what was expected.
         """
         if not isinstance(plain, Mapping):
-            raise ValueError(f"{plain!r} is not a mapping; expected {{pattern: ..., method: ..., rank: ...}}")
+            raise UserError(f"{plain!r} is not a mapping; expected {{pattern: ..., method: ..., rank: ...}}")
         values = {str(key): value for key, value in plain.items()}
         missing = [key for key in ("pattern", "method") if key not in values]
         if missing:
-            raise ValueError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")
+            raise UserError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")
         if not isinstance(values["pattern"], str):
-            raise ValueError(
+            raise UserError(
                 f"pattern {values['pattern']!r} is not a string; expected a layer's name, such as 'conv1' or 'layer*'"
             )
         pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
@@ -79,18 +80,18 @@ class Rule:
         method = next((known[key] for key in exact_first if key.lower() == name.lower()), MISSING)
         if method is MISSING:
             own = "; a method of your own is known once its module is imported" if "." in name else _near(name, known)
-            raise ValueError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
+            raise UserError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
         options = [*(field.name for field in fields(method)), "plan"] if method else []
         for key in values:
             if key not in options:
                 expected = ", ".join(["pattern", "method", *options])
-                raise ValueError(
+                raise UserError(
                     f"option {key!r} is not known for method {name}; expected {expected}{_near(key, options)}"
                 )
         if method is None:
             return Rule(pattern, None, reason)
         if "rank" not in values:
-            raise ValueError(
+            raise UserError(
                 f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
             )
         values["rank"] = rank_from_text(values["rank"])
@@ -111,7 +112,7 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
             rules.append(item if isinstance(item, Rule) else Rule.from_plain(item))
         except (ValueError, TypeError) as error:
             pattern = item.get("pattern") if isinstance(item, Mapping) else item
-            raise ValueError(f"rules[{place}] (pattern {pattern!r}): {error}") from None
+            raise UserError(f"rules[{place}] (pattern {pattern!r}): {error}") from None
     return rules
 
 
@@ -126,13 +127,13 @@ def rank_from_text(value: Any) -> Rank:
     match = _RANK_TEXT.fullmatch(value)
     rule = _RANK_RULES.get(match[1]) if match else None
     if match is None or rule is None:
-        raise ValueError(
+        raise UserError(
             f"rank {value!r} is not understood; expected an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
         )
     try:
         number = float(match[2])
     except ValueError:
-        raise ValueError(f"rank {value!r}: {match[2]!r} is not a number") from None
+        raise UserError(f"rank {value!r}: {match[2]!r} is not a number") from None
     return rule(number)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.method import Factorization
 from tnlayers.network import Network
@@ -82,7 +83,7 @@ class LayerSpec:
         ranks = self.method.ranks_from(self.network, shapes)
         found = self.at(ranks)
         if found.ranks != ranks or found.parameter_shapes != shapes:
-            raise ValueError(f"parameters of the shapes {dict(shapes)} are not those of {found.method}")
+            raise UserError(f"parameters of the shapes {dict(shapes)} are not those of {found.method}")
         return found
 
     def decompose(self, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:

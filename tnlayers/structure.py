@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice
+from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer, arguments
 from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
@@ -39,7 +40,7 @@ _VALUES = 100_000
 _LENGTH = 400
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that cannot be read, or does not fit the model; the message says which keys and why."""
 
 
@@ -110,11 +111,11 @@ def _replacements(
 ) -> dict[nn.Module, nn.Module]:
     """From the model's present layers to what the rules make of them, or to dense ones."""
     if model in layers.values():
-        raise ValueError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
+        raise UserError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
     choices = {}
     for name, rule in rules.items():
         if not isinstance(layers[name], FactorizedLayer) and (reason := refusal(model, name)):
-            raise ValueError(f"{name}: {reason}")
+            raise UserError(f"{name}: {reason}")
         choices[name] = Choice(_spec(rule, layers[name]), rule.plan)
     dense = {
         name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer
@@ -131,10 +132,10 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
     check_plain(structure)
     version = structure.get("version") if isinstance(structure, dict) else None
     if type(version) is not int or version != _VERSION:
-        raise ValueError(f"it is of version {version!r} and this tnlayers reads {_VERSION}; update tnlayers")
+        raise UserError(f"it is of version {version!r} and this tnlayers reads {_VERSION}; update tnlayers")
     layers = structure.get("layers")
     if not isinstance(layers, list):
-        raise ValueError("it has no list of layers; save it again")
+        raise UserError("it has no list of layers; save it again")
     found: dict[str, tuple[Rule, Mapping[str, Any] | None]] = {}
     for place, entry in enumerate(layers):
         plain = dict(entry) if isinstance(entry, dict) else entry
@@ -142,9 +143,9 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
         try:
             rule = Rule.from_plain(plain)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"layers[{place}]: {error}") from None
+            raise UserError(f"layers[{place}]: {error}") from None
         if rule.factorization is None or rule.pattern in found or not isinstance(dense, dict | None):
-            raise ValueError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
+            raise UserError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
         found[rule.pattern] = (rule, dense)
     return found
 
@@ -164,13 +165,13 @@ def _geometry(layer: nn.Module) -> Geometry:
 
 def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str, nn.Module]) -> None:
     if name not in layers:
-        raise ValueError(f"{name!r} matches no layer; it has {', '.join(layers) or 'none that could be tensorized'}")
+        raise UserError(f"{name!r} matches no layer; it has {', '.join(layers) or 'none that could be tensorized'}")
     own = _dense(layers[name])
     given = own if dense is None else dense
     for key in sorted(own.keys() | given.keys()):
         theirs, ours = given.get(key, "missing"), own.get(key, "missing")
         if type(theirs) is not type(ours) or theirs != ours:
-            raise ValueError(f"{name}: {key} is {theirs} in the file and {ours} in the model")
+            raise UserError(f"{name}: {key} is {theirs} in the file and {ours} in the model")
 
 
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
@@ -178,13 +179,11 @@ def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
     method, kind, geometry = rule.factorization, _dense(layer)["type"], _geometry(layer)
     assert method is not None
     if kind not in method.replaces:
-        raise ValueError(
-            f"{rule.pattern}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}"
-        )
+        raise UserError(f"{rule.pattern}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}")
     shape, ranks = geometry.weight_shape, method.rank
     attained = method.max_ranks(shape)
     if not isinstance(ranks, tuple) or len(ranks) != len(attained) or method.clamp(shape, ranks) != ranks:
-        raise ValueError(f"{rule.pattern}: rank {ranks}: a weight of shape {shape} attains {attained} at most")
+        raise UserError(f"{rule.pattern}: rank {ranks}: a weight of shape {shape} attains {attained} at most")
     return LayerSpec(geometry, method)
 
 
@@ -199,15 +198,15 @@ def check_plain(value: object) -> None:
         item, depth = waiting.pop()
         seen += 1
         if depth > _DEPTH or seen > _VALUES:
-            raise ValueError(f"it is more than {_DEPTH} levels deep or has more than {_VALUES} values")
+            raise UserError(f"it is more than {_DEPTH} levels deep or has more than {_VALUES} values")
         if isinstance(item, dict):
             waiting.extend((part, depth + 1) for part in item.values())
             if not all(isinstance(key, str) for key in item):
-                raise ValueError("it has keys that are not strings")
+                raise UserError("it has keys that are not strings")
         elif isinstance(item, list | tuple):
             waiting.extend((part, depth + 1) for part in item)
         elif not isinstance(item, str | int | float | None):
-            raise ValueError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")
+            raise UserError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")
 
 
 @contextmanager

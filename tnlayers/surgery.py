@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from tnlayers.budget import Choice, settle
+from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
@@ -65,7 +66,7 @@ def resolve(
 def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init) -> dict[str, Choice]:
     """Name -> what becomes of the layer, for each that a rule matches."""
     if init not in ("decompose", "random"):
-        raise ValueError(f"init {init!r}: expected 'decompose' or 'random'")
+        raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
     dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
     done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     taken = _assign(rules, dense, done)
@@ -86,7 +87,7 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
         try:
             resolved |= _settled(rule, layers, calls, flat=init == "random")
         except ValueError as error:
-            raise ValueError(f"rule {rule.pattern!r}: {error}") from None
+            raise UserError(f"rule {rule.pattern!r}: {error}") from None
     return {name: resolved[name] for name in dense if name in resolved}
 
 
@@ -102,7 +103,7 @@ def _settled(
         and unseen
         and (calls or any(isinstance(layers[name], nn.Conv2d) for name in unseen))
     ):
-        raise ValueError(
+        raise UserError(
             f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
         )
     slots = [slot_of(layer, method, calls.get(name), flat=flat) for name, layer in layers.items()]
@@ -143,7 +144,7 @@ def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) 
             taken[takers[0]].append(name)
     for rule, found, names in zip(rules, matched, taken, strict=True):
         if not found:
-            raise ValueError(_no_match(rule, dense))
+            raise UserError(_no_match(rule, dense))
         if rule.factorization and not names and not any(fits(name, rule.pattern) for name in done):
             warnings.warn(
                 f"rule {rule.pattern!r} takes no layer: earlier rules take all that it matches; put it before them",
@@ -212,7 +213,7 @@ def tensorize(
     chosen = {name: choice for name, choice in _resolved(model, rules, example_input, init).items() if choice.spec}
     new = [choice.spec.method for choice in chosen.values() if choice.spec]
     for name in _generators(methods_of(model).values()) & _generators(new):
-        raise ValueError(f"joint {name!r}: the model has a generator of this name; choose another")
+        raise UserError(f"joint {name!r}: the model has a generator of this name; choose another")
     layers = {name: model.get_submodule(name) for name in chosen}
     limit = sum(parameter.numel() for parameter in model.parameters())
     made = factorize(layers, chosen, init, limit)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from tnlayers.budget import Slot, settle
+from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer, slot_of
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.layers import layer_type
@@ -82,7 +83,7 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
     errors = {}
     for rule in rules:
         if rule.factorization is None:
-            raise ValueError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
+            raise UserError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
         _check_weight(rule.pattern, model.get_submodule(rule.pattern))
     for rule in rules:
         layer, method = model.get_submodule(rule.pattern), rule.factorization
@@ -121,7 +122,7 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
     found = {name: method for name, method in methods.items() if fits(name, pattern)}
     if not found:
         have = f"its factorized layers are {', '.join(map(repr, methods))}" if methods else "the model has none"
-        raise ValueError(f"pattern {pattern!r} matches no factorized layer; {have}")
+        raise UserError(f"pattern {pattern!r} matches no factorized layer; {have}")
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
     slots = {}
     for name, method in found.items():
@@ -141,7 +142,7 @@ def _checked(
         try:
             _check(slot, rank)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}; leave the layer out by a pattern") from None
+            raise UserError(f"{name}: {error}; leave the layer out by a pattern") from None
     return slots
 
 
@@ -153,7 +154,7 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 
 def _check(slot: Slot, rank: Rank) -> None:
     if slot.method.joint:
-        raise ValueError("its parameters make other layers too")
+        raise UserError("its parameters make other layers too")
     slot.method.with_rank(rank)
     if isinstance(rank, (tuple, list)) and slot.present and len(rank) != len(slot.present[0].ranks):
-        raise ValueError(f"rank {rank!r} has {len(rank)} entries; the layer has {slot.present[0].ranks}")
+        raise UserError(f"rank {rank!r} has {len(rank)} entries; the layer has {slot.present[0].ranks}")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classifier import ImageClassifier
+from tnlayers.errors import UserError
 
 __all__ = [
     "callbacks_of",
@@ -45,12 +46,12 @@ def check_strategy(trainer: Trainer, what: str) -> None:
         ValueError: the strategy shards them, or averages them in a way that holds on to the old ones.
     """
     if not keeps_whole_parameters(trainer.strategy):
-        raise ValueError(
+        raise UserError(
             f"{what} cannot change ranks under {type(trainer.strategy).__name__}, which shards the parameters; train with "
             "--trainer.strategy ddp, or truncate between runs: tnlayers compress, then fit"
         )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
-        raise ValueError(
+        raise UserError(
             f"{what} cannot change ranks under StochasticWeightAveraging; average by lightning_modules.callbacks.EMA"
         )
 

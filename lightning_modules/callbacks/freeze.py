@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from tnlayers.errors import UserError
+
 __all__ = ["Freeze"]
 
 
@@ -39,7 +41,7 @@ class Freeze(Callback):
         named = dict(pl_module.net.named_modules())  # type: ignore[union-attr]
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in named):
-                raise ValueError(
+                raise UserError(
                     f"patterns: no module is called {pattern!r}; expected one of {', '.join(list(named)[1:])}"
                 )
         return [module for name, module in named.items() if any(fnmatchcase(name, each) for each in self.patterns)]

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.followers import callbacks_of
 from lightning_modules.loggers import CSV
+from tnlayers.errors import UserError
 
 __all__ = ["Interruptible", "RunCheckpoint"]
 
@@ -105,7 +106,7 @@ class Interruptible(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(trainer, "stopping"):
-            raise ValueError(
+            raise UserError(
                 "Interruptible needs lightning_modules.lightning_cli.CompressionTrainer, which stops when it says so"
             )
 
@@ -122,7 +123,7 @@ class Interruptible(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         same = trainer.strategy.broadcast(trainer.ckpt_path) == trainer.ckpt_path
         if not trainer.strategy.reduce_boolean_decision(same, all=True):
-            raise ValueError(
+            raise UserError(
                 f"--ckpt_path last is not the same in all processes ({trainer.ckpt_path}): another job is writing it"
             )
         self._sigterm = self._sigusr1 = self.requeues = trainer.stopping = False  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from lightning_modules.callbacks.rank_steps import Step, steps_of
 from lightning_modules.classifier import ImageClassifier
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 from tnlayers.checkpoints import read_checkpoint
+from tnlayers.errors import UserError
 from tnlayers.structure import as_checkpoint_error, shortened
 from tnlayers.surgery import naming
 
@@ -73,13 +74,13 @@ class RankSchedule(Callback):
         if stage != "fit" or not self.steps:
             return
         if not isinstance(pl_module, ImageClassifier):
-            raise ValueError(
+            raise UserError(
                 f"RankSchedule truncates the net of an ImageClassifier, and this is a {type(pl_module).__name__}"
             )
         check_strategy(trainer, "RankSchedule")
         late = [epoch for epoch in self.steps if trainer.max_epochs not in (None, -1) and epoch >= trainer.max_epochs]
         if late:
-            raise ValueError(
+            raise UserError(
                 f"RankSchedule has epoch {late[0]}, and training ends before it: max_epochs {trainer.max_epochs}"
             )
 
@@ -88,7 +89,7 @@ class RankSchedule(Callback):
         for epoch, step in self.steps.items():
             if epoch in self.applied or epoch < trainer.current_epoch:
                 if self.applied.get(epoch) != str(step):
-                    raise ValueError(
+                    raise UserError(
                         f"RankSchedule has {step} at epoch {epoch}, and this run is at epoch {trainer.current_epoch}, having "
                         f"had {self.applied.get(epoch, 'no truncation')} there; change the epochs that are still to come"
                     )
@@ -156,7 +157,7 @@ def _check_finite(trainer: Trainer, module: ImageClassifier) -> None:
     else:
         fix = "no checkpoint whose weights are finite was kept, so begin anew"
     layer, _, weight = spoilt.partition(".factors.") if ".factors." in spoilt else spoilt.rpartition(".")
-    raise ValueError(
+    raise UserError(
         f"{layer}: the values of its {weight} are not finite any more, the training has diverged; {fix}, with a smaller learning rate"
     )
 

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, resolve_truncation, truncate
+from tnlayers.errors import UserError
 from tnlayers.ranks import Rank, check_rank
 from tnlayers.rules import rank_from_text
 from tnlayers.tracing import evaluating
@@ -38,7 +39,7 @@ class AccuracyDrop:
 
     def __post_init__(self) -> None:
         if not isinstance(self.drop, float) or not 0 <= self.drop < 1:
-            raise ValueError(
+            raise UserError(
                 f"AccuracyDrop({self.drop!r}): expected a number from 0 to below 1, such as 0.01 for one point"
             )
 
@@ -88,12 +89,12 @@ def steps_of(ranks: Mapping[int | str, int | str]) -> dict[int, Step]:
             first, last = _epochs(key)
             rank = _rank(value)
             if last > first and not isinstance(rank, (ParamsKept, MacsKept)):
-                raise ValueError("a range of epochs goes down to a budget: ParamsKept or MacsKept")
+                raise UserError("a range of epochs goes down to a budget: ParamsKept or MacsKept")
         except ValueError as error:
-            raise ValueError(f"RankSchedule, ranks {{{key}: {value}}}: {error}") from None
+            raise UserError(f"RankSchedule, ranks {{{key}: {value}}}: {error}") from None
         for epoch in range(first, last + 1):
             if epoch in steps:
-                raise ValueError(f"RankSchedule, ranks {{{key}: {value}}}: epoch {epoch} has a rank already")
+                raise UserError(f"RankSchedule, ranks {{{key}: {value}}}: epoch {epoch} has a rank already")
             steps[epoch] = Step(rank, last - epoch + 1)
     return steps
 
@@ -104,9 +105,9 @@ def _epochs(key: int | str) -> tuple[int, int]:
     elif str(key).strip().isdigit():
         first = last = int(key)
     else:
-        raise ValueError(f"{key!r} is no epoch; expected a number from 0 on, or a range such as 4-8")
+        raise UserError(f"{key!r} is no epoch; expected a number from 0 on, or a range such as 4-8")
     if last < first:
-        raise ValueError(f"the range {key!r} ends before it begins")
+        raise UserError(f"the range {key!r} ends before it begins")
     return first, last
 
 
@@ -117,7 +118,7 @@ def _rank(value: int | str) -> Rank | AccuracyDrop:
     try:
         return AccuracyDrop(float(match[1]))
     except ValueError as error:
-        raise ValueError(f"{value!r}: {error}") from None
+        raise UserError(f"{value!r}: {error}") from None
 
 
 def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern: str) -> list[Rule]:

@@ -16,6 +16,7 @@ from lightning_modules.data.pictures import Batch, PictureSet, as_is
 from lightning_modules.data.shares import EpochSampler, LateLoader, Padded
 from lightning_modules.processes import check_processes
 from lightning_modules.seeds import batch_seed
+from tnlayers.errors import UserError
 
 __all__ = ["Augment", "ImageData"]
 
@@ -152,7 +153,7 @@ class ImageData(LightningDataModule):
         self.setup("fit")
         assert self._train is not None
         if not 1 <= n <= len(self._train):
-            raise ValueError(
+            raise UserError(
                 f"cannot make {n} calibration batches of {len(self._train)} training pictures: ask for at least 1 and "
                 "at most one per picture"
             )
@@ -169,7 +170,7 @@ class ImageData(LightningDataModule):
         """
         self.setup("fit")
         if not self._val:
-            raise ValueError("there are no validation pictures; hold some out: --data.val_fraction 0.1")
+            raise UserError("there are no validation pictures; hold some out: --data.val_fraction 0.1")
         yield from self._plain_batches(self._val)
 
     def test_batches(self, n: int | None = None, seed: int = 0) -> Iterator[Batch]:
@@ -185,7 +186,7 @@ class ImageData(LightningDataModule):
         self.setup("test")
         assert self._test is not None
         if n is not None and not 1 <= n <= len(self._test):
-            raise ValueError(f"cannot draw {n} test pictures: there are {len(self._test)}")
+            raise UserError(f"cannot draw {n} test pictures: there are {len(self._test)}")
         order = torch.randperm(len(self._test), generator=torch.Generator().manual_seed(seed))
         yield from self._plain_batches(Subset(self._test, sorted(order[:n].tolist())))
 
@@ -223,19 +224,19 @@ class ImageData(LightningDataModule):
     def _check(self) -> None:
         channels = self.input_shape[0]
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: give at least 1, such as --data.batch_size 128")
+            raise UserError(f"batch_size is {self.batch_size}: give at least 1, such as --data.batch_size 128")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"val_fraction is {self.val_fraction}: give the part of the training pictures to hold out, from 0 to "
                 "below 1, such as --data.val_fraction 0.1"
             )
         if self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}: give 0 to read in this process, or more")
+            raise UserError(f"num_workers is {self.num_workers}: give 0 to read in this process, or more")
         check_processes("data.num_workers", self.num_workers)
         if self.augment not in get_args(Augment):
-            raise ValueError(f"augment is {self.augment!r}: give one of {', '.join(get_args(Augment))}")
+            raise UserError(f"augment is {self.augment!r}: give one of {', '.join(get_args(Augment))}")
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"mean is {self.mean} and std {self.std}: give one mean and one positive std for each of the "
                 f"{channels} channels, for pictures in 0..1"
             )

@@ -8,6 +8,7 @@ from torchvision import datasets
 
 from lightning_modules.data.base import Augment, ImageData
 from lightning_modules.data.pictures import Pictures, PictureSet
+from tnlayers.errors import UserError
 
 __all__ = ["CIFAR10", "CIFAR100", "FashionMNIST"]
 
@@ -80,7 +81,7 @@ class Downloadable(ImageData):
         # Whatever a download meets: no network, a full disk, a wrong checksum.
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise UserError(
                 f"cannot download {type(self).__name__} to {self._path()} ({reason}): fetch it on a machine that can, "
                 "copy the folder there and leave out --data.download"
             ) from error

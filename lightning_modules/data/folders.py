@@ -10,6 +10,7 @@ import torch
 from lightning_modules.data.base import Augment, ImageData
 from lightning_modules.data.picture_files import PictureFiles, list_pictures, refuse_folder
 from lightning_modules.data.pictures import PictureSet
+from tnlayers.errors import UserError
 
 __all__ = ["Folders"]
 
@@ -57,7 +58,7 @@ class Folders(ImageData):
         num_workers: int = 0,
     ) -> None:
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size is {image_size}: give the pixels of a side, such as --data.image_size 64")
+            raise UserError(f"image_size is {image_size}: give the pixels of a side, such as --data.image_size 64")
         self.root = root
         self.image_size = image_size
         self.class_names = self._find_classes()
@@ -106,7 +107,7 @@ class Folders(ImageData):
                 f"{self._path('train')} has no class folders: expected one per class, with that class's pictures in it"
             )
         if len(class_names) == 1:
-            raise ValueError(
+            raise UserError(
                 f"{self._path('train')} has one class folder alone, {class_names[0]}: there must be two or more, since "
                 "there is nothing to tell one class from"
             )
@@ -114,7 +115,7 @@ class Folders(ImageData):
             if self._has(part):
                 different = sorted(set(class_names) ^ set(_list_folders(self._path(part))))
                 if different:
-                    raise ValueError(
+                    raise UserError(
                         f"{self._path('train')} and {self._path(part)} must have the same class folders, but only one "
                         f"of them has {', '.join(different)}: add or delete these"
                     )
@@ -139,7 +140,7 @@ class Folders(ImageData):
         size = num_pictures * math.prod(shape) * 4
         if size > BATCH_LIMIT:
             _, height, width = shape
-            raise ValueError(
+            raise UserError(
                 f"a batch of {num_pictures} pictures of {width}x{height} takes {size / 2**30:.1f} GiB, above the limit of "
                 f"{BATCH_LIMIT / 2**30:.0f} GiB: give a smaller --data.image_size or --data.batch_size"
             )

@@ -17,11 +17,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_modules.data.pictures import Batch, Pictures, PictureSet
+from tnlayers.errors import UserError
 
 __all__ = ["PictureError", "PictureFiles", "list_pictures", "open_picture", "refuse_folder"]
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A file that cannot be used, in one line.
 
     torch hands a worker's error on as one of the same type, the text of which is the worker's whole traceback. The line
@@ -82,7 +83,7 @@ def open_picture(path: str, image_size: int | None) -> Image.Image:
             ImageOps.exif_transpose(file, in_place=True)
             picture = _to_8_bits(file).convert("RGB")
         if 0 in picture.size:
-            raise ValueError(f"its size is {_size(picture.size)}")
+            raise UserError(f"its size is {_size(picture.size)}")
         if image_size is None:
             return picture
         return ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BILINEAR)
@@ -105,7 +106,7 @@ def _to_8_bits(file: Image.Image) -> Image.Image:
         return ImageOps.invert(grey) if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey
     if file.mode in ("I", "F"):
         values = {"I": "whole numbers with a sign or of 32 bits", "F": "floating-point numbers"}[file.mode]
-        raise ValueError(f"its values are {values}, whose range is not known; save it with 8 or 16 bits")
+        raise UserError(f"its values are {values}, whose range is not known; save it with 8 or 16 bits")
     return file
 
 

@@ -20,6 +20,7 @@ from lightning_modules.nets.resnet50_cifar import resnet50_cifar
 from lightning_modules.nets.resnet_cifar import cifar_resnet
 from lightning_modules.nets.tai import tai_cnn, tai_nin
 from lightning_modules.nets.vgg16_cifar import vgg16_cifar
+from tnlayers.errors import UserError
 from tnlayers.tracing import evaluating
 
 __all__ = ["NETS", "build_net"]
@@ -58,7 +59,7 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         ValueError: for an unknown name, an option that the network does not take, or a shape it cannot read.
     """
     if len(input_shape) != 3 or min(input_shape) < 1 or num_classes < 1:
-        raise ValueError(
+        raise UserError(
             f"input_shape is {tuple(input_shape)} and num_classes {num_classes}, but net {name!r} needs three positive "
             "sizes (channels, height, width) and at least one class"
         )
@@ -73,14 +74,14 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         builder = NETS[name]
         arguments = {"num_classes": num_classes, "input_shape": input_shape}
     else:
-        raise ValueError(_unknown(name, [*NETS, *_torchvision_names()]))
+        raise UserError(_unknown(name, [*NETS, *_torchvision_names()]))
     try:
         net = builder(**arguments, **options)
     except Exception as error:  # whatever values make a constructor raise
         if not options or is_bug(error):
             raise
         accepted = sorted(_option_names(builder) - arguments.keys()) or ["none"]
-        raise ValueError(
+        raise UserError(
             f"net {name!r} cannot be built with the options {options} ({error}): its options are {', '.join(accepted)}"
         ) from error
     _check_reads(net, name, input_shape)
@@ -103,7 +104,7 @@ def _check_reads(net: nn.Module, name: str, input_shape: tuple[int, int, int]) -
     channels, height, width = input_shape
     size = next((size for size in _SIZES if not _refusal(net, (channels, size, size), "meta")), None)
     fix = f"it reads {size}x{size}, so give --data.image_size {size} where the data are folders, or" if size else "give"
-    raise ValueError(f"net {name!r} cannot read pictures of {width}x{height} ({error}): {fix} another net") from error
+    raise UserError(f"net {name!r} cannot read pictures of {width}x{height} ({error}): {fix} another net") from error
 
 
 def _refusal(net: nn.Module, input_shape: tuple[int, int, int], device: torch.device | str) -> Exception | None:
@@ -126,9 +127,9 @@ def _torchvision_names() -> list[str]:
 def _torchvision_builder(model: str, channels: int) -> Builder:
     name = f"torchvision/{model}"
     if name not in _torchvision_names():
-        raise ValueError(_unknown(name, _torchvision_names()))
+        raise UserError(_unknown(name, _torchvision_names()))
     if channels != 3:
-        raise ValueError(
+        raise UserError(
             f"net {name!r} reads pictures of 3 channels but these have {channels}: take 'timm/{model}', which reads "
             f"any number, or one of {', '.join(NETS)}"
         )
@@ -139,14 +140,14 @@ def _timm_builder(model: str) -> Builder:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"net 'timm/{model}' needs timm: pip install 'tnlayers[timm]'") from error
+        raise UserError(f"net 'timm/{model}' needs timm: pip install 'tnlayers[timm]'") from error
     if not timm.is_model(model):
-        raise ValueError(_unknown(f"timm/{model}", [f"timm/{name}" for name in timm.list_models()]))
+        raise UserError(_unknown(f"timm/{model}", [f"timm/{name}" for name in timm.list_models()]))
 
     @wraps(timm.model_entrypoint(model))
     def build(**arguments: Any) -> nn.Module:
         if "checkpoint_path" in arguments:
-            raise ValueError("option 'checkpoint_path' is not taken; load weights with --model.init_from")
+            raise UserError("option 'checkpoint_path' is not taken; load weights with --model.init_from")
         return timm.create_model(model, **arguments)
 
     return build

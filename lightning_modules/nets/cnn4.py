@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from tnlayers.errors import UserError
+
 __all__ = ["CNN4"]
 
 
@@ -35,11 +37,11 @@ class CNN4(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(widths, Sequence) or len(widths) != 4 or not all(map(_is_width, widths)):
-            raise ValueError(
+            raise UserError(
                 f"widths is {widths}, but cnn4 has four convolutions: give four positive numbers such as [32, 64, 64, 128]"
             )
         if not _is_width(hidden):
-            raise ValueError(f"hidden is {hidden}, but cnn4's fc1 needs an output: give a positive number such as 128")
+            raise UserError(f"hidden is {hidden}, but cnn4's fc1 needs an output: give a positive number such as 128")
         width1, width2, width3, width4 = widths
         self.conv1 = nn.Conv2d(input_shape[0], width1, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width1)

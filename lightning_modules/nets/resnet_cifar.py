@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnlayers.errors import UserError
+
 __all__ = ["CIFARResNet", "cifar_resnet"]
 
 
@@ -56,7 +58,7 @@ class CIFARResNet(nn.Module):
     def __init__(self, *, num_classes: int, input_shape: tuple[int, int, int], depth: int = 20) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth is {depth}, but a CIFAR ResNet has 6 n + 2 layers: give 20, 32, 44 or 56")
+            raise UserError(f"depth is {depth}, but a CIFAR ResNet has 6 n + 2 layers: give 20, 32, 44 or 56")
         num_blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

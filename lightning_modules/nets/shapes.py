@@ -1,5 +1,7 @@
 """What the networks ask of a picture's size."""
 
+from tnlayers.errors import UserError
+
 __all__ = ["require_size"]
 
 
@@ -10,7 +12,7 @@ def require_size(net: str, input_shape: tuple[int, int, int], least: int) -> Non
         ValueError: if (channels, height, width) has a height or width below `least`.
     """
     if min(input_shape[1:]) < least:
-        raise ValueError(
+        raise UserError(
             f"input_shape is {tuple(input_shape)}, but {net} needs pictures of at least {least}x{least}: smaller ones "
             "vanish on the way"
         )

@@ -17,6 +17,7 @@ from lightning_modules.study.rows import (
     Study,
 )
 from tnlayers.cuts import cut_label, cuts_of
+from tnlayers.errors import UserError
 
 __all__ = ["Control", "Depth", "Measured", "effect", "points", "rank_correlation", "standard_error"]
 
@@ -50,7 +51,7 @@ class Measured:
             ValueError: rows that do not begin with a Study.
         """
         if not rows or not isinstance(rows[0], Study):
-            raise ValueError(
+            raise UserError(
                 f"{len(rows)} rows without the study's own first: expected a study.jsonl from its beginning"
             )
         singles: dict[tuple[str, tuple[str, ...], str], list[Single]] = {}

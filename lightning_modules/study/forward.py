@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tnlayers.errors import UserError
 from tnlayers.tracing import layer_inputs
 
 __all__ = ["FromLayer"]
@@ -59,7 +60,7 @@ class FromLayer:
             run.env[node] = run.run_node(node)
             for used_up in run.user_to_last_uses.get(node, ()):
                 run.env[used_up] = None
-        raise ValueError(f"the net does not use the weight of {layer!r}")
+        raise UserError(f"the net does not use the weight of {layer!r}")
 
     def after(self, state: State) -> Tensor:
         """(n, classes) outputs of the rest of the net, with its layers as they are now; the state can be used again."""

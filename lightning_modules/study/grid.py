@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.study.rows import CONTROLS, CUT_SETS
 from tnlayers.cuts import NormLoss, Split, norm_loss, random_weight, splits, truncate_cuts
+from tnlayers.errors import UserError
 
 __all__ = ["Kernel", "Trial"]
 
@@ -43,9 +44,7 @@ class Kernel:
         assert isinstance(module.weight, Tensor)
         self.weight = module.weight.detach().clone()
         if not torch.isfinite(self.weight).all():
-            raise ValueError(
-                f"the weight of {name} has values that are not finite: nothing can be said of its spectrum"
-            )
+            raise UserError(f"the weight of {name} has values that are not finite: nothing can be said of its spectrum")
 
     @cached_property
     def splits(self) -> dict[str, Split]:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_modules.alone import check_unused, claimed
 from lightning_modules.files import append, clear, write_files
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
+from tnlayers.errors import UserError
 
 __all__ = ["JOURNAL", "Journal", "read_rows", "study_folder"]
 
@@ -34,7 +35,7 @@ def read_rows(path: Path) -> list[Row]:
             try:
                 rows.append(row_from_plain(json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is not a row of a study: {error}") from None
+                raise UserError(f"{path}, line {number}, is not a row of a study: {error}") from None
     return rows
 
 
@@ -80,7 +81,7 @@ class Journal:
         self.rows = read_rows(path) if path.exists() else []
         self._keys = {row.key for row in self.rows}
         if self.rows and (difference := _difference(self.rows[0], study)):
-            raise ValueError(f"{path} is of another study: {difference}; give another --out, or remove it")
+            raise UserError(f"{path} is of another study: {difference}; give another --out, or remove it")
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         if not self.rows:

@@ -16,6 +16,7 @@ from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
 from lightning_modules.quiet import quiet
 from lightning_modules.study.evaluation import score
+from tnlayers.errors import UserError
 from tnlayers.tracing import evaluating
 
 __all__ = ["retrain", "training_options"]
@@ -84,7 +85,7 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epo
     optimizer = model._optimizer([nn.Parameter(torch.zeros(1))])
     scheduler = model._lr_scheduler(optimizer) if model._lr_scheduler else None
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
+        raise UserError(
             "lr_scheduler ReduceLROnPlateau: a study retrains without validating; leave it out for a cosine"
         )
     return {

@@ -6,6 +6,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from tnlayers.errors import UserError
+
 __all__ = [
     "CONTROLS",
     "CUT_SETS",
@@ -57,18 +59,18 @@ class Protocol:
         for name in ("losses", "retrain"):
             given = tuple(sorted(set(getattr(self, name))))
             if any(not 0 < eps < 1 for eps in given):
-                raise ValueError(f"{name} {list(given)}: expected norm losses between 0 and 1, such as 0.1, 0.3, 0.5")
+                raise UserError(f"{name} {list(given)}: expected norm losses between 0 and 1, such as 0.1, 0.3, 0.5")
             object.__setattr__(self, name, given)
         if not self.losses:
-            raise ValueError("losses is empty: give at least one norm loss, such as 0.3")
+            raise UserError("losses is empty: give at least one norm loss, such as 0.3")
         if not 0 <= self.tolerance < 1:
-            raise ValueError(
+            raise UserError(
                 f"tolerance is {self.tolerance}; expected a fraction of the pictures below 1: 0.01 is one point"
             )
         for name, least in (("epochs", 0), ("pictures", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+                raise UserError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def row_from_plain(plain: dict[str, Any]) -> Row:
             return kind(**values)
     except (TypeError, KeyError):
         pass
-    raise ValueError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
+    raise UserError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
 
 
 def _frozen(value: Any) -> Any:

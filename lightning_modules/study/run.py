@@ -16,6 +16,7 @@ from lightning_modules.study.grid import Trial
 from lightning_modules.study.journal import Journal
 from lightning_modules.study.rows import Row
 from lightning_modules.study.subject import Subject
+from tnlayers.errors import UserError
 
 __all__ = ["Progress", "run_study"]
 
@@ -58,7 +59,7 @@ def run_study(subject: Subject, path: Path, progress: Progress = lambda *_: None
     """
     with alone(path) as lock:
         if lock is None:
-            raise ValueError(f"{path} is being written by another study: wait for it, or give another --out")
+            raise UserError(f"{path} is being written by another study: wait for it, or give another --out")
         return _run(subject, Journal(path, subject.study()), progress)
 
 

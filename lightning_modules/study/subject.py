@@ -25,6 +25,7 @@ from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import entropy, norm_loss
+from tnlayers.errors import UserError
 from tnlayers.geometry import Geometry
 from tnlayers.rules import fits
 from tnlayers.tracing import calls_of, layer_inputs
@@ -64,9 +65,9 @@ class Subject:
         self, model: ImageClassifier, data: ImageData, trainer: Trainer, checkpoint: str | Path, protocol: Protocol
     ) -> None:
         if trainer.world_size > 1:
-            raise ValueError(f"a study runs in one process and here are {trainer.world_size}: give --trainer.devices 1")
+            raise UserError(f"a study runs in one process and here are {trainer.world_size}: give --trainer.devices 1")
         if trainer.precision not in _PRECISIONS:
-            raise ValueError(
+            raise UserError(
                 f"a study keeps weights in float32 and --trainer.precision is {trainer.precision}: give one of {', '.join(_PRECISIONS)}"
             )
         self.training = training_options(model, data, trainer, protocol.epochs)
@@ -85,11 +86,11 @@ class Subject:
         names = [name for name in self._forward.layers if fits(name, protocol.layers)]
         if not names:
             listed = ", ".join(self._forward.layers) or "the net's layers: it calls no nn.Conv2d and no nn.Linear"
-            raise ValueError(f"layers {protocol.layers!r} fits none of {listed}")
+            raise UserError(f"layers {protocol.layers!r} fits none of {listed}")
         self.modules = {name: self._net.get_submodule(name) for name in names}
         for name, module in self.modules.items():
             if "weight" not in module._parameters:
-                raise ValueError(
+                raise UserError(
                     f"the weight of {name} is computed at each call (weight_norm?), and a study overwrites it: make it a parameter, "
                     "as torch.nn.utils.remove_weight_norm does"
                 )

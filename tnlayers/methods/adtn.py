@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.linalg import relative_error
 from tnlayers.method import Factorization, Shapes, Slice
@@ -71,22 +72,22 @@ class ADTN(Factorization):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.rank, RankRule):
-            raise ValueError(f"rank {self.rank}: ADTN's rank is the depth of its brick wall; give an int, such as 2")
+            raise UserError(f"rank {self.rank}: ADTN's rank is the depth of its brick wall; give an int, such as 2")
         depth = max(self.rank) if isinstance(self.rank, tuple) else self.rank
         if isinstance(depth, int) and depth > _MAX_DEPTH:
-            raise ValueError(f"rank {self.rank}: expected a depth of at most {_MAX_DEPTH}")
+            raise UserError(f"rank {self.rank}: expected a depth of at most {_MAX_DEPTH}")
         if not isinstance(self.activation, str) or self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}: expected one of {', '.join(_ACTIVATIONS)}")
+            raise UserError(f"activation {self.activation!r}: expected one of {', '.join(_ACTIVATIONS)}")
         if isinstance(self.joint, Mapping):
             if self.joint.keys() != {field.name for field in fields(Slice)}:
-                raise ValueError(
+                raise UserError(
                     f"joint {self.joint!r}: expected a name, or the name, offset, total and scale of a slice"
                 )
             object.__setattr__(self, "joint", Slice(**self.joint))
         elif not isinstance(self.joint, (str, Slice)):
-            raise ValueError(f"joint {self.joint!r}: expected a name")
+            raise UserError(f"joint {self.joint!r}: expected a name")
         if type(self.fit_steps) is not int or self.fit_steps < 0:
-            raise ValueError(f"fit_steps {self.fit_steps!r}: expected an int, 0 or more")
+            raise UserError(f"fit_steps {self.fit_steps!r}: expected an int, 0 or more")
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
         return _NETWORKS[len(weight_shape)]
@@ -110,7 +111,7 @@ class ADTN(Factorization):
         if isinstance(self.joint, Slice):
             total = self.joint.total
             if self.joint.offset + size > total:
-                raise ValueError(f"a weight of {size} entries does not fit in {self.joint}")
+                raise UserError(f"a weight of {size} entries does not fit in {self.joint}")
         return {f"layer{m}": (_num_bits(total) - 1, 2, 2, 2, 2) for m in range(1, ranks[0] + 1)}
 
     def factors(self, parameters: Mapping[str, Tensor], factor_shapes: Shapes) -> dict[str, Tensor]:
@@ -126,7 +127,7 @@ class ADTN(Factorization):
 
     def ranks_from(self, network: Network, shapes: Shapes) -> Ranks:
         if shapes.keys() != {f"layer{m}" for m in range(1, len(shapes) + 1)}:
-            raise ValueError(f"parameters {sorted(shapes)} are not the TN layers of an ADTN")
+            raise UserError(f"parameters {sorted(shapes)} are not the TN layers of an ADTN")
         return (len(shapes),)
 
     def draw(self, parameters: Mapping[str, Tensor], network: Network, sizes: Mapping[str, int], std: float) -> None:
@@ -145,7 +146,7 @@ class ADTN(Factorization):
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; always the same start."""
         if self.joint:
-            raise ValueError(f"{self.joint} is a part of what a generator makes; fit the whole, with_joint('')")
+            raise UserError(f"{self.joint} is a part of what a generator makes; fit the whole, with_joint('')")
         with torch.inference_mode(False), torch.enable_grad():
             return self._fit(weight.flatten().clone(), ranks)
 

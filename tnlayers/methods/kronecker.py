@@ -7,6 +7,7 @@ of B the columns, sum_r A_r (x) B_r is a matrix of rank r, so that the truncated
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
 from tnlayers.methods.tt import Tensorized
 from tnlayers.network import Network
@@ -36,7 +37,7 @@ class Kronecker(Tensorized):
         super().__post_init__()
         for name, shape in (("in_shape", self.in_shape), ("out_shape", self.out_shape)):
             if shape is not None and len(shape) != 2:
-                raise ValueError(f"{name} {shape}: expected two modes, such as (8, 8)")
+                raise UserError(f"{name} {shape}: expected two modes, such as (8, 8)")
 
     def shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         out_shape, in_shape = super().shapes(weight_shape)

@@ -11,6 +11,7 @@ from typing import ClassVar
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
 from tnlayers.method import Factorization
 from tnlayers.network import Network
@@ -43,7 +44,7 @@ class MPS(Factorization):
         given = self.order if isinstance(self.order, (list, tuple)) else str(self.order).split()
         modes = "".join(map(str, given))
         if sorted(modes) != sorted(_NAMES):
-            raise ValueError(f"order {self.order!r}: expected the modes i, h, w and o, each once, such as 'h w i o'")
+            raise UserError(f"order {self.order!r}: expected the modes i, h, w and o, each once, such as 'h w i o'")
         object.__setattr__(self, "order", " ".join(modes))
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:

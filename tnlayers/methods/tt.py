@@ -12,6 +12,7 @@ from typing import ClassVar
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 
+from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedLinear
 from tnlayers.method import Factorization
 from tnlayers.network import Network
@@ -46,7 +47,7 @@ class Tensorized(Factorization):
             if (shape := getattr(self, name)) is not None:
                 modes = shape if isinstance(shape, (list, tuple)) and len(shape) <= _MAX_CORES else ()
                 if not modes or not all(type(mode) is int and mode > 0 for mode in modes):
-                    raise ValueError(
+                    raise UserError(
                         f"{name} {shape!r}: expected a tuple of at most {_MAX_CORES} positive ints, such as (4, 8, 4)"
                     )
                 object.__setattr__(self, name, tuple(shape))
@@ -63,11 +64,9 @@ class Tensorized(Factorization):
             ("out_shape", "in_shape"), (out_shape, in_shape), weight_shape[:2], strict=True
         ):
             if math.prod(shape) != channels:
-                raise ValueError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {channels}")
+                raise UserError(f"{name} {shape} multiplies to {math.prod(shape)}; expected {channels}")
         if len(out_shape) != len(in_shape) or len(in_shape) < 2:
-            raise ValueError(
-                f"in_shape {in_shape} and out_shape {out_shape} need the same number of modes, two or more"
-            )
+            raise UserError(f"in_shape {in_shape} and out_shape {out_shape} need the same number of modes, two or more")
         return out_shape, in_shape
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
