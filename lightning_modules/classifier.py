@@ -27,10 +27,10 @@ from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
 from tnlayers.checkpoints import fitting_state, read_checkpoint
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, as_checkpoint_error
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
-from tnlayers.structure import as_checkpoint_error, check_plain, restructure, structure_of
+from tnlayers.structure import check_plain, restructure, structure_of
 
 __all__ = ["NET_ARGUMENTS", "ImageClassifier", "load_net"]
 

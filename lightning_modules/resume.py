@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lightning_modules.alone import claimed, first_unused, is_abandoned
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
-from tnlayers.errors import UserError
-from tnlayers.structure import shortened
+from tnlayers.errors import UserError, shortened
 
 __all__ = ["begin_run", "check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
 

@@ -1,7 +1,7 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
 from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
-from tnlayers.errors import UserError
+from tnlayers.errors import CheckpointError, UserError
 from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.method import Factorization
@@ -18,7 +18,6 @@ from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
 from tnlayers.spec import LayerSpec
-from tnlayers.structure import CheckpointError
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
 from tnlayers.table import methods_table

@@ -20,18 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tnlayers.errors import UserError
+from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
 from tnlayers.state_dicts import USUAL_KEYS, Copy, convertible, find_copies, needed, prefixes
-from tnlayers.structure import (
-    CheckpointError,
-    adopted_shapes,
-    as_checkpoint_error,
-    check_plain,
-    factor_keys,
-    restructure,
-    shortened,
-    structure_of,
-)
+from tnlayers.structure import adopted_shapes, check_plain, factor_keys, restructure, structure_of
 from tnlayers.surgery import replace_layers
 
 __all__ = ["LoadReport", "fitting_state", "load_checkpoint", "read_checkpoint", "save_safetensors"]

@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, about
 from tnlayers.method import Factorization, Slice, known_methods
 from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
@@ -96,7 +96,11 @@ class Rule:
             )
         values["rank"] = rank_from_text(values["rank"])
         plan = values.pop("plan", "auto")
-        return Rule(pattern, method(**values), reason, plan)
+        try:
+            factorization = method(**values)
+        except (TypeError, ValueError) as error:  # from a method of the user's own it may be of either kind
+            raise UserError(str(error)) from None
+        return Rule(pattern, factorization, reason, plan)
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -105,14 +109,12 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
-    """The rules, each error saying which one it is."""
+    """Returns the rules; an error says which one it is about."""
     rules = []
     for place, item in enumerate(plain):
-        try:
+        pattern = item.get("pattern") if isinstance(item, Mapping) else item
+        with about(f"rules[{place}] (pattern {pattern!r})"):
             rules.append(item if isinstance(item, Rule) else Rule.from_plain(item))
-        except (ValueError, TypeError) as error:
-            pattern = item.get("pattern") if isinstance(item, Mapping) else item
-            raise UserError(f"rules[{place}] (pattern {pattern!r}): {error}") from None
     return rules
 
 

@@ -7,15 +7,15 @@ padding) show in no shape of a state dict. A file may be hostile: what it says i
 before all of it fits the model.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer, arguments
 from tnlayers.geometry import Geometry
 from tnlayers.rules import Rule
@@ -23,25 +23,11 @@ from tnlayers.spec import LayerSpec
 from tnlayers.state_dicts import convertible
 from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
 
-__all__ = [
-    "CheckpointError",
-    "adopted_shapes",
-    "as_checkpoint_error",
-    "check_plain",
-    "factor_keys",
-    "restructure",
-    "shortened",
-    "structure_of",
-]
+__all__ = ["adopted_shapes", "check_plain", "factor_keys", "restructure", "structure_of"]
 
 _VERSION = 1
 _DEPTH = 8
 _VALUES = 100_000
-_LENGTH = 400
-
-
-class CheckpointError(UserError):
-    """A file that cannot be read, or does not fit the model; the message says which keys and why."""
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -140,10 +126,8 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
     for place, entry in enumerate(layers):
         plain = dict(entry) if isinstance(entry, dict) else entry
         dense = plain.pop("dense", None) if isinstance(entry, dict) else None
-        try:
+        with about(f"layers[{place}]"):
             rule = Rule.from_plain(plain)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"layers[{place}]: {error}") from None
         if rule.factorization is None or rule.pattern in found or not isinstance(dense, dict | None):
             raise UserError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
         found[rule.pattern] = (rule, dense)
@@ -207,19 +191,3 @@ def check_plain(value: object) -> None:
             waiting.extend((part, depth + 1) for part in item)
         elif not isinstance(item, str | int | float | None):
             raise UserError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")
-
-
-@contextmanager
-def as_checkpoint_error(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """What goes wrong inside is an error of the checkpoint, in a message of bounded length."""
-    try:
-        yield
-    except kind as error:
-        raise CheckpointError(f"{what}: {shortened(str(error), _LENGTH)}") from None
-
-
-def shortened(text: str, most: int) -> str:
-    """For messages: what a file brings may be long, and may hold what a terminal takes for commands."""
-    text = text[: most + 1]
-    shown = text if text.isprintable() else repr(text)[1:-1]
-    return shown if len(shown) <= most else f"{shown[:most]}..."

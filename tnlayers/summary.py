@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import relative_error
+from tnlayers.markdown import markdown_table
 from tnlayers.method import Slice
 from tnlayers.rules import Rule
 from tnlayers.surgery import to_dense
@@ -117,9 +118,7 @@ class Summary:
         return headings, [*rows, ["whole model", "", "", "", *_costs(self.totals), "", *_times(self.totals), ""]]
 
     def to_markdown(self) -> str:
-        headings, rows = self.table()
-        lines = [headings, ["---"] * len(headings), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(*self.table())
 
     __str__ = to_markdown
 

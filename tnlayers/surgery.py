@@ -2,14 +2,13 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from tnlayers.budget import Choice, settle
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import convert_together, named_apart
@@ -25,7 +24,6 @@ __all__ = [
     "factorize",
     "method_for",
     "methods_of",
-    "naming",
     "refusal",
     "replace_layers",
     "resolve",
@@ -82,12 +80,10 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
         resolved |= {name: Choice(None, reason=refused[name]) for name in names if name in refused}
         layers = {name: dense[name] for name in names if name not in refused}
         for name, layer in layers.items() if init == "decompose" else ():
-            with naming(name):
+            with about(name):
                 check_finite(layer.weight)
-        try:
+        with about(f"rule {rule.pattern!r}"):
             resolved |= _settled(rule, layers, calls, flat=init == "random")
-        except ValueError as error:
-            raise UserError(f"rule {rule.pattern!r}: {error}") from None
     return {name: resolved[name] for name in dense if name in resolved}
 
 
@@ -246,22 +242,13 @@ def factorize(
         if isinstance(method.joint, Slice):
             joined.setdefault(method.joint.name, {})[name] = choice
         else:
-            with naming(name):
+            with about(name):
                 kind = layer_type(method, layers[name])
                 made[name] = kind.from_spec(layers[name], choice.spec, choice.plan, init=init, fit=choice.fit)
     for name, together in joined.items():
-        with naming(f"joint {name!r} of {', '.join(together)}"):
+        with about(f"joint {name!r} of {', '.join(together)}"):
             made |= convert_together(layers, together, init, limit)
     return made
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Errors say what they are about."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(f"{what}: {error}") from None
 
 
 def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:

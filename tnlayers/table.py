@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from tnlayers.layers import named_layers
+from tnlayers.markdown import markdown_table
 from tnlayers.method import Factorization
 
 __all__ = ["methods_table"]
@@ -22,7 +23,7 @@ def methods_table() -> str:
         "options",
         "source",
     ]
-    rows = [headings, ["---"] * len(headings)]
+    rows = []
     for layer in named_layers():
         method = layer.method(1)
         shape = _WEIGHT_SHAPES[layer.dense_type.__name__]
@@ -39,4 +40,4 @@ def methods_table() -> str:
                 method.source,
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(headings, rows)

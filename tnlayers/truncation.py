@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from tnlayers.budget import Slot, settle
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, slot_of
 from tnlayers.geometry import NOMINAL_CALLS, Geometry
 from tnlayers.layers import layer_type
@@ -14,7 +14,7 @@ from tnlayers.method import Factorization
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
 from tnlayers.spec import LayerSpec
-from tnlayers.surgery import method_for, naming, replace_layers
+from tnlayers.surgery import method_for, replace_layers
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
@@ -139,15 +139,16 @@ def _checked(
     slots = _select(model, example_input, pattern, rules)
     for name, slot in slots.items():
         _check_weight(name, model.get_submodule(name))
-        try:
-            _check(slot, rank)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}; leave the layer out by a pattern") from None
+        with about(name):
+            try:
+                _check(slot, rank)
+            except UserError as error:
+                raise UserError(f"{error}; leave the layer out by a pattern") from None
     return slots
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
-    with naming(name):
+    with about(name):
         for parameter in layer.factors.values() if isinstance(layer, FactorizedLayer) else [layer.weight]:
             check_finite(parameter)  # type: ignore[arg-type]
 

@@ -24,9 +24,7 @@ from lightning_modules.callbacks.rank_steps import Step, steps_of
 from lightning_modules.classifier import ImageClassifier
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 from tnlayers.checkpoints import read_checkpoint
-from tnlayers.errors import UserError
-from tnlayers.structure import as_checkpoint_error, shortened
-from tnlayers.surgery import naming
+from tnlayers.errors import UserError, about, as_checkpoint_error, shortened
 
 __all__ = ["RankSchedule"]
 
@@ -95,7 +93,7 @@ class RankSchedule(Callback):
                     )
                 continue
             assert isinstance(pl_module, ImageClassifier)
-            with naming(f"RankSchedule at epoch {epoch}"):
+            with about(f"RankSchedule at epoch {epoch}"):
                 step.check(pl_module, trainer.datamodule, self.pattern)  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,14 +121,14 @@ class RankSchedule(Callback):
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                with naming(f"RankSchedule at epoch {trainer.current_epoch}"):
+                with about(f"RankSchedule at epoch {trainer.current_epoch}"):
                     _check_finite(trainer, module)
                     rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
             except Exception as error:  # whatever it is, the other processes must not wait for rules
                 problem = error
         rules, said = trainer.strategy.broadcast((rules, str(problem) if problem else ""))
         if said:
-            raise problem or ValueError(said)
+            raise problem or UserError(said)
         return rules_from_plain(rules)
 
 
