@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lightning_modules.files import append, write_files
+from tnlayers.markdown import markdown_table
 
 __all__ = ["CSV", "WandB", "log_config", "log_pictures", "log_table", "run_folder"]
 
@@ -54,8 +55,7 @@ def log_table(logger: Logger, name: str, headings: list[str], rows: list[list[st
     if isinstance(logger, WandbLogger):
         logger.log_table(name, columns=headings, data=rows, step=step)
     elif isinstance(logger, TensorBoardLogger):
-        lines = [headings, ["---"] * len(headings), *rows]
-        logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        logger.experiment.add_text(name, markdown_table(headings, rows), step)
 
 
 def log_pictures(logger: Logger, name: str, paths: list[Path], step: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.run import RESULTS, result_path
+from tnlayers.markdown import markdown_table
 
 TIMES = RESULTS.parent / "benchmarks/epoch_time.json"
 _MARKED = re.compile(r"(<!-- runs of (\w+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
@@ -51,8 +52,7 @@ def section(experiment: Experiment, results: Path, times: Path = TIMES) -> str:
         for variant in experiment.variants
         if runs[variant.name]
     ]
-    lines = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(_HEADINGS, rows, numbers=range(1, len(_HEADINGS)))
     return f"{_sentence(done, len(experiment.runs()))}\n\n{table}\n"
 
 
