@@ -30,7 +30,7 @@ from tnlayers.checkpoints import fitting_state, read_checkpoint
 from tnlayers.errors import UserError, as_checkpoint_error
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
-from tnlayers.structure import check_plain, restructure, structure_of
+from tnlayers.saved_layers import check_plain, restructure, structure_of
 
 __all__ = ["NET_ARGUMENTS", "ImageClassifier", "load_net"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.tolerances import EXACT, FLOAT32, FLOAT64
 from tnlayers import MPS, Factorization, LowRank, Tucker
-from tnlayers.cuts import cut_label, cuts_of, entropy, norm_loss, random_weight, split, truncate_cuts
-from tnlayers.linalg import effective_rank
+from tnlayers.cuts import cut_label, cuts_of, norm_loss, random_weight, split, truncate_cuts
+from tnlayers.linalg import effective_rank, entropy
 
 MODES = {2: "oi", 3: "oiw", 4: "oihw", 5: "oidhw"}
 CONV = (12, 8, 3, 2)

@@ -32,7 +32,7 @@ from tnlayers import (
     to_dense,
 )
 from tnlayers.checkpoints import read_checkpoint
-from tnlayers.structure import restructure, structure_of
+from tnlayers.saved_layers import restructure, structure_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of rank .* has .* parameters and the dense weight")
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """Files of weights, and of the structure that goes with them: ours, and those that somebody else wrote.
 
 Nothing in a file is ever executed. A tensorized network is saved as a plain .safetensors file, whose metadata holds the
-description of `tnlayers.structure`.
+description of `tnlayers.saved_layers`.
 """
 
 import json
@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
+from tnlayers.saved_layers import adopted_shapes, check_plain, factor_keys, restructure, structure_of
 from tnlayers.state_dicts import USUAL_KEYS, Copy, convertible, find_copies, needed, prefixes
-from tnlayers.structure import adopted_shapes, check_plain, factor_keys, restructure, structure_of
 from tnlayers.surgery import replace_layers
 
 __all__ = ["LoadReport", "fitting_state", "load_checkpoint", "read_checkpoint", "save_safetensors"]

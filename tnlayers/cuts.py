@@ -30,7 +30,6 @@ __all__ = [
     "Split",
     "cut_label",
     "cuts_of",
-    "entropy",
     "norm_loss",
     "random_weight",
     "split",
@@ -184,19 +183,6 @@ def norm_loss(weight: Tensor, truncated: Tensor) -> NormLoss:
     norm = torch.linalg.vector_norm(precise(weight))
     kept = torch.linalg.vector_norm(precise(truncated))
     return NormLoss(relative_error(weight, truncated), 0.0 if norm == 0 else float(1 - kept / norm))
-
-
-def entropy(values: Tensor) -> float:
-    """The entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2), 0 of zeros.
-
-    Its exponential is the effective rank.
-
-    Args:
-        values: (k,) singular values.
-    """
-    energies = precise(values).square()
-    total = energies.sum()
-    return 0.0 if total == 0 else float(torch.special.entr(energies / total).sum())
 
 
 def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "check_finite",
     "decomposing",
     "effective_rank",
+    "entropy",
     "fold",
     "leading_subspace",
     "left_singular_vectors",
@@ -97,11 +98,22 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.svdvals(tall)
 
 
-def effective_rank(matrix: Tensor) -> float:
-    """exp(-sum p log p) with p_i = s_i^2 / sum(s^2): n for n equal singular values, 1 for rank one, 0 for zeros.
+def entropy(values: Tensor) -> float:
+    """The entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2), 0 of zeros.
 
-    The entropy of Roy & Vetterli (2007), "The effective rank: a measure of effective dimensionality", on the shares of the
-    squared norm, which is what relative errors are made of (theirs are shares of sum(s)). The squares are eigenvalues of
+    Args:
+        values: (k,) singular values.
+    """
+    energies = precise(values).square()
+    total = energies.sum()
+    return 0.0 if total == 0 else float(torch.special.entr(energies / total).sum())
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """The exponential of the entropy of the singular values: n for n equal ones, 1 for rank one, 0 for zeros.
+
+    Roy & Vetterli (2007), "The effective rank: a measure of effective dimensionality", take the entropy of shares of sum(s);
+    these are shares of the squared norm, which is what relative errors are made of. The squares are eigenvalues of
     the Gram matrix of the short side; that they are exact to 1e-16 of the largest alone does not show in the entropy.
     """
     if not torch.isfinite(matrix).all():
@@ -111,7 +123,7 @@ def effective_rank(matrix: Tensor) -> float:
     energies = torch.linalg.eigvalsh(short @ short.mT).clamp(min=0)
     if energies.sum() == 0:
         return 0.0
-    return float(torch.special.entr(energies / energies.sum()).sum().exp())
+    return math.exp(entropy(energies.sqrt()))
 
 
 def left_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,10 @@ from lightning_modules.study.grid import Kernel, Trial
 from lightning_modules.study.retraining import retrain, training_options
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
-from tnlayers.cuts import entropy, norm_loss
+from tnlayers.cuts import norm_loss
 from tnlayers.errors import UserError
 from tnlayers.geometry import Geometry
+from tnlayers.linalg import entropy
 from tnlayers.rules import fits
 from tnlayers.tracing import calls_of, layer_inputs
 
