@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_modules.files import PARTIAL, write_files
+from tnlayers.files import PARTIAL, write_files
 
 __all__ = ["AtomicCheckpointIO"]
 
@@ -24,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """
         Raises:
-            OSError: the file cannot be written; the message names it and says why.
+            UserError: the file cannot be written; the message names it and says why.
         """
         if "://" in str(path) or storage_options is not None:
             return super().save_checkpoint(checkpoint, path, storage_options)

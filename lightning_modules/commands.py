@@ -58,7 +58,7 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
     import copy
 
     from lightning_modules.classifier import load_net
-    from lightning_modules.files import whole_folder
+    from lightning_modules.folders import whole_folder
     from lightning_modules.report import Report
     from tnlayers import load_checkpoint, summarize, to_dense
 
@@ -89,7 +89,7 @@ def export(checkpoint: str, out: str) -> None:
     from tnlayers.checkpoints import read_checkpoint
 
     if Path(out).exists():
-        raise FileExistsError(f"{out} is there already; give another name, or remove it first")
+        raise UserError(f"{out} is there already; give another name, or remove it first")
     net, _ = load_net(checkpoint)
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
     save_safetensors(net, out, {key: hparams[key] for key in NET_ARGUMENTS})

@@ -51,7 +51,7 @@ def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if config:
         _check_sections(node, str(path))
     for value in _texts(node):

@@ -31,33 +31,34 @@ from lightning_modules.callbacks import (
     RunCheckpoint,
     RunConfig,
 )
-from lightning_modules.callbacks.followers import keeps_whole_parameters
+from lightning_modules.callbacks.replaced_parameters import keeps_whole_parameters
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.configurations import check_yaml
+from lightning_modules.console import progress_bar
 from lightning_modules.data import ImageData
 from lightning_modules.errors import OURS, is_bug
-from lightning_modules.files import aside, whole_folder, write_files
+from lightning_modules.folders import whole_folder
 from lightning_modules.loggers import log_config, run_folder
-from lightning_modules.own_methods import import_methods
 from lightning_modules.processes import check_processes
-from lightning_modules.progress import progress_bar
-from lightning_modules.resume import begin_run, is_first_process
+from lightning_modules.run_folders import begin_run, is_first_process
 from lightning_modules.study import (
     JOURNAL,
     Protocol,
     Subject,
+    log_study,
     read_rows,
     run_study,
     study_folder,
     summary,
     write_report,
 )
-from lightning_modules.study.log import log_study
+from lightning_modules.user_methods import import_methods
 from tnlayers import CheckpointError, Rule
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError
+from tnlayers.files import beside, write_files
 
 __all__ = ["CompressionTrainer", "TensorCLI", "run"]
 
@@ -234,7 +235,7 @@ class TensorCLI(LightningCLI):
         out, compress = Path(config.out), self.subcommand == "compress"
         if is_first_process():
             self._held.enter_context(whole_folder(out) if compress else study_folder(out))
-        config.out = str(aside(out) if compress else out)
+        config.out = str(beside(out) if compress else out)
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             folder = logger.init_args.get("save_dir") if isinstance(logger, Namespace) else None

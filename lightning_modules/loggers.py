@@ -24,7 +24,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from lightning_modules.files import append, write_files
+from tnlayers.files import append, write_files
 from tnlayers.markdown import markdown_table
 
 __all__ = ["CSV", "WandB", "log_config", "log_pictures", "log_table", "run_folder"]

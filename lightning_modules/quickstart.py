@@ -7,14 +7,14 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
 
-from lightning_modules.alone import first_unused
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import Compression, accuracy_on_test, compress
+from lightning_modules.console import silenced_lightning
 from lightning_modules.data import Digits
-from lightning_modules.files import clear
+from lightning_modules.folders import clear
+from lightning_modules.locks import first_unused
 from lightning_modules.loggers import CSV
-from lightning_modules.quiet import quiet
 
 __all__ = ["run_quickstart"]
 
@@ -44,7 +44,7 @@ def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
 def _run(out: Path, seed: int, console: Console) -> Compression:
     seed_everything(seed, verbose=False)
     data = Digits(batch_size=64, val_fraction=0)
-    with quiet():
+    with silenced_lightning():
         console.print(f"[bold]1[/] training a dense CNN on scikit-learn's digits, {_EPOCHS} epochs")
         dense = _classifier(data)
         _trainer(out, "dense", _EPOCHS).fit(dense, datamodule=data)

@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.files import write_files
 from lightning_modules.plots import plot_accuracy, plot_layers, png
 from tnlayers import Summary
+from tnlayers.files import write_files
 from tnlayers.summary import LayerSummary, Totals
 
 __all__ = ["Report", "environment"]

@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import torch
 
-from lightning_modules.alone import alone
 from lightning_modules.classifier import load_net
+from lightning_modules.locks import try_lock
 from lightning_modules.report import environment
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from tnlayers import Summary, summarize
@@ -53,7 +53,7 @@ def run(
     """
     path = result_path(results, experiment, variant, seed)
     folder = runs / experiment.name / path.stem
-    with alone(folder / "lock") as lock:
+    with try_lock(folder / "lock") as lock:
         if lock is None or path.exists():
             return
         options = ["-c", experiment.config, *variant.options, "--seed_everything", str(seed), *handed]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_modules.alone import LOCK
+from lightning_modules.locks import LOCK
 from tests.commands import DIGITS, QUIET, weights
 from tests.processes import Fork, Forks
 from tests.tolerances import EXACT

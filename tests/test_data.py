@@ -34,6 +34,7 @@ from lightning_modules.data.pictures import Pictures
 from lightning_modules.nets import build_net
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.damaged_pictures import check, damaged_pictures
+from tnlayers.errors import UserError
 
 
 def fingerprints(loader: Any) -> list[bytes]:
@@ -388,27 +389,27 @@ def test_folders_take_their_own_validation_pictures(pictures: Path) -> None:
 
 def test_missing_root(tmp_path: Path) -> None:
     message = f"there is no {tmp_path}/nowhere/train: --data.root must name a folder with train/ and test/"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(UserError, match=message):
         Folders(str(tmp_path / "nowhere"))
 
 
 def test_missing_test_part(pictures: Path) -> None:
     (pictures / "test").rename(pictures / "exam")
-    with pytest.raises(FileNotFoundError, match=f"there is no {pictures}/test: "):
+    with pytest.raises(UserError, match=f"there is no {pictures}/test: "):
         Folders(str(pictures))
 
 
 def test_no_class_folders(tmp_path: Path) -> None:
     for part in ("train", "test"):
         draw(tmp_path / part / "0.png")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/train has no class folders: expected one per class"):
+    with pytest.raises(UserError, match=f"{tmp_path}/train has no class folders: expected one per class"):
         Folders(str(tmp_path))
 
 
 def test_empty_class_folder(pictures: Path) -> None:
     (pictures / "test" / "dog" / "0.png").unlink()
     data = Folders(str(pictures))
-    with pytest.raises(FileNotFoundError, match=f"class folder {pictures}/test/dog holds no picture: put files"):
+    with pytest.raises(UserError, match=f"class folder {pictures}/test/dog holds no picture: put files"):
         data.setup("test")
 
 
@@ -836,7 +837,7 @@ def test_missing_files(data_class: Any, tmp_path: Path, monkeypatch: pytest.Monk
     message = re.escape(
         f"{data_class.__name__} is missing or damaged: expected its files in {tmp_path}/data/{data.folder}"
     )
-    with pytest.raises(FileNotFoundError, match=f"{message}.*--data.root .*--data.download true$"):
+    with pytest.raises(UserError, match=f"{message}.*--data.root .*--data.download true$"):
         data.setup("fit")
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules import files, quickstart
-from lightning_modules.alone import LOCK, alone, claimed, first_unused
-from lightning_modules.files import append, whole_folder, write_files
+from lightning_modules import quickstart
+from lightning_modules.folders import whole_folder
+from lightning_modules.locks import LOCK, FolderInUse, claimed, first_unused, try_lock
 from tests import killed_commands
 from tests.commands import DIGITS, QUIET, tnlayers
 from tests.killed_commands import RULES
 from tests.processes import Forks
+from tnlayers.errors import UserError
+from tnlayers.files import append, beside, write_files
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -63,8 +65,8 @@ def test_files_are_written_whole_or_not_at_all(seed: int, tmp_path: Path, monkey
     before = everything(tmp_path), sorted(tmp_path.rglob("*"))
     code = draw.choice([errno.ENOSPC, errno.EROFS, errno.EDQUOT])
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", Failing(os.fsync, draw.randrange(4), code))
-        with pytest.raises(OSError, match=r"cannot write .*/\d\.txt: .*; what was there before is intact"):
+        patch.setattr(os, "fsync", Failing(os.fsync, draw.randrange(4), code))
+        with pytest.raises(UserError, match=r"cannot write .*/\d\.txt: .*; what was there before is intact"):
             write_files(folder, new)
     assert (everything(tmp_path), sorted(tmp_path.rglob("*"))) == before
     write_files(folder, new)
@@ -77,8 +79,8 @@ def test_rows_are_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         if before:
             append(path, before)
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "fsync", Failing(os.fsync, 0, errno.ENOSPC))
-            with pytest.raises(OSError, match=f"cannot write {re.escape(str(path))}: No space left"):
+            patch.setattr(os, "fsync", Failing(os.fsync, 0, errno.ENOSPC))
+            with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: No space left"):
                 append(path, "two\n", synced=True)
         assert (path.read_text() if path.exists() else None) == before
 
@@ -100,7 +102,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(quickstart, "_EPOCHS", 1)
     command = [each.replace("@dense", str(dense)).replace("@", str(tmp_path)) for each in COMMANDS[name]]
     capsys.readouterr()
-    monkeypatch.setattr(files.os, "fsync", Failing(os.fsync, 0, errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", Failing(os.fsync, 0, errno.ENOSPC))
     assert tnlayers(*command) == 2
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if "error" in line.lower()]
@@ -117,7 +119,7 @@ def test_a_folder_is_one_jobs(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
     with claimed(folder):
         message = f"{folder} is being written by another job: wait for it to end, or give another --out"
-        with pytest.raises(BlockingIOError, match=re.escape(message)), claimed(folder):
+        with pytest.raises(FolderInUse, match=re.escape(message)), claimed(folder):
             pass
         assert (folder / LOCK).is_file()
     assert not list(tmp_path.iterdir())
@@ -128,13 +130,13 @@ def test_a_folder_is_one_jobs(tmp_path: Path) -> None:
 
 def test_a_lock_is_not_a_forked_workers(tmp_path: Path) -> None:
     """A worker that loads data notices seconds later that its process was killed."""
-    with alone(tmp_path / "lock"):
+    with try_lock(tmp_path / "lock"):
         worker = os.fork()
         if worker == 0:
             time.sleep(60)
             os._exit(0)
     time.sleep(0.2)
-    with alone(tmp_path / "lock") as lock:
+    with try_lock(tmp_path / "lock") as lock:
         assert lock
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
@@ -165,7 +167,7 @@ def test_two_writers_of_a_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with whole_folder(out) as folder:
         message = f"{out} is being written by another job"
-        with pytest.raises(BlockingIOError, match=re.escape(message)), whole_folder(out):
+        with pytest.raises(FolderInUse, match=re.escape(message)), whole_folder(out):
             pass
         (folder / "file").touch()
     assert list(everything(tmp_path)) == ["out/file"]
@@ -224,7 +226,7 @@ def test_a_loggers_folder_in_the_result_is_part_of_it(dense: Path, tmp_path: Pat
 def test_the_current_folder_is_refused_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with (
-        pytest.raises(OSError, match=r"^\. is the current folder; give a folder in it: --out run$"),
+        pytest.raises(UserError, match=r"^\. is the current folder; give a folder in it: --out run$"),
         whole_folder(Path(".")),
     ):
         pass
@@ -237,9 +239,9 @@ def test_a_result_that_cannot_get_its_name_stays(tmp_path: Path) -> None:
             (tmp_path / "out").mkdir()
             (tmp_path / "out/other").touch()
 
-    with pytest.raises(OSError, match="the result is whole where it is"):
+    with pytest.raises(UserError, match="the result is whole where it is"):
         late()
-    assert (files.aside(tmp_path / "out") / "model.ckpt").read_text() == "whole"
+    assert (beside(tmp_path / "out") / "model.ckpt").read_text() == "whole"
 
 
 def test_a_job_is_not_kept_out_by_itself(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from lightning_modules.files import whole_folder
+from lightning_modules.folders import whole_folder
+from lightning_modules.locks import FolderInUse
 from lightning_modules.nets import build_net
 from lightning_modules.plots import plot_accuracy, plot_layers
 from lightning_modules.report import Report
@@ -129,7 +130,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["model.ckpt"]
     for taken in (out, out / "model.ckpt"):
         message = f"{taken} already holds a run; give another --out"
-        with pytest.raises(FileExistsError, match=re.escape(message)), whole_folder(taken):
+        with pytest.raises(FolderInUse, match=re.escape(message)), whole_folder(taken):
             pass
 
 

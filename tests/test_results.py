@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.alone import alone
+from lightning_modules.locks import try_lock
 from results import run as runner
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.tables import section, tables
@@ -91,7 +91,7 @@ def test_variants_are_compared_with_what_was_trained_as_long(tmp_path: Path) -> 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pytest.fail)
-    with alone(tmp_path / "runs/digits/low_rank_seed0/lock") as lock:
+    with try_lock(tmp_path / "runs/digits/low_rank_seed0/lock") as lock:
         assert lock
         assert not run_tiny(tmp_path).exists()
 
@@ -103,14 +103,14 @@ def test_training_that_outlives_its_runner_is_left_alone(tmp_path: Path, monkeyp
         started.append(subprocess.Popen(["sleep", "60"], pass_fds=pass_fds))
 
     monkeypatch.setattr(subprocess, "run", start)
-    with alone(tmp_path / "lock") as lock:
+    with try_lock(tmp_path / "lock") as lock:
         assert lock
         runner.tnlayers("fit", lock=lock)
-    with alone(tmp_path / "lock") as lock:
+    with try_lock(tmp_path / "lock") as lock:
         assert lock is None
     started[0].kill()
     started[0].wait()
-    with alone(tmp_path / "lock") as lock:
+    with try_lock(tmp_path / "lock") as lock:
         assert lock
 
 

@@ -32,6 +32,7 @@ from tnlayers import (
     to_dense,
 )
 from tnlayers.checkpoints import read_checkpoint
+from tnlayers.errors import UserError
 from tnlayers.saved_layers import restructure, structure_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of rank .* has .* parameters and the dense weight")
@@ -132,7 +133,7 @@ def test_odd_tensors_of_a_model_are_saved(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             save_safetensors(model, tmp_path / name)
-    with pytest.raises(OSError, match=r"none/b.safetensors cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"none/b.safetensors cannot be written: No such file"):
         save_safetensors(made, tmp_path / "none" / "b.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -181,8 +182,8 @@ def test_a_save_that_is_cut_off_leaves_the_file_that_was_there(disposition: str,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     if disposition == "SIG_IGN":
-        assert "OSError: " in done.stderr
-        assert "a.safetensors cannot be written: File too large" in done.stderr
+        assert "UserError: " in done.stderr
+        assert "a.safetensors: File too large" in done.stderr
         assert [there.name for there in tmp_path.iterdir()] == ["a.safetensors"]
     else:
         assert done.returncode == -signal.SIGXFSZ

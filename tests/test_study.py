@@ -18,12 +18,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_modules import ImageClassifier, build_net
-from lightning_modules.alone import alone
 from lightning_modules.classifier import load_net
 from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
-from lightning_modules.files import write_files
+from lightning_modules.locks import FolderInUse, try_lock
 from lightning_modules.study import subject as subjects
 from lightning_modules.study.evaluation import Score
 from lightning_modules.study.factors import REALISED, factorization_of, recommend
@@ -51,6 +50,7 @@ from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
 from tnlayers import TT, LowRank, load_checkpoint, tensorize
+from tnlayers.files import write_files
 from tnlayers.geometry import Call
 from tnlayers.rules import Rule
 
@@ -539,7 +539,7 @@ def test_a_journal_that_another_process_writes_to_is_left_to_it(dense: Path, tmp
     protocol = Protocol(losses=(0.5,), epochs=0, retrain=(), pictures=64, layers="fc2")
     subject, path = Subject(ImageClassifier(), data, trainer, dense, protocol), tmp_path / "study.jsonl"
     path.write_text('{"half')
-    with alone(path), pytest.raises(ValueError, match="is being written by another study"):
+    with try_lock(path), pytest.raises(ValueError, match="is being written by another study"):
         run_study(subject, path)
     assert path.read_text() == '{"half'
     assert [row.key for row in run_study(subject, path)] == [row.key for row in read_rows(path)]
@@ -556,10 +556,10 @@ def test_a_study_is_known_before_its_first_row(tmp_path: Path) -> None:
     assert not out.exists()
     for name in (".lock", "config.yaml"):
         write_files(out, {name: ""})
-    with pytest.raises(FileExistsError, match="already holds a run"), study_folder(out):
+    with pytest.raises(FolderInUse, match="already holds a run"), study_folder(out):
         pass
     write_files(out, {"study.jsonl": ""})
-    with study_folder(out), pytest.raises(BlockingIOError, match="is being written by another job"), study_folder(out):
+    with study_folder(out), pytest.raises(FolderInUse, match="is being written by another job"), study_folder(out):
         pass
     assert (out / "config.yaml").is_file()
 

@@ -5,9 +5,7 @@ description of `tnlayers.saved_layers`.
 """
 
 import json
-import os
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
+from tnlayers.files import write_files
 from tnlayers.saved_layers import adopted_shapes, check_plain, factor_keys, restructure, structure_of
 from tnlayers.state_dicts import USUAL_KEYS, Copy, convertible, find_copies, needed, prefixes
 from tnlayers.surgery import replace_layers
@@ -100,12 +99,13 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
         hyper_parameters: further plain values for `read_checkpoint` to give back.
 
     Raises:
-        ValueError: another suffix, or an entry of the state dict that is no ordinary tensor.
-        OSError: the file cannot be written.
+        UserError: another suffix, an entry of the state dict that is no ordinary tensor, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: No such file or directory; make its folder first")
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     owners: dict[Any, str] = {}
@@ -120,16 +120,7 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
     about = {"tensorization": structure_of(model), "shared": shared, "hyper_parameters": dict(hyper_parameters or {})}
     check_plain(about)
     metadata = {"format": "pt", _METADATA: json.dumps(about, allow_nan=False)}
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-            whole = Path(folder) / path.name
-            with open(whole, "wb") as file:  # readable as the umask says, which not every version of `save_file` heeds
-                file.write(save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(whole, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    write_files(path.parent, {path.name: save(tensors, metadata)})
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import layer_metrics, log_report
-from lightning_modules.files import write_files
 from lightning_modules.loggers import run_folder
 from lightning_modules.plots import Spectrum, plot_spectra, png
 from lightning_modules.report import Report
 from tnlayers import FactorizedLayer, Summary, summarize
+from tnlayers.files import write_files
 from tnlayers.linalg import effective_rank, precise, singular_values
 
 __all__ = ["CompressionLog"]

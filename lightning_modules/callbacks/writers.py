@@ -12,8 +12,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_modules.data import ImageData
-from lightning_modules.files import write_files
 from lightning_modules.loggers import log_config, run_folder
+from tnlayers.files import write_files
 
 __all__ = ["PredictionWriter", "RunConfig"]
 

@@ -39,7 +39,7 @@ class Downloadable(ImageData):
         batch_size, val_fraction, split_seed, augment, mean, std, num_workers: see `ImageData`.
 
     Raises:
-        FileNotFoundError: from `setup`, where the files are missing or damaged.
+        UserError: from `setup`, where the files are missing or damaged.
         ValueError: from `prepare_data`, where the download fails.
     """
 
@@ -91,7 +91,7 @@ class Downloadable(ImageData):
             source = self.source(self.root, train=part == "train")
         # torchvision's word for missing and damaged alike.
         except RuntimeError as error:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{type(self).__name__} is missing or damaged: expected its files in {self._path()}, so set --data.root "
                 f"to the folder that holds {self.folder} or add --data.download true"
             ) from error

@@ -36,7 +36,7 @@ class Folders(ImageData):
         std: three channel standard deviations of pictures in 0..1; None for ImageNet's.
 
     Raises:
-        FileNotFoundError: where a folder or its pictures are missing.
+        UserError: where a folder or its pictures are missing.
         ValueError: where there is one class alone, parts differ in their classes, pictures in their sizes, a file is no
             picture, or a batch takes more than 4 GiB.
     """
@@ -97,13 +97,13 @@ class Folders(ImageData):
         """Names the class folders, which every part must agree on."""
         for part in ("train", "test"):
             if not self._has(part):
-                raise FileNotFoundError(
+                raise UserError(
                     f"there is no {self._path(part)}: --data.root must name a folder with train/ and test/, each with "
                     "one folder per class"
                 )
         class_names = _list_folders(self._path("train"))
         if not class_names:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{self._path('train')} has no class folders: expected one per class, with that class's pictures in it"
             )
         if len(class_names) == 1:

@@ -37,13 +37,13 @@ def list_pictures(folder: Path, class_names: Sequence[str]) -> tuple[list[str], 
     """The picture files of each class folder and of the folders in it, in the order of names, and their labels.
 
     Raises:
-        FileNotFoundError: for a class folder without pictures.
+        UserError: for a class folder without pictures.
         PictureError: for a folder that cannot be listed, or that is inside of itself by a link.
     """
     found = [list(_find_pictures(folder / name)) for name in class_names]
     for name, paths in zip(class_names, found, strict=True):
         if not paths:
-            raise FileNotFoundError(
+            raise UserError(
                 f"class folder {folder / name} holds no picture: put files there that end in one of "
                 f"{', '.join(IMG_EXTENSIONS)}, or delete it"
             )

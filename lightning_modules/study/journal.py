@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.alone import check_unused, claimed
-from lightning_modules.files import append, clear, write_files
+from lightning_modules.folders import clear
+from lightning_modules.locks import check_unused, claimed
 from lightning_modules.study.rows import Row, Study, row_from_plain, row_to_plain
 from tnlayers.errors import UserError
+from tnlayers.files import append, write_files
 
 __all__ = ["JOURNAL", "Journal", "read_rows", "study_folder"]
 
@@ -27,7 +28,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a study.jsonl; a last line that a kill tore off is left out.
 
     Raises:
-        ValueError: another line that is no row of a study.
+        UserError: another line that is no row of a study.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
@@ -46,9 +47,8 @@ def study_folder(folder: Path) -> Iterator[Path]:
     The journal is there before all else, so that a folder that a kill has left is known by it.
 
     Raises:
-        FileExistsError: it holds something else.
-        BlockingIOError: another job has it.
-        OSError: it cannot be written.
+        FolderInUse: it holds something else, or another job has it.
+        UserError: it cannot be written.
     """
     path = folder / JOURNAL
     with claimed(folder):
@@ -72,8 +72,8 @@ class Journal:
         study: what its rows are of.
 
     Raises:
-        ValueError: it is begun, and of another study; it stays as it is.
-        OSError: it cannot be written.
+        UserError: it is begun, and of another study; it stays as it is.
+        UserError: it cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -92,7 +92,7 @@ class Journal:
         """The row is on the disk when this returns.
 
         Raises:
-            OSError: it is not; the message names the file and says why.
+            UserError: it is not; the message names the file and says why.
         """
         append(self._path, json.dumps(row_to_plain(row)) + "\n", synced=True)
         self.rows.append(row)

@@ -6,69 +6,65 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
+from filelock import lock_descriptor
 
-__all__ = ["LOCK", "alone", "check_unused", "claimed", "first_unused", "is_abandoned"]
+from tnlayers.errors import UserError
+
+__all__ = ["LOCK", "FolderInUse", "check_unused", "claimed", "first_unused", "is_abandoned", "try_lock"]
 
 LOCK = ".lock"
-"""The file in a folder that is locked while a job writes there. It alone does not make a folder a used one."""
+"""The file in a folder that is locked while a job writes there. A folder that holds nothing else is unused."""
+
+
+class FolderInUse(UserError):
+    """A folder that another job is writing, or that holds the files of one."""
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[IO[str] | None]:
-    """The file, made where it is new and locked; None where another process has it.
+def try_lock(path: Path) -> Iterator[IO[str] | None]:
+    """Opens a file, which is made where it is new, and locks it; gives None where another process has the lock.
 
-    The lock is gone with the process, killed or not, unless it has handed the file on to another program. Where there are no
-    locks (on Windows, on some network file systems) nobody is kept out.
+    The lock is gone with the process, killed or not, unless the process has handed the file on to another program. On a
+    file system without locks nobody is kept out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        yield file if _locked(file) else None
-
-
-def _locked(file: IO[str]) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    os.register_at_fork(after_in_child=file.close)  # the workers that load data outlive a killed process by seconds
-    return True
+        try:
+            locked = lock_descriptor(file.fileno(), blocking=False)
+        except OSError:  # a file system without locks
+            locked = True
+        if locked and hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=file.close)  # the workers that load data outlive a killed process by seconds
+        yield file if locked else None
 
 
 @contextmanager
 def claimed(folder: Path, option: str = "--out", shown: Path | None = None) -> Iterator[Path]:
-    """The folder for this job alone, from before it writes there until it ends; made where it is new, gone if it stays empty.
+    """Keeps the folder for this job alone until the block ends; makes it where it is new, and removes it if it stays empty.
 
     Args:
         folder: where the job writes.
-        option: that says so.
-        shown: what the user knows it by.
+        option: the option that says so.
+        shown: the name by which the user knows it.
 
     Raises:
-        BlockingIOError: another job has it.
-        OSError: it cannot be made, or written to.
+        FolderInUse: another job has it.
+        UserError: it cannot be made, or written to.
     """
     shown, path = shown or folder, folder / LOCK
     new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         with ExitStack() as stack:
             try:
-                lock = stack.enter_context(alone(path))
+                lock = stack.enter_context(try_lock(path))
                 while lock and not _is(lock, path):  # its last holder has just taken it away
                     stack.close()
-                    lock = stack.enter_context(alone(path))
+                    lock = stack.enter_context(try_lock(path))
             except OSError as error:
                 verb = "written to" if folder.is_dir() else "made"
-                raise OSError(f"{shown} cannot be {verb}: {error.strerror}; give another {option}") from None
+                raise UserError(f"{shown} cannot be {verb}: {error.strerror}; give another {option}") from None
             if lock is None:
-                raise BlockingIOError(
+                raise FolderInUse(
                     f"{shown} is being written by another job: wait for it to end, or give another {option}"
                 )
             try:
@@ -83,7 +79,7 @@ def claimed(folder: Path, option: str = "--out", shown: Path | None = None) -> I
 
 
 def _is(file: IO[str], path: Path) -> bool:
-    """Whether a file that is open still is the one of that name."""
+    """Returns whether a file that is open still is the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -91,25 +87,25 @@ def _is(file: IO[str], path: Path) -> bool:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether a job that was killed, or one that has just begun, has come to nothing there but its lock."""
+    """Returns whether the folder holds its lock alone: a job has just begun there, or was killed before it wrote anything."""
     return folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def check_unused(folder: Path, option: str = "--out") -> None:
     """
     Raises:
-        FileExistsError: something is in the folder, or it is a file.
+        FolderInUse: something is in the folder, or it is a file.
     """
     if os.path.lexists(folder) and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
-        raise FileExistsError(f"{folder} already holds a run; give another {option}, or remove it first")
+        raise FolderInUse(f"{folder} already holds a run; give another {option}, or remove it first")
 
 
 @contextmanager
 def first_unused(folders: Iterable[Path], option: str = "--out") -> Iterator[Path]:
-    """Of the folders the first one that nothing is in and that no other job has, for this job alone."""
+    """Keeps for this job alone the first of the folders that nothing is in and that no other job has."""
     with ExitStack() as stack:
         for folder in folders:
-            with suppress(BlockingIOError, FileExistsError), ExitStack() as attempt:
+            with suppress(FolderInUse), ExitStack() as attempt:
                 check_unused(folder, option)
                 attempt.enter_context(claimed(folder, option))
                 check_unused(folder, option)  # its last holder may have just filled it
