@@ -1,8 +1,7 @@
 """The training module: an image classifier whose layers may be factorized.
 
 It takes specifications, not modules, so that its checkpoints hold plain values and reload anywhere: the net by name, the
-rules as plain mappings. A checkpoint carries the structure that the net really has (`tensorization`), which is the truth
-after any truncation; nothing in it is imported or executed.
+rules as plain mappings.
 """
 
 import math
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,12 +24,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_modules.data.pictures import NO_LABEL
 from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
+from lightning_modules.tensorized import TensorizedCheckpoint, checkpoint_path, trainer_of
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
 from tnlayers.checkpoints import fitting_state, read_checkpoint
 from tnlayers.errors import UserError, as_checkpoint_error
 from tnlayers.factorized import Init
 from tnlayers.rules import Rule
-from tnlayers.saved_layers import check_plain, restructure, structure_of
+from tnlayers.saved_layers import check_plain
 
 __all__ = ["NET_ARGUMENTS", "ImageClassifier", "load_net"]
 
@@ -41,7 +41,7 @@ _WARMUP = 0.05
 _EXAMPLE_BATCH = 32
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(TensorizedCheckpoint):
     """Trains, evaluates and predicts; logs `train/`, `val/` and `test/` loss and accuracy.
 
     Args:
@@ -61,6 +61,8 @@ class ImageClassifier(LightningModule):
         lr_scheduler: optimizer -> scheduler, stepped once an epoch; by default a cosine to zero over the whole run, after
             a short warm-up.
     """
+
+    tensorized = "net"
 
     def __init__(
         self,
@@ -101,13 +103,22 @@ class ImageClassifier(LightningModule):
 
     @property
     def example_input(self) -> Tensor:
-        """(n, channels, height, width) of zeros on the module's device, in its precision."""
+        """Zeros (n, channels, height, width) of a usual batch, on the module's device, in its precision."""
         return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
 
     def load(self, path: str | Path) -> LoadReport:
         """Takes a checkpoint's weights, and its structure if it is tensorized."""
         self._prepared = True
         return load_checkpoint(path, self.net)
+
+    def validation_accuracy(self, net: nn.Module) -> float:
+        """The fraction of the validation pictures that a copy of the net gets right."""
+        right = total = 0
+        for pictures, labels in self.trainer.datamodule.validation_batches():  # type: ignore[attr-defined]
+            x = pictures.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+            right += int((net(x).argmax(dim=1).cpu() == labels).sum())
+            total += len(labels)
+        return right / total
 
     def resolve(self, init: Init) -> list[Rule]:
         """The rules with integer ranks for the net as it is."""
@@ -212,19 +223,18 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["seed"] = torch.initial_seed()
-        checkpoint["tensorization"] = structure_of(self.net)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The file is the truth: its structure and its weights, whatever rules `setup` went by."""
+        """Takes the file for the truth: its structure and its weights, whatever rules `setup` went by."""
+        super().on_load_checkpoint(checkpoint)
         self._prepared = True
-        if self._trainer and self._trainer.state.fn == TrainerFn.FITTING and isinstance(checkpoint.get("seed"), int):
+        trainer, path = trainer_of(self), checkpoint_path(self)
+        if trainer and trainer.state.fn == TrainerFn.FITTING and isinstance(checkpoint.get("seed"), int):
             torch.manual_seed(checkpoint["seed"])  # the run goes on as it began, whatever the seed of its second half
-        path = (self._trainer.ckpt_path if self._trainer else None) or "the checkpoint"
-        structure = checkpoint.get("tensorization")
-        restructure(self.net, structure, path)
+        structure, hparams = checkpoint.get("tensorization"), checkpoint.get("hyper_parameters")
         if structure and not structure["layers"] and any(rule.factorization for rule in self.rules):
-            hparams = checkpoint.get("hyper_parameters")
             if not isinstance(hparams, dict) or not hparams.get("rules"):
                 start = f"--model.init_from {path}"
                 raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: {start}")

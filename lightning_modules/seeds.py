@@ -1,12 +1,19 @@
-"""Random numbers that depend on the run's seed and a place in the run alone, so that a resumed run draws the same."""
+"""Random numbers of a run that is stopped and goes on: a resumed run draws the same ones as an uninterrupted run.
 
+Our own code draws numbers that depend on the run's seed and on a place in the run alone. Of all other code the states of the
+generators are kept.
+"""
+
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["batch_seed", "drawing", "seed_at"]
+__all__ = ["batch_seed", "drawing", "generator_states", "seed_at", "set_generator_states"]
 
 
 def seed_at(*place: int) -> int:
@@ -25,7 +32,28 @@ def batch_seed(trainer: Trainer, *use: int) -> int:
 
 @contextmanager
 def drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Within it, torch's own generators of the CPU and the device start at `seed`; after it they are as they were."""
+    """Lets torch's generators of the CPU and the device start at `seed` in this block; afterwards they are as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of this process's generators in torch, on the CPU and GPUs, in numpy and in Python, as plain values."""
+    name, keys, *place = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, keys.tolist(), *place],
+        "python": random.getstate(),
+    }
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    """Puts the generators into states that `generator_states` gave."""
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+    name, keys, *place = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *place))
+    random.setstate(states["python"])

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.ema import EMA
-from lightning_modules.callbacks.followers import check_replicas, check_strategy, reset_scores
 from lightning_modules.callbacks.rank_schedule import RankSchedule
 from lightning_modules.callbacks.rank_steps import steps_of
+from lightning_modules.callbacks.replaced_parameters import check_replicas, check_strategy, reset_scores
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
 from tests.commands import DIGITS, QUIET, tnlayers
@@ -369,12 +369,13 @@ def test_accuracy_drop_goes_as_far_as_allowed(drop: float, tmp_path: Path) -> No
     (step,) = steps_of({0: f"AccuracyDrop({drop})"}).values()
     from tnlayers import truncate
 
-    truncate(model.net, step.resolve(model, data, "*"))
+    model.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    truncate(model.net, step.resolve(model, "*"))
     found = fraction_kept(model.net, ParamsKept)
     assert accuracy(before.net) - accuracy(model.net) <= drop
     further = copy.deepcopy(before)
     (step,) = steps_of({0: f"ParamsKept({0.6 * found})"}).values()
-    truncate(further.net, step.resolve(further, data, "*"))
+    truncate(further.net, step.resolve(further, "*"))
     assert accuracy(before.net) - accuracy(further.net) > drop
 
 
@@ -439,8 +440,9 @@ def test_accuracy_drop_needs_validation_pictures() -> None:
     (step,) = steps_of({0: "AccuracyDrop(0.1)"}).values()
     model = classifier()
     model.setup("validate")
+    model.trainer = SimpleNamespace(datamodule=Digits(val_fraction=0))  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"no validation pictures; hold some out: --data.val_fraction"):
-        step.resolve(model, Digits(val_fraction=0), "*")
+        step.resolve(model, "*")
 
 
 @pytest.mark.parametrize(

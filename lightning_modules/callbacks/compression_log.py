@@ -7,11 +7,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import layer_metrics, log_report
 from lightning_modules.loggers import run_folder
 from lightning_modules.plots import Spectrum, plot_spectra, png
 from lightning_modules.report import Report
+from lightning_modules.tensorized import example_input, factorized_layers, tensorized_net
 from tnlayers import FactorizedLayer, Summary, summarize
 from tnlayers.files import write_files
 from tnlayers.linalg import effective_rank, precise, singular_values
@@ -22,7 +22,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class CompressionLog(Callback):
-    """Logs the factorized layers of a classifier beside its metrics, at the start, after every epoch and at truncations.
+    """Logs the factorized layers of a net beside its metrics, at the start, after every epoch and at truncations.
 
     compress/params_kept and compress/macs_kept are of the whole net. Of each layer: compress/<layer>/rank0, rank1, ... and
     compress/<layer>/effective_rank, which tells how many of them the weights use (`tnlayers.linalg.effective_rank`, of the
@@ -49,7 +49,7 @@ class CompressionLog(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log_dict(self._measured(trainer, pl_module))
 
-    def truncated(self, trainer: Trainer, module: ImageClassifier, reference: nn.Module, epoch: int) -> None:
+    def truncated(self, trainer: Trainer, module: LightningModule, reference: nn.Module, epoch: int) -> None:
         """Reports a truncation: files in truncations/epoch=<epoch>/ of the run's folder, and the same to the loggers.
 
         Every process may call it; the first one works.
@@ -63,11 +63,12 @@ class CompressionLog(Callback):
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer) / "truncations" / f"epoch={epoch}"
-        summary = summarize(module.net, module.example_input, reference=reference, measure=False)
+        net, title = tensorized_net(module), getattr(module.hparams, "net", type(module).__name__)
+        summary = summarize(net, example_input(module), reference=reference, measure=False)
         note = "error       of this truncation: against the weights right before it"
-        report = Report(f"{module.hparams['net']} truncated at epoch {epoch}", summary, {}, (note,))
+        report = Report(f"{title} truncated at epoch {epoch}", summary, {}, (note,))
         report.write(folder)
-        spectra = _spectra(reference, module.net, summary)
+        spectra = _spectra(reference, net, summary)
         files: dict[str, str | bytes] = {
             "spectra.json": json.dumps({each.layer: each.to_plain() for each in spectra}) + "\n"
         }
@@ -77,14 +78,15 @@ class CompressionLog(Callback):
         log_report(trainer, report, folder)
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        if not isinstance(module, ImageClassifier) or not (layers := _factorized(module.net)):
+        net = tensorized_net(module)
+        if not (layers := factorized_layers(net)):
             return {}
         if trainer.global_step == self._step:  # validation and the epoch end at the same weights
             return self._metrics
         ranks = {name: layer.ranks for name, layer in layers.items()}
         if ranks != self._ranks:  # else nothing that is counted has changed
             self._ranks = dict(ranks)
-            counts = layer_metrics(summarize(module.net, module.example_input, measure=False))
+            counts = layer_metrics(summarize(net, example_input(module), measure=False))
             self._kept = {name: value for name, value in counts.items() if not name.endswith("/error")}
         spread = {f"compress/{name}/effective_rank": effective_rank(_unfolded(layer)) for name, layer in layers.items()}
         self._step, self._metrics = trainer.global_step, self._kept | spread
@@ -92,12 +94,8 @@ class CompressionLog(Callback):
 
 
 def _conversion_errors(module: LightningModule) -> dict[str, float]:
-    errors = {name: layer.decomposition_error for name, layer in _factorized(module).items()}
-    return {f"compress/{name.removeprefix('net.')}/error": error for name, error in errors.items() if error is not None}
-
-
-def _factorized(net: nn.Module) -> dict[str, FactorizedLayer]:
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, FactorizedLayer)}
+    errors = {name: layer.decomposition_error for name, layer in factorized_layers(tensorized_net(module)).items()}
+    return {f"compress/{name}/error": error for name, error in errors.items() if error is not None}
 
 
 def _unfolded(layer: nn.Module) -> Tensor:
@@ -107,10 +105,10 @@ def _unfolded(layer: nn.Module) -> Tensor:
 
 
 def _spectra(reference: nn.Module, net: nn.Module, summary: Summary) -> list[Spectrum]:
-    """Of the layers whose rank changed; those with the largest error first."""
+    """The spectra of the layers whose rank changed; those with the largest error come first."""
     errors = {layer.name: layer.error or 0.0 for layer in summary.layers}
     spectra = []
-    for name, layer in _factorized(net).items():
+    for name, layer in factorized_layers(net).items():
         old = reference.get_submodule(name)
         before = old.ranks if isinstance(old, FactorizedLayer) else ()
         if before != layer.ranks:

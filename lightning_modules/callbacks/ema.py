@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 
 from tnlayers import FactorizedLayer
 
@@ -11,15 +12,27 @@ __all__ = ["EMA"]
 
 
 class EMA(EMAWeightAveraging):
-    """Lightning's `EMAWeightAveraging` (same arguments), made of the net as it is once it has been tensorized or restored.
+    """Averages like Lightning's `EMAWeightAveraging` (same arguments), starting from the module as it goes into training.
 
-    Lightning's own copies the module before its `setup`, which is where layers are factorized. Its exchange of weights for their
-    averages follows `eval()` and writes through `.data`, which layers do not see.
+    Lightning's own copies the module before the module's `setup` and before a checkpoint is restored, which both may factorize
+    layers. Its exchange of weights for their averages follows `eval()` and writes through `.data`, which layers do not see.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.setup(stage)
-        super().setup(trainer, pl_module, stage)
+        self._average_model = None
+        self._restored: dict[str, Any] = {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint
+        else:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+        if self._restored:
+            super().on_load_checkpoint(trainer, pl_module, self._restored)
+            self._restored = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)
@@ -28,11 +41,6 @@ class EMA(EMAWeightAveraging):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
         _merge_again(pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average_model is not None:
-            super().setup(trainer, pl_module, "fit")  # the structure is the checkpoint's now
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 def _merge_again(module: LightningModule) -> None:

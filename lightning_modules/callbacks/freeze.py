@@ -6,19 +6,20 @@ from fnmatch import fnmatchcase
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_modules.tensorized import tensorized_net
 from tnlayers.errors import UserError
 
 __all__ = ["Freeze"]
 
 
 class Freeze(Callback):
-    """Leaves modules of an `ImageClassifier`'s net untrained, with all that is in them, and in evaluation mode.
+    """Leaves modules of a net untrained, with all that is in them, and in evaluation mode.
 
     BatchNorm's statistics stay as well, and weights that factors make are made once. Lightning's `BaseFinetuning` lets
     BatchNorm normalise by the batch, which is not how the net is evaluated.
 
     Args:
-        patterns: the modules' names, such as "features"; `*`, `?` and `[...]` as in file names.
+        patterns: the modules' names in the net that is tensorized, such as "features"; `*`, `?` and `[...]` as in file names.
 
     Raises:
         ValueError: a pattern that no module has, when training starts.
@@ -38,7 +39,7 @@ class Freeze(Callback):
             module.eval()
 
     def _modules(self, pl_module: LightningModule) -> list[nn.Module]:
-        named = dict(pl_module.net.named_modules())  # type: ignore[union-attr]
+        named = dict(tensorized_net(pl_module).named_modules())
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise UserError(

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_modules.callbacks.followers import callbacks_of
+from lightning_modules.callbacks.replaced_parameters import callbacks_of
 from lightning_modules.loggers import CSV
 from tnlayers.errors import UserError
 
@@ -107,7 +107,7 @@ class Interruptible(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(trainer, "stopping"):
             raise UserError(
-                "Interruptible needs lightning_modules.lightning_cli.CompressionTrainer, which stops when it says so"
+                "Interruptible needs lightning_modules.trainer.CompressionTrainer, which stops when it says so"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

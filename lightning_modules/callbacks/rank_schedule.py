@@ -1,6 +1,5 @@
 """Truncation during training: when ranks fall, and everything that has to follow."""
 
-import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.callbacks.compression_log import CompressionLog
-from lightning_modules.callbacks.followers import (
+from lightning_modules.callbacks.rank_steps import Step, steps_of
+from lightning_modules.callbacks.replaced_parameters import (
     callbacks_of,
     check_strategy,
     follow_average,
@@ -20,8 +20,14 @@ from lightning_modules.callbacks.followers import (
     follow_strategy,
     reset_scores,
 )
-from lightning_modules.callbacks.rank_steps import Step, steps_of
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.tensorized import (
+    TensorizedCheckpoint,
+    budget_rules,
+    copied,
+    example_input,
+    factorized_layers,
+    tensorized_net,
+)
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError, about, as_checkpoint_error, shortened
@@ -32,7 +38,8 @@ __all__ = ["RankSchedule"]
 class RankSchedule(Callback):
     """Truncates the factorized layers at the start of epochs, and training goes on with the smaller factors.
 
-    Layers that the model's rules match, and that its first budget left dense, are factorized once a later budget wants it.
+    It works on any LightningModule; `lightning_modules.tensorized` says what a module may tell it. Layers that the module's rules
+    match, and that its first budget left dense, are factorized once a later budget wants it.
 
     Optimizer and schedulers stay; the moments of factors that changed begin anew, and so do their moving averages (`EMA`),
     the best checkpoint, early stopping and plateaus. Under DDP the ranks are decided once. A resumed run goes on where
@@ -46,7 +53,7 @@ class RankSchedule(Callback):
         pattern: which layers; `*`, `?` and `[...]` as in file names.
 
     Raises:
-        ValueError: an entry that is not understood, or two for the same epoch.
+        UserError: an entry that is not understood, or two for the same epoch.
     """
 
     def __init__(self, ranks: dict[int | str, int | str] | None = None, pattern: str = "*") -> None:
@@ -71,9 +78,10 @@ class RankSchedule(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.steps:
             return
-        if not isinstance(pl_module, ImageClassifier):
-            raise UserError(
-                f"RankSchedule truncates the net of an ImageClassifier, and this is a {type(pl_module).__name__}"
+        if not isinstance(pl_module, TensorizedCheckpoint):
+            rank_zero_warn(
+                f"checkpoints of {type(pl_module).__name__} will not say which layers RankSchedule has truncated: make "
+                "lightning_modules.TensorizedCheckpoint the first of its bases"
             )
         check_strategy(trainer, "RankSchedule")
         late = [epoch for epoch in self.steps if trainer.max_epochs not in (None, -1) and epoch >= trainer.max_epochs]
@@ -92,9 +100,8 @@ class RankSchedule(Callback):
                         f"had {self.applied.get(epoch, 'no truncation')} there; change the epochs that are still to come"
                     )
                 continue
-            assert isinstance(pl_module, ImageClassifier)
             with about(f"RankSchedule at epoch {epoch}"):
-                step.check(pl_module, trainer.datamodule, self.pattern)  # type: ignore[attr-defined]
+                step.check(pl_module, self.pattern)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._heed(trainer, pl_module)
@@ -107,7 +114,6 @@ class RankSchedule(Callback):
         epoch = trainer.current_epoch
         if epoch not in self.steps or epoch in self.applied:
             return
-        assert isinstance(pl_module, ImageClassifier)
         rules = self._decided(trainer, pl_module, self.steps[epoch])
         self.applied[epoch] = str(self.steps[epoch])
         if rules:
@@ -115,15 +121,15 @@ class RankSchedule(Callback):
         else:
             rank_zero_info(f"epoch {epoch}: nothing to truncate, {self.steps[epoch]} is kept already")
 
-    def _decided(self, trainer: Trainer, module: ImageClassifier, step: Step) -> list[Rule]:
-        """The same rules in every process: rank 0 decides."""
+    def _decided(self, trainer: Trainer, module: LightningModule, step: Step) -> list[Rule]:
+        """Returns the same rules in every process: rank 0 decides."""
         rules: list[dict[str, Any]] = []
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
                 with about(f"RankSchedule at epoch {trainer.current_epoch}"):
                     _check_finite(trainer, module)
-                    rules = [rule.to_plain() for rule in step.resolve(module, trainer.datamodule, self.pattern)]  # type: ignore[attr-defined]
+                    rules = [rule.to_plain() for rule in step.resolve(module, self.pattern)]
             except Exception as error:  # whatever it is, the other processes must not wait for rules
                 problem = error
         rules, said = trainer.strategy.broadcast((rules, str(problem) if problem else ""))
@@ -132,13 +138,13 @@ class RankSchedule(Callback):
         return rules_from_plain(rules)
 
 
-def _check_finite(trainer: Trainer, module: ImageClassifier) -> None:
-    """A training that has diverged has nothing to truncate, and what it was before may have been kept.
+def _check_finite(trainer: Trainer, module: LightningModule) -> None:
+    """Checks that a training has not diverged, after which there is nothing to truncate.
 
     Raises:
-        ValueError: it has; it names a layer and the newest checkpoint from before.
+        UserError: it has; the message names a layer and the newest checkpoint from before.
     """
-    spoilt = _not_finite(module.net.state_dict())
+    spoilt = _not_finite(tensorized_net(module).state_dict())
     if spoilt is None:
         return
     found = {getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks}
@@ -161,30 +167,29 @@ def _check_finite(trainer: Trainer, module: ImageClassifier) -> None:
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:
-    """The first key whose values are not all finite."""
+    """Returns the first key whose values are not all finite."""
     tensors = ((key, value) for key, value in state.items() if isinstance(value, Tensor))
     return next((key for key, value in tensors if not torch.isfinite(value).all()), None)
 
 
-def _apply(trainer: Trainer, module: ImageClassifier, rules: list[Rule]) -> None:
+def _apply(trainer: Trainer, module: LightningModule, rules: list[Rule]) -> None:
     """Truncates the net, and lets everything follow that holds its parameters."""
-    reference = copy.deepcopy(module.net)
-    before = dict(module.named_parameters())
-    errors = truncate(module.net, rules)
+    net = tensorized_net(module)
+    reference, before = copied(net), dict(module.named_parameters())
+    errors = truncate(net, rules)
     after = dict(module.named_parameters())
-    changed = {name for name in after if name.startswith(tuple(f"net.{layer}.factors." for layer in errors))}
-    follow_optimizers(trainer.optimizers, before, after, changed)
+    truncated = [layer for name, layer in factorized_layers(net).items() if name in errors]
+    factors = {factor for layer in truncated for factor in layer.factors.values()}
+    follow_optimizers(trainer.optimizers, before, after, {name for name, value in after.items() if value in factors})
     follow_strategy(trainer)
-    follow_average(trainer, module.net, errors)
+    follow_average(trainer, errors)
     reset_scores(trainer)
-    if module.hparams["compile"]:
-        torch._dynamo.reset()  # or it would give up after some distinct ranks, and run uncompiled
+    torch.compiler.reset()  # or a compiled net would give up after some distinct ranks, and run uncompiled
     for callback in callbacks_of(trainer):
         if isinstance(callback, CompressionLog):
             callback.truncated(trainer, module, reference, trainer.current_epoch)
-    worst = max(errors, key=errors.__getitem__)
-    example = module.example_input
-    params, macs = (fraction_kept(module.net, by, example, rules=module.rules) for by in (ParamsKept, MacsKept))
+    worst, example, of = max(errors, key=errors.__getitem__), example_input(module), budget_rules(module)
+    params, macs = (fraction_kept(net, by, example, rules=of) for by in (ParamsKept, MacsKept))
     rank_zero_info(
         f"epoch {trainer.current_epoch}: truncated {', '.join(errors)}; of the layers under rules {params:.1%} of the parameters "
         f"and {macs:.1%} of the MACs are left; largest relative error {errors[worst]:.3f} ({worst})"

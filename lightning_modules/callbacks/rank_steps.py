@@ -1,6 +1,5 @@
 """What a rank schedule truncates to: its entries, and the ranks that each resolves to when its epoch comes."""
 
-import copy
 import math
 import re
 from collections.abc import Mapping
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageData
+from lightning_modules.tensorized import budget_rules, copied, example_input, tensorized_net
 from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, resolve_truncation, truncate
 from tnlayers.errors import UserError
 from tnlayers.ranks import Rank, check_rank
@@ -54,31 +53,32 @@ class Step:
     def __str__(self) -> str:
         return str(self.rank)
 
-    def check(self, module: ImageClassifier, data: ImageData, pattern: str) -> None:
-        """What can be known before its epoch comes.
+    def check(self, module: LightningModule, pattern: str) -> None:
+        """Checks what can be known before its epoch comes.
 
         Raises:
-            ValueError: layers that cannot be truncated so, or no validation pictures to judge by.
+            UserError: layers that cannot be truncated so, or no validation to judge by.
         """
-        rank = self.rank
+        rank, net = self.rank, tensorized_net(module)
         if isinstance(rank, AccuracyDrop):
-            next(iter(data.validation_batches()))
+            _accuracy(module, net)
             rank = ParamsKept(1.0)
-        check_truncation(module.net, rank, pattern=pattern, rules=module.rules)
+        check_truncation(net, rank, pattern=pattern, rules=budget_rules(module))
 
-    def resolve(self, module: ImageClassifier, data: ImageData, pattern: str) -> list[Rule]:
-        net, example, rank = module.net, module.example_input, self.rank
+    def resolve(self, module: LightningModule, pattern: str) -> list[Rule]:
+        """Returns one rule for each layer whose rank falls, with integer ranks."""
+        net, example, rank, rules = tensorized_net(module), example_input(module), self.rank, budget_rules(module)
         if isinstance(rank, AccuracyDrop):
-            return _within_drop(module, data, rank.drop, pattern)
+            return _within_drop(module, rank.drop, pattern)
         if self.epochs > 1:
             assert isinstance(rank, (ParamsKept, MacsKept))
-            now = fraction_kept(net, type(rank), example, pattern=pattern, rules=module.rules)
+            now = fraction_kept(net, type(rank), example, pattern=pattern, rules=rules)
             rank = type(rank)(now * min(rank.fraction / now, 1) ** (1 / self.epochs))
-        return resolve_truncation(net, rank, example, pattern=pattern, rules=module.rules)
+        return resolve_truncation(net, rank, example, pattern=pattern, rules=rules)
 
 
 def steps_of(ranks: Mapping[int | str, int | str]) -> dict[int, Step]:
-    """What happens at the start of which epoch.
+    """Returns what happens at the start of which epoch.
 
     Raises:
         ValueError: an entry that is not understood, or two for the same epoch.
@@ -121,11 +121,11 @@ def _rank(value: int | str) -> Rank | AccuracyDrop:
         raise UserError(f"{value!r}: {error}") from None
 
 
-def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern: str) -> list[Rule]:
+def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rule]:
     """The truncation to the fewest parameters, by bisection, that costs at most `drop` of the validation accuracy."""
-    net, example = module.net, module.example_input
-    which: dict[str, Any] = {"pattern": pattern, "rules": module.rules}
-    before = right_after = _accuracy(module, net, data)
+    net, example = tensorized_net(module), example_input(module)
+    which: dict[str, Any] = {"pattern": pattern, "rules": budget_rules(module)}
+    before = right_after = _accuracy(module, net)
     high = math.log(fraction_kept(net, ParamsKept, example, **which))
     low, found = high + math.log(_LEAST), list[Rule]()
     for _ in range(_PROBES):
@@ -135,9 +135,9 @@ def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern:
         except ValueError:  # not even rank 1 is as small
             low = middle
             continue
-        smaller = copy.deepcopy(net)
+        smaller = copied(net)
         truncate(smaller, rules)
-        accuracy = _accuracy(module, smaller, data)
+        accuracy = _accuracy(module, smaller)
         if accuracy >= before - drop:
             high, found, right_after = middle, rules, accuracy
         else:
@@ -146,12 +146,17 @@ def _within_drop(module: ImageClassifier, data: ImageData, drop: float, pattern:
     return found
 
 
-def _accuracy(module: ImageClassifier, net: nn.Module, data: ImageData) -> float:
-    """The fraction of the validation pictures that a net gets right."""
-    right = total = 0
+def _accuracy(module: LightningModule, net: nn.Module) -> float:
+    """What the module says of a copy of its net.
+
+    Raises:
+        UserError: it cannot say anything.
+    """
+    judge = getattr(module, "validation_accuracy", None)
+    if judge is None:
+        raise UserError(
+            f"AccuracyDrop asks how good a truncated net is, and {type(module).__name__} does not say: define "
+            "validation_accuracy(self, net) in it, from 0 to 1, or give ParamsKept, MacsKept or RelativeError"
+        )
     with evaluating(net), torch.compiler.set_stance("force_eager"):
-        for pictures, labels in data.validation_batches():
-            x = pictures.to(module.device, module.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
-            right += int((net(x).argmax(dim=1).cpu() == labels).sum())
-            total += len(labels)
-    return right / total
+        return float(judge(net))

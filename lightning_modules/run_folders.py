@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lightning_modules.alone import claimed, first_unused, is_abandoned
+from lightning_modules.locks import claimed, first_unused, is_abandoned
 from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError, shortened
@@ -50,8 +50,8 @@ def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
     as well, so that no other one does so meanwhile.
 
     Raises:
-        BlockingIOError: another job has one of them.
-        FileExistsError, FileNotFoundError, OSError, ValueError: as the functions below.
+        FolderInUse: another job has one of them.
+        UserError: as the functions below.
     """
     check_writable(config)
     first = is_first_process() and not config.trainer.fast_dev_run
@@ -106,13 +106,13 @@ def continue_last(config: Namespace, *, training: bool) -> None:
     Where there is no checkpoint yet a training starts from the beginning, so that a job's command is always the same.
 
     Raises:
-        FileNotFoundError: there is none to evaluate.
+        UserError: there is none to evaluate.
     """
     found = newest_checkpoint(_folders(config))
     if found is None:
         said = f"--ckpt_path last: no checkpoint in {_home(config)} yet"
         if not training:
-            raise FileNotFoundError(f"{said}; train first, or give the path of one")
+            raise UserError(f"{said}; train first, or give the path of one")
         rank_zero_info(f"{said}; training starts from the beginning")
     elif training:
         _check_same_net(found, config)
@@ -174,7 +174,7 @@ def check_own(path: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file cannot be read.
-        ValueError: it is of something else.
+        UserError: it is of something else.
     """
     content = read_checkpoint(path)
     if not content.keys() >= _OURS:
@@ -186,7 +186,7 @@ def check_new(config: Namespace) -> None:
     """Whether a run whose version is given is a new one.
 
     Raises:
-        FileExistsError: it holds a run, which would be written over.
+        UserError: it holds a run, which would be written over.
     """
     for logger in _loggers(config):
         version = logger.init_args.get("version")
@@ -194,26 +194,24 @@ def check_new(config: Namespace) -> None:
             continue
         folder = _version_folder(_home(config), version)
         if (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*.ckpt")):
-            raise FileExistsError(
-                f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version"
-            )
+            raise UserError(f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version")
 
 
 def check_writable(config: Namespace) -> None:
     """Whether the run's folder can be made.
 
     Raises:
-        OSError: it cannot, or nothing can be written there.
+        UserError: it cannot, or nothing can be written there.
     """
     home = _home(config)
     place = next(path for path in (home, *home.absolute().parents) if os.path.exists(path))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "may not be written to" if place.is_dir() else "is no folder"
-        raise OSError(f"the run cannot be kept in {home}: {place} {problem}; give another --trainer.default_root_dir")
+        raise UserError(f"the run cannot be kept in {home}: {place} {problem}; give another --trainer.default_root_dir")
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
+        raise UserError(
             f"the run cannot be kept in {home}: {error.strerror}; give another --trainer.default_root_dir"
         ) from None
 

@@ -1,4 +1,4 @@
-"""What else holds a network's parameters during training, and has to follow when they are replaced."""
+"""What follows when parameters of a network are replaced during training: all that holds the old ones, or measures by them."""
 
 import copy
 import hashlib
@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.tensorized import tensorized_net
 from tnlayers.errors import UserError
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """All of a trainer's callbacks."""
+    """Returns all of a trainer's callbacks, which Lightning's types do not tell."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
@@ -40,7 +40,7 @@ def keeps_whole_parameters(strategy: Strategy) -> bool:
 
 
 def check_strategy(trainer: Trainer, what: str) -> None:
-    """Whether parameters can be replaced during training.
+    """Checks that parameters can be replaced during training.
 
     Raises:
         ValueError: the strategy shards them, or averages them in a way that holds on to the old ones.
@@ -62,10 +62,11 @@ def follow_optimizers(
     after: Mapping[str, nn.Parameter],
     changed: Collection[str],
 ) -> None:
-    """The same optimizers, with the new parameters in the old ones' places.
+    """Puts the new parameters into the places of the old ones, in the same optimizers.
 
     Factors take the place of the dense weight that they make. The state of what changed (moments, momentum) is dropped: it
-    is about a basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer.
+    is about a basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer. What is
+    no parameter of the module (a loss may have its own) stays where it is, after the others.
 
     Args:
         optimizers: changed in place.
@@ -76,21 +77,25 @@ def follow_optimizers(
     names: dict[Any, str] = {parameter: name for name, parameter in before.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            held = {names[parameter] for parameter in group["params"]}
-            group["params"] = [parameter for name, parameter in after.items() if {name, _weight_of(name)} & held]
-        state = {names[parameter]: optimizer.state.pop(parameter) for parameter in list(optimizer.state)}
+            held = {names[parameter] for parameter in group["params"] if parameter in names}
+            now = {name: parameter for name, parameter in after.items() if {name, _weight_of(name)} & held}
+            others = [parameter for parameter in group["params"] if parameter not in names]
+            group["params"][:] = [*now.values(), *others]  # in place, for optimizers that keep the list
+            if "param_names" in group and not others:
+                group["param_names"] = list(now)
+        state = {name: optimizer.state.pop(old) for old, name in names.items() if old in optimizer.state}
         for name in state.keys() & after.keys() - set(changed):
             optimizer.state[after[name]] = state[name]
 
 
 def _weight_of(name: str) -> str:
-    """The dense weight that a factor makes."""
+    """Returns the name of the dense weight that a factor makes, or the name itself."""
     layer, is_factor, _ = name.rpartition(".factors.")
     return f"{layer}.weight" if is_factor else name
 
 
 def follow_strategy(trainer: Trainer) -> None:
-    """Under DDP wraps the module anew: its reducer holds the old parameters. This also sends rank 0's weights to all."""
+    """Wraps the module anew under DDP, whose reducer holds the old parameters. This also sends rank 0's weights to all."""
     strategy, module = trainer.strategy, trainer.lightning_module
     if isinstance(strategy, DDPStrategy):
         strategy.model = module  # the old wrapper goes first, and takes its hooks along
@@ -99,7 +104,7 @@ def follow_strategy(trainer: Trainer) -> None:
 
 
 def check_replicas(trainer: Trainer, module: nn.Module) -> None:
-    """Every process has the same weights, bit for bit.
+    """Checks that every process has the same weights, bit for bit.
 
     Raises:
         RuntimeError: they differ; training on would diverge silently.
@@ -115,32 +120,35 @@ def check_replicas(trainer: Trainer, module: nn.Module) -> None:
         )
 
 
-def follow_average(trainer: Trainer, net: nn.Module, layers: Collection[str]) -> None:
-    """Moving averages begin anew: the truncated factors are in another basis, and the other layers' averages belong to the old ones."""
+def follow_average(trainer: Trainer, layers: Collection[str]) -> None:
+    """Lets moving averages begin anew: averages of truncated factors are in another basis, and the others belong to them."""
+    module = trainer.lightning_module
     for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            module = callback._average_model.module
-            assert isinstance(module, ImageClassifier)
+            average = callback._average_model.module
+            assert isinstance(average, LightningModule)
+            net, averages = tensorized_net(module), tensorized_net(average)
             for name in layers:
-                device = next(module.net.get_submodule(name).parameters()).device
-                module.net.set_submodule(name, copy.deepcopy(net.get_submodule(name)).to(device))
-            module.net.load_state_dict(net.state_dict())
+                device = next(averages.get_submodule(name).parameters()).device
+                averages.set_submodule(name, copy.deepcopy(net.get_submodule(name)).to(device))
+            average.load_state_dict(module.state_dict())
 
 
 def reset_scores(trainer: Trainer) -> None:
-    """What was best before belongs to a larger net: checkpoints, early stopping and plateau schedulers begin a new record.
+    """Begins a new record for checkpoints, early stopping and plateau schedulers: what was best before belongs to a larger net.
 
     Checkpoints that were the best so far stay on the disk.
     """
     for callback in callbacks_of(trainer):
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+        if not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
+            continue
+        worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count, callback.best_score = 0, worst
+        elif callback.monitor is not None:
             callback.best_k_models, callback.kth_value = {}, worst
             callback.best_model_path = callback.kth_best_model_path = ""
             callback.best_model_score = callback.current_score = None
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             config.scheduler._reset()
