@@ -141,7 +141,7 @@ def made(net: Net) -> torch.Tensor:
     """What the generator of a joint net makes."""
     layer = net.body
     shapes = {"weight": (7 * 45 + 77,)}
-    return layer.spec.method.with_joint("").factors(dict(layer.factors.items()), shapes)["weight"].detach()
+    return layer.spec.method.alone().factors(dict(layer.factors.items()), shapes)["weight"].detach()
 
 
 @pytest.mark.parametrize("init", ["random", "decompose"])

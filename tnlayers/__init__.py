@@ -1,8 +1,8 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
 from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
-from tnlayers.errors import CheckpointError, UserError
-from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
+from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
+from tnlayers.factorized import FactorizedLayer
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear

@@ -1,6 +1,5 @@
 """From a rank, an int or a rule, to what becomes of the layers that share it."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,9 @@ from torch import Tensor
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
-from tnlayers.method import Factorization, Slice
+from tnlayers.method import Factorization
 from tnlayers.plan import Partition, PlanChoice
-from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, within_error
+from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, check_rank, within_error
 from tnlayers.spec import LayerSpec
 
 __all__ = ["Choice", "Fit", "Slot", "settle"]
@@ -89,7 +88,7 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
     """
     by_macs = isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
-        choices = [Choice(spec) for spec in _explicit(slots, rank)]
+        choices = [Choice(_explicit(slot, check_rank(rank))) for slot in slots]  # type: ignore[arg-type]
     elif isinstance(rank, RelativeError):
         if any(slot.weight is None for slot in slots):
             raise UserError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
@@ -113,28 +112,13 @@ def _planned(spec: LayerSpec | None, slot: Slot, plan: PlanChoice, *, by_macs: b
     return spec.best_plan(slot.used, slot.device_type, by_macs=by_macs)
 
 
-def _explicit(slots: Sequence[Slot], rank: Rank) -> list[LayerSpec | None]:
-    specs: list[LayerSpec | None] = []
-    for slot, method in zip(slots, _laid_out(slots), strict=True):
-        if slot.present is None:
-            specs.append(LayerSpec(slot.geometry, method.with_rank(rank)))
-            continue
-        spec, _ = slot.present
-        asked = (rank,) * len(spec.ranks) if isinstance(rank, int) else tuple(rank)  # type: ignore[arg-type]
-        specs.append(spec.at(tuple(map(min, asked, spec.ranks))))
-    return specs
-
-
-def _laid_out(slots: Sequence[Slot]) -> list[Factorization]:
-    """The methods; layers with a generator in common take its entries one after the other."""
-    name = slots[0].method.joint if slots else ""
-    if not name or isinstance(name, Slice):
-        return [slot.method for slot in slots]
-    ends = list(itertools.accumulate(slot.geometry.params for slot in slots))
-    return [
-        slot.method.with_joint(Slice(name, end - slot.geometry.params, ends[-1], max(slot.geometry.fan_in, 1) ** -0.5))
-        for end, slot in zip(ends, slots, strict=True)
-    ]
+def _explicit(slot: Slot, rank: int | Ranks) -> LayerSpec:
+    """Returns what its method says of a dense layer, and a factorized one with each bond lowered to the rank."""
+    if slot.present is None:
+        return LayerSpec(slot.geometry, slot.method)
+    spec, _ = slot.present
+    asked = (rank,) * len(spec.ranks) if isinstance(rank, int) else rank
+    return spec.at(tuple(map(min, asked, spec.ranks)))
 
 
 def _highest(slot: Slot) -> LayerSpec:

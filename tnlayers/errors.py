@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["CheckpointError", "UserError", "about", "as_checkpoint_error", "message", "shortened"]
+__all__ = ["CheckpointError", "UnsupportedLayer", "UserError", "about", "as_checkpoint_error", "message", "shortened"]
 
 _LENGTH = 400
 
@@ -17,6 +17,10 @@ class UserError(ValueError):
     def add_note(self, note: str, /) -> None:
         """Puts the note in front of the message, which says what it is about and stays one line."""
         self.args = (f"{note}: {self}",)
+
+
+class UnsupportedLayer(UserError):
+    """A dense layer that a method cannot replace; the message names the argument."""
 
 
 class CheckpointError(UserError):

@@ -8,45 +8,37 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice, Fit, Slot, settle
-from tnlayers.errors import UserError
+from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.geometry import Call, Geometry
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
-from tnlayers.method import Factorization, Slice
+from tnlayers.method import Factorization
 from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 from tnlayers.spec import LayerSpec
 
-__all__ = ["FactorizedLayer", "Fill", "Init", "UnsupportedLayer", "arguments", "exact_dense", "slot_of"]
+__all__ = ["FactorizedLayer", "Fill", "Init", "arguments", "slot_of"]
 Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
 
 
-class UnsupportedLayer(UserError):
-    """A dense layer that a method cannot replace; the message names the argument."""
-
-
-def _settled(slot: Slot, dense: nn.Module, plan: PlanChoice) -> tuple[LayerSpec, Choice]:
-    """What becomes of one layer by itself.
+def _decided(slot: Slot, dense: nn.Module, plan: PlanChoice) -> tuple[LayerSpec, Choice]:
+    """Returns what becomes of one layer by itself.
 
     Raises:
-        ValueError: no rank is cheaper than dense, or a `joint` that only a rule for several layers can have.
+        ValueError: no rank is cheaper than dense.
     """
-    method = slot.method
-    if method.joint and not isinstance(method.joint, Slice):
-        raise UserError(f"joint {method.joint!r} joins the layers of one rule; a layer by itself has none")
-    (choice,) = settle([slot], method.rank, plan)
+    (choice,) = settle([slot], slot.method.rank, plan)
     if choice.spec is None:
-        raise UserError(
-            f"no such rank of {type(method).__name__} is cheaper than the dense {dense}; leave it dense ({choice.reason})"
-        )
+        method = type(slot.method).__name__
+        raise UserError(f"no such rank of {method} is cheaper than the dense {dense}; leave it dense ({choice.reason})")
     return choice.spec, choice
 
 
@@ -71,37 +63,25 @@ class FactorizedLayer(Merging):
     decomposition_error: float | None
 
     def __init_subclass__(cls) -> None:
-        """A layer that names its method shows the method's options in its signature."""
+        """Shows the options of the method that a layer names in place of its `**options`: they are the method's own signature."""
         super().__init_subclass__()
-        if not (hasattr(cls, "method") and {"method", "__init__"} & vars(cls).keys()):
-            return
-        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        given = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
-        takes_options, names = len(given) < len(own), {parameter.name for parameter in given}
-        shown = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=field.type,
-            )
-            for field in fields(cls.method)
-            if takes_options and field.name not in names
-        ]
-        cls.__signature__ = inspect.Signature([*given, *shown])
+        shown = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if hasattr(cls, "method") and shown and shown[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            names, options = {parameter.name for parameter in shown}, inspect.signature(cls.method).parameters
+            own = (option.replace(kind=option.KEYWORD_ONLY) for option in options.values() if option.name not in names)
+            shown[-1:] = own
+        cls.__signature__ = inspect.Signature(shown)
 
     def _build(self, template: nn.Module, method: Factorization, plan: PlanChoice, device: Any, dtype: Any) -> None:
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
         slot = Slot(Geometry.of(template), method, None, dtype or torch.get_default_dtype())
-        spec, choice = _settled(slot, template, plan)
-        self._make(template, spec, choice.plan, device=device, dtype=dtype)
-
-    def _make(self, template: nn.Module, spec: LayerSpec, plan: PlanChoice, **dd: Any) -> None:
+        spec, choice = _decided(slot, template, plan)
         for name in _ARGUMENTS[type(self).dense_type]:
             setattr(self, name, getattr(template, name))
         self.decomposition_error = None
         self.factors = nn.ParameterDict()
-        self.plan_choice = check_plan(plan)
+        self.plan_choice = check_plan(choice.plan)
+        dd = {"device": device, "dtype": dtype}
         self._adopt(spec, **dd)
         bias = nn.Parameter(torch.empty(template.bias.shape, **dd)) if isinstance(template.bias, Tensor) else None
         self.register_parameter("bias", bias)
@@ -172,7 +152,7 @@ class FactorizedLayer(Merging):
         plan = options.pop("plan", "auto")
         method = cls._method(**options)
         cls._check(dense)
-        spec, choice = _settled(slot_of(dense, method), dense, plan)
+        spec, choice = _decided(slot_of(dense, method), dense, plan)
         return cls.from_spec(dense, spec, choice.plan, fit=choice.fit)
 
     @classmethod
@@ -182,9 +162,7 @@ class FactorizedLayer(Merging):
         if not isinstance(method, Factorization) or (options and not hasattr(cls, "method")):
             given = ", ".join(f"{name}={value!r}" for name, value in ({"method": method} | options).items())
             raise TypeError(f"{cls.__name__} takes a method, such as method=Tucker(8), not {given}")
-        if cls.dense_type.__name__ not in method.replaces:
-            replaced = " and ".join(method.replaces)
-            raise UnsupportedLayer(f"{type(method).__name__} replaces {replaced}, not {cls.dense_type.__name__}")
+        method.check_replaces(cls.dense_type)
         return method
 
     @classmethod
@@ -204,7 +182,7 @@ class FactorizedLayer(Merging):
         plan: PlanChoice = "auto",
         *,
         init: Fill = "decompose",
-        shared: nn.ParameterDict | None = None,
+        factors: nn.ParameterDict | None = None,
         fit: Fit | None = None,
     ) -> Self:
         """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
@@ -214,7 +192,7 @@ class FactorizedLayer(Merging):
             spec: what it becomes.
             plan: how it is computed.
             init: "decompose" for the closest weight, "random" to train from scratch, "empty" where a state dict follows.
-            shared: the parameters of the generator that makes this layer and others, instead of its own.
+            factors: the parameters that make this layer and others, instead of its own.
             fit: what the method makes of the weight, where that is known.
 
         Raises:
@@ -225,23 +203,25 @@ class FactorizedLayer(Merging):
         assert isinstance(weight, Tensor)
         if spec.geometry != Geometry.of(dense) or own is not type(spec.method):
             raise UserError(f"{spec} is not of this layer: {cls.__name__} in place of {dense}")
-        if shared is None and isinstance(spec.method.joint, Slice):
-            spec = LayerSpec(spec.geometry, spec.method.with_joint(""))  # converted alone it has parameters of its own
-        undrawn = shared is not None or init == "empty"
+        method = spec.method if factors else spec.method.alone()
+        undrawn = factors is not None or init == "empty"
         device = "meta" if undrawn else weight.device
-        named = {field.name: getattr(spec.method, field.name) for field in fields(spec.method)}
-        options = named if hasattr(cls, "method") else {"method": spec.method}
+        named = {field.name: getattr(method, field.name) for field in fields(method)}
+        options = named if hasattr(cls, "method") else {"method": method}
         make: Callable[..., Self] = cls
         layer = make(**arguments(dense), device=device, dtype=weight.dtype, plan=plan, **options)
         if undrawn:
             layer.to_empty(device=weight.device)
-            if shared is not None:
-                layer.factors = shared
+            if factors is not None:
+                layer.factors = factors
             layer.set_plan(plan)  # on the device where it will run
             if init != "empty":
                 layer._reset_bias()
         if init == "decompose":
-            layer.decomposition_error = layer._decompose(weight, fit) if shared is None else layer._error(weight)
+            if factors is None:
+                layer.decomposition_error = layer._decompose(weight, fit)
+            else:
+                layer.decomposition_error = relative_error(weight, layer._precise_weight())
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -256,9 +236,6 @@ class FactorizedLayer(Merging):
         for name, factor in self.factors.items():
             _copy(factor, fitted[name])
         return error
-
-    def _error(self, weight: Tensor) -> float:
-        return relative_error(weight, self._precise_weight())
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
@@ -298,17 +275,16 @@ class FactorizedLayer(Merging):
             ValueError: a rank above the present one, or one that is not valid for the method.
         """
         spec, rank = self.spec, check_rank(rank)
-        if spec.method.joint:
-            raise UserError(f"truncate: the parameters of this layer make other layers too: {spec.method.joint}")
-        wanted, plan, fit = spec, self.plan_choice, None
+        if isinstance(rank, int) and rank <= max(spec.ranks):
+            rank = tuple(min(rank, old) for old in spec.ranks)
+        method, plan, fit = spec.method.with_rank(rank), self.plan_choice, None  # refuses what the method cannot have
         if isinstance(rank, RankRule):
             (choice,) = settle([slot_of(self)], rank, plan)
-            if choice.spec is not None:  # else it is as small as it may be
-                wanted, plan, fit = choice.spec, choice.plan, choice.fit
+            if choice.spec is None:  # it is as small as it may be
+                return 0.0
+            wanted, plan, fit = choice.spec, choice.plan, choice.fit
         else:
-            if isinstance(rank, int) and rank <= max(spec.ranks):
-                rank = tuple(min(rank, old) for old in spec.ranks)
-            wanted = LayerSpec(spec.geometry, spec.method.with_rank(rank))
+            wanted = LayerSpec(spec.geometry, method)
         if any(new > old for new, old in zip(wanted.ranks, spec.ranks, strict=True)):
             raise UserError(
                 f"truncate: rank {wanted.ranks} is above the present {spec.ranks}; a truncation only lowers it"
@@ -322,7 +298,24 @@ class FactorizedLayer(Merging):
         return self._decompose(weight, fit)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _adopt_ranks(self, state_dict, prefix)
+        """Takes on the ranks that the state brings, so that a truncated layer loads into any definition.
+
+        A state that is not this layer's is left to torch's own errors.
+        """
+        start = f"{prefix}factors."
+        shapes = {
+            key.removeprefix(start): tuple(value.shape) for key, value in state_dict.items() if key.startswith(start)
+        }
+        self.decomposition_error = None
+        with suppress(ValueError):
+            found = self.spec.of_parameters(shapes)
+            if found.ranks != self.ranks:
+                self._adopt(found, anew=True, **self._like)
+                warnings.warn(
+                    f"{prefix.rstrip('.') or type(self).__name__}: rank {found.ranks} adopted from the loaded state; "
+                    "an optimizer made before holds the old factors: make it anew",
+                    stacklevel=2,
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -378,35 +371,6 @@ def slot_of(
     return Slot(geometry, method, None if flat else weight, like["dtype"], like["device"].type, calls, present)
 
 
-def exact_dense(layer: FactorizedLayer) -> nn.Module:
-    """A dense layer with the weight that the factors make in float64: in their own dtype it would be rounded once more."""
-    dense, weight = layer.to_dense(), layer._precise_weight()
-    dense.to(device=weight.device, dtype=weight.dtype)
-    _copy(dense.weight, weight)
-    return dense
-
-
 def _copy(target: Any, source: Any) -> None:
     with torch.no_grad():
         target.copy_(source)
-
-
-def _adopt_ranks(layer: FactorizedLayer, state: dict[str, Any], prefix: str) -> None:
-    """Before a load: takes on the ranks that the state brings, so that a truncated layer loads into any definition.
-
-    A state that is not this layer's is left to torch's own errors.
-    """
-    start = f"{prefix}factors."
-    shapes = {key.removeprefix(start): tuple(value.shape) for key, value in state.items() if key.startswith(start)}
-    layer.decomposition_error = None
-    if layer.spec.method.joint:
-        return
-    with suppress(ValueError):
-        found = layer.spec.of_parameters(shapes)
-        if found.ranks != layer.ranks:
-            layer._adopt(found, anew=True, **layer._like)
-            warnings.warn(
-                f"{prefix.rstrip('.') or type(layer).__name__}: rank {found.ranks} adopted from the loaded state; "
-                "an optimizer made before holds the old factors: make it anew",
-                stacklevel=2,
-            )

@@ -1,61 +1,126 @@
-"""Layers whose parameters are those of one generator: all their weights, one after the other, are that of one linear layer."""
+"""One generator for several layers: all their weights, one after the other, are that of one linear layer.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+A method that allows it has an option `joint`: in a rule a name, which joins all the layers that the rule takes, and once the
+rule is resolved the layer's `Slice` of what the generator makes. Such layers hold one and the same `factors`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnlayers.budget import Choice
-from tnlayers.errors import UserError
+from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, Fill
 from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import precise
-from tnlayers.method import Factorization, Slice
+from tnlayers.method import Factorization
 from tnlayers.spec import LayerSpec
 
-__all__ = ["convert_together", "named_apart"]
+__all__ = ["Slice", "convert_joined", "entries_made", "generator_of", "generators", "join", "named_apart"]
 
 
-def convert_together(
+@dataclass(frozen=True)
+class Slice:
+    """What a layer takes of a generator that several share: `scale` times its entries from `offset` on, out of `total`.
+
+    The scale is 1 / sqrt(fan-in), so that equal entries mean equal weights for every layer, whatever its width.
+
+    Raises:
+        ValueError: values of another type, or out of range.
+    """
+
+    name: str
+    offset: int
+    total: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        counts = type(self.offset) is int and type(self.total) is int and 0 <= self.offset < self.total
+        scaled = isinstance(self.scale, (int, float)) and 0 < self.scale <= 1
+        if not (isinstance(self.name, str) and self.name and counts and scaled):
+            raise UserError(f"{self}: expected a name, 0 <= offset < total in ints, and a scale above 0 and at most 1")
+
+
+def join(method: Factorization, geometries: Sequence[Geometry]) -> list[Factorization]:
+    """Returns the method of each layer that a rule takes: its slice of the generator where the rule joins them."""
+    name: Any = getattr(method, "joint", "")
+    if not name or isinstance(name, Slice):
+        return [method] * len(geometries)
+    ends = list(accumulate(geometry.params for geometry in geometries))
+    return [
+        replace(method, joint=Slice(name, end - own.params, ends[-1], max(own.fan_in, 1) ** -0.5))  # type: ignore[call-arg]
+        for end, own in zip(ends, geometries, strict=True)
+    ]
+
+
+def generator_of(method: Factorization) -> str:
+    """Returns the name of the generator that makes a layer and others; an empty one for a layer with its own parameters."""
+    joint = getattr(method, "joint", "")
+    return joint.name if isinstance(joint, Slice) else ""
+
+
+def generators(methods: Iterable[Factorization]) -> set[str]:
+    """Returns the names of the generators of some layers."""
+    return set(map(generator_of, methods)) - {""}
+
+
+def entries_made(spec: LayerSpec) -> int:
+    """Returns how many entries of dense weights the parameters of a layer make, its own or those of its generator."""
+    return _slice(spec.method).total if generator_of(spec.method) else spec.geometry.params
+
+
+def convert_joined(
     layers: Mapping[str, nn.Module], choices: Mapping[str, Choice], init: Fill, limit: int
 ) -> dict[str, FactorizedLayer]:
-    """The layers in place of dense ones, by name; they share one `factors`.
+    """Returns the layers that generators make, in place of dense ones, by name; those of one generator share its `factors`.
 
     Args:
         layers: name -> the dense layer; it is not changed.
-        choices: name -> what becomes of it; its method has a slice.
-        init: "decompose" fits all the weights together.
-        limit: how many entries the generator may make at most; a file must not ask for all memory.
+        choices: name -> what becomes of it; layers with parameters of their own are left out.
+        init: what the generators start with; "decompose" fits all the weights of one together.
+        limit: how many entries a generator may make at most; a file must not ask for all memory.
 
     Raises:
         ValueError: layers that cannot have one generator, or slices that do not go together.
     """
     specs = {name: choice.spec for name, choice in choices.items() if choice.spec}
-    methods = {name: spec.method for name, spec in specs.items()}
-    names = sorted(methods, key=lambda name: _slice(methods[name]).offset)
-    slices, weights = [_slice(methods[name]) for name in names], [_weight(layers[name]) for name in names]
-    alone, *others = (methods[name].with_joint("") for name in names)
-    if any(other != alone for other in others) or len({own.total for own in slices}) > 1:
+    made: dict[str, FactorizedLayer] = {}
+    for generator in sorted(generators(spec.method for spec in specs.values())):
+        own = {name: spec for name, spec in specs.items() if generator_of(spec.method) == generator}
+        with about(f"joint {generator!r} of {', '.join(own)}"):
+            factors = _generator(layers, own, init, limit).factors
+            for name, spec in own.items():
+                kind, plan = layer_type(spec.method, type(layers[name])), choices[name].plan
+                made[name] = kind.from_spec(layers[name], spec, plan, init=init, factors=factors)
+    return made
+
+
+def _generator(
+    layers: Mapping[str, nn.Module], specs: Mapping[str, LayerSpec], init: Fill, limit: int
+) -> FactorizedLayer:
+    """Returns the linear layer whose weight is that of all the layers, one after the other."""
+    slices = {name: _slice(spec.method) for name, spec in specs.items()}
+    names = sorted(slices, key=lambda name: slices[name].offset)
+    weights = {name: _weight(layers[name]) for name in names}
+    alone, *others = (spec.method.alone() for spec in specs.values())
+    if any(other != alone for other in others) or len({own.total for own in slices.values()}) > 1:
         raise UserError("layers of one generator need the same rank, options and total; put them under one rule")
-    _check(weights, slices, whole=init == "decompose")
-    first, total = weights[0], slices[0].total
+    _check([weights[name] for name in names], [slices[name] for name in names], whole=init == "decompose")
+    first, total = weights[names[0]], slices[names[0]].total
     if total > limit:
         raise UserError(f"the generator would make {total} entries; the model has {limit} parameters")
     linear = nn.utils.skip_init(nn.Linear, 1, total, bias=False, dtype=first.dtype, device=first.device)
     linear.requires_grad_(first.requires_grad)
     if init == "decompose":
-        parts = [precise(weight).flatten() / own.scale for weight, own in zip(weights, slices, strict=True)]
+        parts = [precise(weights[name]).flatten() / slices[name].scale for name in names]
         with torch.no_grad():
             linear.weight.copy_(torch.cat(parts).unsqueeze(1))
-    whole = layer_type(alone, linear).from_spec(linear, LayerSpec(Geometry.of(linear), alone), init=init)
-    return {
-        name: layer_type(alone, layers[name]).from_spec(
-            layers[name], specs[name], choices[name].plan, init=init, shared=whole.factors
-        )
-        for name in names
-    }
+    return layer_type(alone, nn.Linear).from_spec(linear, LayerSpec(Geometry.of(linear), alone), init=init)
 
 
 def _check(weights: Sequence[Tensor], slices: Sequence[Slice], *, whole: bool) -> None:
@@ -70,18 +135,16 @@ def _check(weights: Sequence[Tensor], slices: Sequence[Slice], *, whole: bool) -
 
 
 def named_apart(layers: Mapping[str, FactorizedLayer]) -> dict[str, Factorization]:
-    """The layers' methods; generators of the same name that are not the same one (in a copied block) get names of their own."""
+    """Returns the layers' methods; a generator of a copied block, which is not the one that was copied, gets its own name."""
     taken: dict[int, str] = {}
-    methods = {}
+    methods: dict[str, Factorization] = {}
     for name, layer in layers.items():
-        method, generator = layer.spec.method, id(layer.factors)
-        if isinstance(method.joint, Slice):
-            if generator not in taken:
-                given = method.joint.name
+        methods[name] = method = layer.spec.method
+        if given := generator_of(method):
+            if id(layer.factors) not in taken:
                 free = (given, *(f"{given} {copy}" for copy in range(2, len(taken) + 2)))
-                taken[generator] = next(one for one in free if one not in taken.values())
-            method = method.with_joint(replace(method.joint, name=taken[generator]))
-        methods[name] = method
+                taken[id(layer.factors)] = next(one for one in free if one not in taken.values())
+            methods[name] = replace(method, joint=replace(_slice(method), name=taken[id(layer.factors)]))  # type: ignore[call-arg]
     return methods
 
 
@@ -91,5 +154,4 @@ def _weight(dense: nn.Module) -> Tensor:
 
 
 def _slice(method: Factorization) -> Slice:
-    assert isinstance(method.joint, Slice)
-    return method.joint
+    return method.joint  # type: ignore[attr-defined]

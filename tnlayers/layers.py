@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers.factorized import FactorizedLayer, UnsupportedLayer
+from tnlayers.factorized import FactorizedLayer
 from tnlayers.method import Factorization
 from tnlayers.plan import PlanChoice
 
@@ -91,16 +91,16 @@ class FactorizedLinear(FactorizedLayer):
         return rows.reshape(*input.shape[:-1], self.out_features)
 
 
-def layer_type(method: Factorization, dense: nn.Module) -> type[FactorizedLayer]:
-    """The layer of a method in this dense one's place: that which names the method, else the one for all methods.
+def layer_type(method: Factorization, dense_type: type[nn.Module]) -> type[FactorizedLayer]:
+    """Returns the layer of a method in place of a torch layer: that which names the method, else the one for all methods.
 
     Raises:
         UnsupportedLayer: the method replaces no such layers.
     """
-    kind = type(dense)
-    waiting = [base for base in (FactorizedConv2d, FactorizedLinear) if base.dense_type is kind]
-    if not waiting or kind.__name__ not in method.replaces:
-        raise UnsupportedLayer(f"{type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind.__name__}")
+    method.check_replaces(dense_type)
+    waiting: list[type[FactorizedLayer]] = [
+        base for base in (FactorizedConv2d, FactorizedLinear) if base.dense_type is dense_type
+    ]
     for layer in waiting:
         if getattr(layer, "method", None) is type(method):
             return layer

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from tnlayers.errors import UserError
+from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.linalg import (
     check_finite,
     decomposing,
@@ -33,35 +33,13 @@ from tnlayers.linalg import (
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
-__all__ = ["Factorization", "Slice", "known_methods"]
+__all__ = ["Factorization", "known_methods"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_OPEN = {"rank", "joint", "replaces", "source", "per_group"}
+_OPEN = {"rank", "replaces", "source", "per_group"}
 """What a method may state of itself."""
 _UNBOUNDED = 1 << 40  # larger than any mode; `Network.clamp` brings it down to the attainable rank
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What a layer takes of a generator that several share: `scale` times its entries from `offset` on, out of `total`.
-
-    The scale is 1 / sqrt(fan-in), so that equal entries mean equal weights for every layer, whatever its width.
-
-    Raises:
-        ValueError: values of another type, or out of range.
-    """
-
-    name: str
-    offset: int
-    total: int
-    scale: float
-
-    def __post_init__(self) -> None:
-        counts = type(self.offset) is int and type(self.total) is int and 0 <= self.offset < self.total
-        scaled = isinstance(self.scale, (int, float)) and 0 < self.scale <= 1
-        if not (isinstance(self.name, str) and self.name and counts and scaled):
-            raise UserError(f"{self}: expected a name, 0 <= offset < total in ints, and a scale above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -162,6 +140,16 @@ class Factorization(ABC):
     def with_rank(self, rank: Rank) -> Self:
         return replace(self, rank=rank)
 
+    def check_replaces(self, dense_type: type) -> None:
+        """Refuses a layer of another kind than the method is for.
+
+        Raises:
+            UnsupportedLayer: the torch layer is none that the method replaces.
+        """
+        if dense_type.__name__ not in self.replaces:
+            replaced = " and ".join(self.replaces)
+            raise UnsupportedLayer(f"{type(self).__name__} replaces {replaced}, not {dense_type.__name__}")
+
     def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
         """Ranks -> the squared relative error of truncating the weight to them; never below the error of the best fit.
 
@@ -228,12 +216,8 @@ class Factorization(ABC):
 
     # ---- parameters: the factors themselves, unless a method generates those
 
-    @property
-    def joint(self) -> "str | Slice":
-        """What joins the parameters of several layers: a name, and once that is resolved the layer's slice; empty for none."""
-        return ""
-
-    def with_joint(self, joint: "str | Slice") -> Self:
+    def alone(self) -> Self:
+        """Returns the method for a layer whose parameters make no other layers; see `tnlayers.joint`."""
         return self
 
     def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:

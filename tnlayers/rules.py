@@ -7,12 +7,12 @@ edited, saved and applied again. The plain form names methods that the program h
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from tnlayers.errors import UserError, about
-from tnlayers.method import Factorization, Slice, known_methods
+from tnlayers.method import Factorization, known_methods
 from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
 
@@ -142,7 +142,7 @@ def rank_from_text(value: Any) -> Rank:
 def _plain(value: Any) -> Any:
     if isinstance(value, RankRule):
         return str(value)
-    if isinstance(value, Slice):
+    if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 

@@ -71,7 +71,7 @@ def adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, t
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for start, layer in factor_keys(model).items():
         given = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if layer.spec.method.joint or not all(map(_holds_numbers, given.values())):
+        if not all(map(_holds_numbers, given.values())):
             continue
         shapes = {key: tuple(value.shape) for key, value in given.items()}
         with suppress(ValueError):
@@ -136,11 +136,15 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
 
 def _dense(layer: nn.Module) -> dict[str, Any]:
     """The type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
-    dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
+    dense_type = _dense_type(layer)
     if dense_type not in (nn.Conv2d, nn.Linear):
         return {}
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments(layer).items()}
     return {"type": dense_type.__name__} | given
+
+
+def _dense_type(layer: nn.Module) -> type[nn.Module]:
+    return layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
 
 
 def _geometry(layer: nn.Module) -> Geometry:
@@ -160,10 +164,10 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
 
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
     """What a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
-    method, kind, geometry = rule.factorization, _dense(layer)["type"], _geometry(layer)
+    method, geometry = rule.factorization, _geometry(layer)
     assert method is not None
-    if kind not in method.replaces:
-        raise UserError(f"{rule.pattern}: {type(method).__name__} replaces {' and '.join(method.replaces)}, not {kind}")
+    with about(rule.pattern):
+        method.check_replaces(_dense_type(layer))
     shape, ranks = geometry.weight_shape, method.rank
     attained = method.max_ranks(shape)
     if not isinstance(ranks, tuple) or len(ranks) != len(attained) or method.clamp(shape, ranks) != ranks:

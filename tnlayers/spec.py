@@ -36,7 +36,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         attained = self.method.ranks(self.geometry.weight_shape)
         if attained != self.method.rank:
-            object.__setattr__(self, "method", self.method.with_rank(attained))
+            object.__setattr__(self, "method", replace(self.method, rank=attained))
 
     @property
     def ranks(self) -> Ranks:

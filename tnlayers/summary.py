@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
+from tnlayers.joint import generator_of
 from tnlayers.linalg import relative_error
 from tnlayers.markdown import markdown_table
-from tnlayers.method import Slice
 from tnlayers.rules import Rule
 from tnlayers.surgery import to_dense
 from tnlayers.tracing import Example, calls_of, countable_layers, evaluating, layer_inputs
@@ -220,8 +220,8 @@ def _layer(
         dense = factorized.to_dense()
         with evaluating(layer), evaluating(dense):
             dense_seconds, seconds = _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], inputs[0].device)
-    if factorized and isinstance(joint := factorized.spec.method.joint, Slice):
-        note = f"made by generator {joint.name!r}, whose parameters count once"
+    if factorized and (generator := generator_of(factorized.spec.method)):
+        note = f"made by generator {generator!r}, whose parameters count once"
     return LayerSummary(
         name=name,
         method=type(factorized.spec.method).__name__ if factorized else "dense",

@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -11,13 +11,12 @@ from tnlayers.budget import Choice, settle
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
 from tnlayers.geometry import Call, Geometry
-from tnlayers.joint import convert_together, named_apart
+from tnlayers.joint import convert_joined, entries_made, generators, join, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
-from tnlayers.method import Factorization, Slice
+from tnlayers.method import Factorization
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
-from tnlayers.spec import LayerSpec
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = [
@@ -83,11 +82,11 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
             with about(name):
                 check_finite(layer.weight)
         with about(f"rule {rule.pattern!r}"):
-            resolved |= _settled(rule, layers, calls, flat=init == "random")
+            resolved |= _choices(rule, layers, calls, flat=init == "random")
     return {name: resolved[name] for name in dense if name in resolved}
 
 
-def _settled(
+def _choices(
     rule: Rule, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
 ) -> dict[str, Choice]:
     """What becomes of the layers that one rule takes."""
@@ -102,26 +101,20 @@ def _settled(
         raise UserError(
             f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
         )
-    slots = [slot_of(layer, method, calls.get(name), flat=flat) for name, layer in layers.items()]
+    methods = join(method, [Geometry.of(layer) for layer in layers.values()])
+    slots = [
+        slot_of(layer, own, calls.get(name), flat=flat)
+        for (name, layer), own in zip(layers.items(), methods, strict=True)
+    ]
     choices = dict(zip(layers, settle(slots, method.rank, rule.plan), strict=True))
-    for name, choice in choices.items():
-        if choice.spec and isinstance(method.rank, (int, tuple)):
-            _warn_if_larger(name, choice.spec)
+    for name, choice in choices.items() if isinstance(method.rank, (int, tuple)) else ():
+        if (spec := choice.spec) and spec.params >= (entries := entries_made(spec)):
+            warnings.warn(
+                f"{name}: {type(method).__name__} of rank {spec.ranks} has {spec.params} parameters and the dense weight "
+                f"{entries}; lower the rank or leave the layer dense",
+                stacklevel=4,
+            )
     return choices
-
-
-def _warn_if_larger(name: str, spec: LayerSpec) -> None:
-    joint, replaced = spec.method.joint, spec.geometry.params
-    if isinstance(joint, Slice):
-        if joint.offset:
-            return
-        replaced = joint.total
-    if spec.params >= replaced:
-        warnings.warn(
-            f"{name}: {type(spec.method).__name__} of rank {spec.ranks} has {spec.params} parameters and the dense weight "
-            f"{replaced}; lower the rank or leave the layer dense",
-            stacklevel=5,
-        )
 
 
 def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
@@ -208,16 +201,12 @@ def tensorize(
     """
     chosen = {name: choice for name, choice in _resolved(model, rules, example_input, init).items() if choice.spec}
     new = [choice.spec.method for choice in chosen.values() if choice.spec]
-    for name in _generators(methods_of(model).values()) & _generators(new):
+    for name in generators(methods_of(model).values()) & generators(new):
         raise UserError(f"joint {name!r}: the model has a generator of this name; choose another")
     layers = {name: model.get_submodule(name) for name in chosen}
     limit = sum(parameter.numel() for parameter in model.parameters())
     made = factorize(layers, chosen, init, limit)
     return replace_layers(model, {layers[name]: made[name] for name in made})
-
-
-def _generators(methods: Iterable[Factorization]) -> set[str]:
-    return {method.joint.name for method in methods if isinstance(method.joint, Slice)}
 
 
 def factorize(
@@ -234,20 +223,12 @@ def factorize(
     Raises:
         ValueError: a method that does not fit its layer.
     """
-    made: dict[str, FactorizedLayer] = {}
-    joined: dict[str, dict[str, Choice]] = {}
+    made = convert_joined(layers, choices, init, limit)
     for name, choice in choices.items():
-        assert choice.spec is not None
-        method = choice.spec.method
-        if isinstance(method.joint, Slice):
-            joined.setdefault(method.joint.name, {})[name] = choice
-        else:
+        if name not in made and (spec := choice.spec):
             with about(name):
-                kind = layer_type(method, layers[name])
-                made[name] = kind.from_spec(layers[name], choice.spec, choice.plan, init=init, fit=choice.fit)
-    for name, together in joined.items():
-        with about(f"joint {name!r} of {', '.join(together)}"):
-            made |= convert_together(layers, together, init, limit)
+                kind = layer_type(spec.method, type(layers[name]))
+                made[name] = kind.from_spec(layers[name], spec, choice.plan, init=init, fit=choice.fit)
     return made
 
 

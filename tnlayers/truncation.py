@@ -92,7 +92,7 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
             errors[rule.pattern] = layer.truncate(method.rank)
             layer.set_plan(rule.plan)
         else:
-            new = layer_type(method, layer).from_spec(layer, LayerSpec(Geometry.of(layer), method), rule.plan)
+            new = layer_type(method, type(layer)).from_spec(layer, LayerSpec(Geometry.of(layer), method), rule.plan)
             replace_layers(model, {layer: new})
             errors[rule.pattern] = new.decomposition_error or 0.0
     return errors
@@ -154,8 +154,6 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 
 
 def _check(slot: Slot, rank: Rank) -> None:
-    if slot.method.joint:
-        raise UserError("its parameters make other layers too")
     slot.method.with_rank(rank)
     if isinstance(rank, (tuple, list)) and slot.present and len(rank) != len(slot.present[0].ranks):
         raise UserError(f"rank {rank!r} has {len(rank)} entries; the layer has {slot.present[0].ranks}")

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnlayers.errors import UserError
+from tnlayers.joint import Slice
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.linalg import relative_error
-from tnlayers.method import Factorization, Shapes, Slice
+from tnlayers.method import Factorization, Shapes
 from tnlayers.network import Indices, Network
-from tnlayers.ranks import RankRule, Ranks
+from tnlayers.ranks import Rank, RankRule, Ranks
 
 __all__ = ["ADTN", "ADTNConv2d", "ADTNLinear", "num_effective"]
 
@@ -98,8 +99,18 @@ class ADTN(Factorization):
     def formula(self, weight_shape: tuple[int, ...]) -> str:
         return "leading entries of L_M s( ... s(L_1 (v x ... x v)))"
 
-    def with_joint(self, joint: str | Slice) -> Self:
-        return replace(self, joint=joint)
+    def ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
+        if self.joint and isinstance(self.joint, str):
+            raise UserError(f"joint {self.joint!r} joins the layers of one rule; a layer by itself has none")
+        return super().ranks(weight_shape)
+
+    def with_rank(self, rank: Rank) -> Self:
+        if self.joint:
+            raise UserError("its parameters make other layers too")
+        return super().with_rank(rank)
+
+    def alone(self) -> Self:
+        return replace(self, joint="")
 
     def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:
         """One (Q - 1, 2, 2, 2, 2) tensor for each TN layer: its gates, first column first, with indices (out, out, in, in).
@@ -145,8 +156,6 @@ class ADTN(Factorization):
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; always the same start."""
-        if self.joint:
-            raise UserError(f"{self.joint} is a part of what a generator makes; fit the whole, with_joint('')")
         with torch.inference_mode(False), torch.enable_grad():
             return self._fit(weight.flatten().clone(), ranks)
 
