@@ -1,28 +1,31 @@
-"""The commands that need no configuration: quickstart, report, export and methods."""
+"""The commands that need no configuration: quickstart, report, export, methods and configs."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import jsonargparse
-import torch
 from rich.console import Console
 
+from lightning_modules.console import say
 from tnlayers.errors import UserError
 
-__all__ = ["export", "methods", "quickstart", "report", "run"]
+__all__ = ["configs", "export", "methods", "quickstart", "report", "run"]
 
 
 def run(arguments: list[str]) -> int:
     """Parses and runs one of them; returns the exit code."""
     commands: dict[str, Callable[..., None]] = {
-        command.__name__: command for command in (quickstart, report, export, methods)
+        command.__name__: command for command in (quickstart, report, export, methods, configs)
     }
     name, *rest = arguments
     parser = jsonargparse.ArgumentParser(
         prog=f"tnlayers {name}", exit_on_error=False, allow_abbrev=False, description=commands[name].__doc__
     )
-    parser.add_function_arguments(commands[name], as_positional=True)
+    if name == "configs":
+        parser.add_argument("name", nargs="?", help="which one to print, such as experiment/digits")
+    else:
+        parser.add_function_arguments(commands[name], as_positional=True)
     commands[name](**vars(parser.parse_args(rest)))
     return 0
 
@@ -46,6 +49,20 @@ def methods() -> None:
     print(methods_table())
 
 
+def configs(name: str | None = None) -> None:
+    """Lists the configurations that come with the package, for -c in other commands, or prints one."""
+    from lightning_modules.shipped_configs import config_names, config_path, description
+
+    if name is not None:
+        print(config_path(name).read_text(encoding="utf-8"), end="")
+        return
+    kind = ""
+    for each in config_names():
+        if kind != (kind := each.partition("/")[0]):
+            say(f"{kind}:")
+        say(f"  {each:40} {description(each)}")
+
+
 def report(checkpoint: str, dense: str | None = None, out: str | None = None, batch: int = 128) -> None:
     """Prints the per-layer table of a checkpoint that fit or compress wrote.
 
@@ -56,6 +73,8 @@ def report(checkpoint: str, dense: str | None = None, out: str | None = None, ba
         batch: pictures in the batch that is timed.
     """
     import copy
+
+    import torch
 
     from lightning_modules.classifier import load_net
     from lightning_modules.folders import whole_folder

@@ -59,7 +59,7 @@ def compress(
     loaded = model.load(checkpoint)
     if not model.rules:
         raise UserError(
-            "compress has no rules, and would change nothing: give some, such as -c configs/rules/tucker.yaml or "
+            "compress has no rules, and would change nothing: give some, such as -c rules/tucker or "
             "--model.rules '[{pattern: \"*\", method: Tucker, rank: MacsKept(0.5)}]'"
         )
     stage = "before" if rules_of(model.net) else "dense"

@@ -20,6 +20,7 @@ _HARMLESS = (
     ".*is smaller than the logging interval.*",  # metrics are logged by epoch
     "You requested to overfit",  # Lightning's words on samplers that are not its own
     "It is recommended to use `self.log.'(compress/|train/lr)",  # the same in every process
+    "LightningCLI's args parameter",  # which names of configurations have become paths in
     "The dirpath has changed from",  # a test of a checkpoint writes none
     "Checkpoint directory .* exists and is not empty",
 )

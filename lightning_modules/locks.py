@@ -34,7 +34,9 @@ def try_lock(path: Path) -> Iterator[IO[str] | None]:
         except OSError:  # a file system without locks
             locked = True
         if locked and hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=file.close)  # the workers that load data outlive a killed process by seconds
+            os.register_at_fork(
+                after_in_child=file.close
+            )  # the workers that load data outlive a killed process by seconds
         yield file if locked else None
 
 

@@ -29,7 +29,7 @@ class Variant:
 class Experiment:
     """
     Attributes:
-        name: of configs/experiment/<name>.yaml, and of the folder of the results.
+        name: what the configuration experiment/<name> and the folder of the results are called.
         data: which pictures, in words.
         variants: what is compared.
     """
@@ -40,7 +40,7 @@ class Experiment:
 
     @property
     def config(self) -> str:
-        return f"configs/experiment/{self.name}.yaml"
+        return f"experiment/{self.name}"
 
     def runs(self) -> list[tuple[Variant, int]]:
         """Variants and seeds, the most telling first: seed 0 of all, from those with the most seeds on."""
@@ -71,7 +71,7 @@ def _garipov(name: str, method: dict[str, Any], kept: float) -> Variant:
     return Variant(name, _rules({"pattern": "conv1_1", "method": "dense"}, *rules))
 
 
-_TAI_CNN = ("-c", "configs/rules/tai_cnn_lowrank.yaml")
+_TAI_CNN = ("-c", "rules/tai_cnn_lowrank")
 
 
 def _tai_cnn_pair(how: str = "", *options: str, seeds: int = 1) -> tuple[Variant, Variant]:
@@ -88,10 +88,15 @@ def _rate(rate: float) -> tuple[str, ...]:
     return ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", str(rate))
 
 
+_TRAINED = "runs/results/vgg16_cifar/dense_seed0/fit/vgg16_cifar/version_0/checkpoints/last.ckpt"
+_TRAINED_FEATURES = ("--model.init_from", _TRAINED)
+
+
 def _heads(name: str, rules: Sequence[dict[str, Any]], frozen: Sequence[str] = ()) -> Variant:
     """fc1 and fc2 by these rules; `frozen` are left untrained beside the features."""
     freeze = {"class_path": "lightning_modules.callbacks.Freeze", "init_args": {"patterns": ["features", *frozen]}}
-    return Variant(name, (*_rules(*rules), *(("--trainer.callbacks", json.dumps([freeze])) if frozen else ())))
+    callbacks = ("--trainer.callbacks", json.dumps([freeze])) if frozen else ()
+    return Variant(name, (*_TRAINED_FEATURES, *_rules(*rules), *callbacks))
 
 
 def _adtn(depth: int, activation: str = "leaky_relu") -> list[dict[str, Any]]:
@@ -144,7 +149,7 @@ EXPERIMENTS = {
         Experiment(
             "tai_nin",
             CIFAR10_JPEG,
-            (Variant("dense"), Variant("low rank", ("-c", "configs/rules/tai_nin_lowrank.yaml"))),
+            (Variant("dense"), Variant("low rank", ("-c", "rules/tai_nin_lowrank"))),
         ),
         Experiment(
             "garipov_conv",
@@ -161,8 +166,8 @@ EXPERIMENTS = {
             CIFAR10_JPEG,
             (
                 Variant("dense"),
-                Variant("TT-conv, TT-FC", ("-c", "configs/rules/garipov_conv_fc_tt.yaml")),
-                Variant("TT-conv, TT-FC, smaller", ("-c", "configs/rules/garipov_conv_fc_tt_small.yaml")),
+                Variant("TT-conv, TT-FC", ("-c", "rules/garipov_conv_fc_tt")),
+                Variant("TT-conv, TT-FC, smaller", ("-c", "rules/garipov_conv_fc_tt_small")),
             ),
         ),
         Experiment("vgg16_cifar", CIFAR10_JPEG, (Variant("dense"),)),
@@ -171,7 +176,7 @@ EXPERIMENTS = {
             CIFAR10_JPEG,
             (
                 # Trained weights, which the others' learning rate would throw away.
-                Variant("dense", ("--model.optimizer.lr", "0.0005")),
+                Variant("dense", (*_TRAINED_FEATURES, "--model.optimizer.lr", "0.0005")),
                 _heads("ADTN depth 1", _adtn(1)),
                 _heads("ADTN depth 1, random and frozen", _adtn(1), frozen=("fc1", "fc2")),
                 _heads("MPS of bond 4", _BOND4),

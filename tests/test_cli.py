@@ -26,7 +26,19 @@ from tests.odd_commands import broken_law, draw
 from tests.processes import HANGING
 from tnlayers import methods_table
 
-COMMANDS = ["quickstart", "compress", "study", "fit", "test", "validate", "predict", "report", "export", "methods"]
+COMMANDS = [
+    "quickstart",
+    "compress",
+    "study",
+    "fit",
+    "test",
+    "validate",
+    "predict",
+    "report",
+    "export",
+    "methods",
+    "configs",
+]
 
 # ---- help
 
@@ -94,13 +106,16 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("no checkpoint", [*COMPRESS, "--checkpoint", "@none.ckpt"], ["no checkpoint at @none.ckpt", ".safetensors"]),
     ("no teacher", ["fit", *DIGITS, *SMALL, "--trainer.max_epochs", "1", "--model.teacher", "@none.ckpt"],
      ["no checkpoint at @none.ckpt"]),
-    ("no rules", [*COMPRESS, "--checkpoint", "@dense.ckpt"], ["compress has no rules", "configs/rules/tucker.yaml"]),
+    ("no rules", [*COMPRESS, "--checkpoint", "@dense.ckpt"], ["compress has no rules", "-c rules/tucker"]),
     ("used out", ["compress", *DIGITS, *SMALL, "--checkpoint", "@dense.ckpt", "--out", "@pictures"],
      ["@pictures", "already holds", "--out"]),
     ("no data", [*FOLDERS, "--data.root", "@none"], ["@none/train", "--data.root", "train/ and test/"]),
     ("no classes", [*FOLDERS, "--data.root", "@classless"], ["@classless/train", "one per class"]),
     ("broken picture", [*FOLDERS, "--data.root", "@pictures"], ["@pictures/test/b/1.png", "replace it or delete it"]),
     ("no config", ["fit", "-c", "@none.yaml"], ["@none.yaml"]),
+    ("misspelt config", ["fit", "-c", "experiment/digit"], ["'experiment/digit'", "did you mean 'experiment/digits'"]),
+    ("config's name alone", ["fit", "--config=tucker"], ["'tucker'", "did you mean 'rules/tucker'"]),
+    ("strange config", ["configs", "xyzzy"], ["'xyzzy'", "tnlayers configs"]),
     ("broken YAML", ["fit", "-c", "@broken.yaml"], ["@broken.yaml", "line 2"]),
     ("foreign ckpt_path", [*VALIDATE, "--ckpt_path", "@other.ckpt"], ["@other.ckpt", "--model.init_from"]),
     ("bare ckpt_path", [*VALIDATE, "--ckpt_path", "@bare.ckpt"], ["@bare.ckpt", "--model.init_from"]),
@@ -499,7 +514,7 @@ class Particular(Callback):
 # A name that is taken away from a line of ours, and the options with which a command comes to it.
 BUGS: list[tuple[str, list[str]]] = [
     ("lightning_modules.classifier.build_net", []),
-    ("lightning_modules.lightning_cli.keeps_whole_parameters", []),
+    ("lightning_modules.trainer.keeps_whole_parameters", []),
     ("lightning_modules.nets.resnet_cifar.F", ["--model.net", "resnet20"]),
     ("lightning_modules.nets.cnn4.nn", ["--model.net_options", "{hidden: 3}"]),
     ("lightning_modules.loggers.CSVLogger.__init__", ["-c", str(CONFIGS / "logger/csv.yaml")]),

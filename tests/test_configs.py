@@ -1,5 +1,6 @@
 """Every YAML file under configs/ parses, and every rule in one finds its layers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,46 @@ def test_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tnlayers("fit", "-c", digits, "-c", path, "--print_config")
     assert exit_.value.code == 0
     assert is_part(content(path), yaml.safe_load(capsys.readouterr().out))
+
+
+def test_found_by_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of the user's comes first."""
+    monkeypatch.chdir(tmp_path)
+    named = ["-c", "data/digits.yaml", "--config=net/resnet20"]
+    for batch_size in (64, 7):
+        with pytest.raises(SystemExit) as exit_:
+            tnlayers("fit", *named, "--print_config")
+        assert exit_.value.code == 0
+        found = yaml.safe_load(capsys.readouterr().out)
+        assert (found["data"]["init_args"]["batch_size"], found["model"]["net"]) == (batch_size, "resnet20")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data/digits.yaml").write_text(
+            (CONFIGS / "data/digits.yaml").read_text().replace("batch_size: 64", "batch_size: 7")
+        )
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has a sentence that says what it is for; one alone is printed as it is."""
+    assert tnlayers("configs") == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert named.keys() == {str(path.relative_to(CONFIGS).with_suffix("")) for path in FILES}
+    assert [line for line in lines if not line.startswith("  ")] == [
+        "data:",
+        "experiment:",
+        "logger:",
+        "net:",
+        "rules:",
+    ]
+    assert tnlayers("configs", "experiment/digits") == 0
+    assert capsys.readouterr().out == (CONFIGS / "experiment/digits.yaml").read_text()
+
+
+def test_no_path_of_the_repository_is_in_one() -> None:
+    for path in FILES:
+        assert not re.search(r"configs/|results/|\.\./|runs/\w+/", path.read_text()), path
 
 
 def test_every_file_with_rules_is_a_case() -> None:

@@ -113,12 +113,21 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
         [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=HANGING
     ).stdout
     assert all(part.startswith(str(site)) for part in where.split())
-    done = subprocess.run(
-        [python, "-I", "-m", "lightning_modules.cli", "quickstart", "--out", "run"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=HANGING,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.md").is_file()
+    commands = {
+        "quickstart --out run": "written     run/",
+        "configs": "  experiment/digits ",
+        "configs experiment/digits": "model:\n  net: cnn4\n",
+        "compress -c experiment/digits --checkpoint run/dense.ckpt --out small": "retrain     tnlayers fit -c small/config.yaml",
+    }
+    for command, said in commands.items():
+        done = subprocess.run(
+            [python, "-I", "-m", "lightning_modules.cli", *command.split()],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=HANGING,
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert (tmp_path / "run/report.md").is_file()
+    assert (tmp_path / "small/model.ckpt").is_file()

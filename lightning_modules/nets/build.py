@@ -12,7 +12,6 @@ import torchvision
 from torch import nn
 from torch.func import functional_call
 
-from lightning_modules.errors import is_bug
 from lightning_modules.nets.caffenet import caffenet
 from lightning_modules.nets.cnn4 import CNN4
 from lightning_modules.nets.garipov import garipov_conv, garipov_conv_fc
@@ -64,6 +63,7 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
             "sizes (channels, height, width) and at least one class"
         )
     library, _, model = name.rpartition("/")
+    refused = _refusals(library)
     if library == "torchvision":
         builder = _torchvision_builder(model, input_shape[0])
         arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
@@ -75,20 +75,31 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         arguments = {"num_classes": num_classes, "input_shape": input_shape}
     else:
         raise UserError(_unknown(name, [*NETS, *_torchvision_names()]))
+    accepted = _option_names(builder) - arguments.keys()
+    said = f"its options are {', '.join(sorted(accepted)) or 'none'}"
+    if name in NETS and (unknown := sorted(options.keys() - accepted)):
+        raise UserError(f"net {name!r} does not take the options {unknown}: {said}")
     try:
         net = builder(**arguments, **options)
-    except Exception as error:  # whatever values make a constructor raise
-        if not options or is_bug(error):
+    except refused as error:
+        if not options:
             raise
-        accepted = sorted(_option_names(builder) - arguments.keys()) or ["none"]
-        raise UserError(
-            f"net {name!r} cannot be built with the options {options} ({error}): its options are {', '.join(accepted)}"
-        ) from error
-    _check_reads(net, name, input_shape)
+        raise UserError(f"net {name!r} cannot be built with the options {options} ({error}): {said}") from error
+    _check_reads(net, name, input_shape, refused)
     return net
 
 
-def _check_reads(net: nn.Module, name: str, input_shape: tuple[int, int, int]) -> None:
+def _refusals(library: str) -> type[Exception] | tuple[type[Exception], ...]:
+    """Returns the kinds of errors by which a net does not take what a user gave; in a net of ours any other one is a bug."""
+    return Exception if library else (ValueError, RuntimeError)  # torch's own, as for more memory than there is
+
+
+def _check_reads(
+    net: nn.Module,
+    name: str,
+    input_shape: tuple[int, int, int],
+    refused: type[Exception] | tuple[type[Exception], ...],
+) -> None:
     """Sends one picture through the net without computing; what fails so is tried in earnest, as a net may need values.
 
     Raises:
@@ -99,7 +110,7 @@ def _check_reads(net: nn.Module, name: str, input_shape: tuple[int, int, int]) -
     error = _refusal(net, input_shape, next(net.parameters()).device)
     if error is None:
         return
-    if is_bug(error):
+    if not isinstance(error, refused):
         raise error
     channels, height, width = input_shape
     size = next((size for size in _SIZES if not _refusal(net, (channels, size, size), "meta")), None)
