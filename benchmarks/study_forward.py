@@ -15,7 +15,7 @@ import torch
 from benchmarks.timing import medians
 from lightning_modules import build_net
 from lightning_modules.report import environment
-from lightning_modules.study.forward import FromLayer
+from lightning_modules.study.measurement.forward import FromLayer
 
 BATCH, SHAPE, CLASSES = 128, (3, 32, 32), 10
 

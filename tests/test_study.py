@@ -23,14 +23,16 @@ from lightning_modules.compression import calibration_batches, recalibrate_if_be
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.locks import FolderInUse, try_lock
-from lightning_modules.study import subject as subjects
-from lightning_modules.study.evaluation import Score
-from lightning_modules.study.factors import REALISED, factorization_of, recommend
-from lightning_modules.study.findings import Measured
-from lightning_modules.study.forward import FromLayer
-from lightning_modules.study.grid import Kernel
 from lightning_modules.study.journal import Journal, read_rows, study_folder
-from lightning_modules.study.retraining import training_options
+from lightning_modules.study.measured import Measured
+from lightning_modules.study.measurement import subject as subjects
+from lightning_modules.study.measurement.evaluation import Score
+from lightning_modules.study.measurement.forward import FromLayer
+from lightning_modules.study.measurement.kernels import Kernel
+from lightning_modules.study.measurement.retraining import training_options
+from lightning_modules.study.measurement.run import run_study
+from lightning_modules.study.measurement.subject import Subject
+from lightning_modules.study.methods import LINEAR, REALISED, cuts_of_method, recommend, spec_of
 from lightning_modules.study.rows import (
     CUT_SETS,
     Joint,
@@ -44,12 +46,10 @@ from lightning_modules.study.rows import (
     row_from_plain,
     row_to_plain,
 )
-from lightning_modules.study.run import run_study
-from lightning_modules.study.subject import Subject
 from tests.commands import CONFIGS, QUIET, tnlayers
 from tests.processes import Forks
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import TT, LowRank, load_checkpoint, tensorize
+from tnlayers import MPS, TT, LowRank, load_checkpoint, tensorize
 from tnlayers.files import write_files
 from tnlayers.geometry import Call
 from tnlayers.rules import Rule
@@ -235,7 +235,7 @@ def test_controls_lose_as_much_norm() -> None:
                 assert spectrum[bond:].max() < 1e-5
 
 
-@pytest.mark.parametrize("cuts", [*REALISED, ("i",)], ids=" ".join)
+@pytest.mark.parametrize("cuts", [*REALISED, LINEAR], ids=" ".join)
 def test_factors_have_the_ranks_of_the_cuts(cuts: tuple[str, ...]) -> None:
     """A weight that is truncated there is represented exactly."""
     module = nn.Linear(12, 7).double() if cuts == ("i",) else nn.Conv2d(8, 6, 3).double()
@@ -244,15 +244,26 @@ def test_factors_have_the_ranks_of_the_cuts(cuts: tuple[str, ...]) -> None:
     weight = kernel.truncated(cuts, bonds)
     with torch.no_grad():
         module.weight.copy_(weight)
-    method = factorization_of(module, cuts, bonds)
-    assert method is not None
-    (made,) = tensorize(nn.Sequential(module), [Rule("0", method)])
+    spec = spec_of(module, cuts, bonds)
+    assert spec is not None
+    (made,) = tensorize(nn.Sequential(module), [Rule("0", spec.method)])
     torch.testing.assert_close(made.weight, weight, **FLOAT64)
 
 
+def test_the_cuts_of_methods() -> None:
+    """They are those of the bonds, in the order of the ranks, and an order of the train is one of its cuts."""
+    assert {cuts: method.name() for cuts, method in REALISED.items()} == {
+        CUT_SETS["Tucker-2"]: "Tucker",
+        CUT_SETS["MPS"]: "MPS",
+        ("ih",): "LowRank",
+    }
+    assert cuts_of_method(MPS(1, order="h w i o"), (5, 4, 3, 2)) == ("h", "oi", "o")
+    assert LINEAR == ("i",)
+
+
 def test_no_factors_for_cuts_of_no_method() -> None:
-    assert factorization_of(nn.Conv2d(8, 6, 3), ("h",), (1,)) is None
-    assert factorization_of(nn.Conv2d(8, 6, 3, groups=2), ("ih",), (2,)) is None
+    assert spec_of(nn.Conv2d(8, 6, 3), ("h",), (1,)) is None
+    assert spec_of(nn.Conv2d(8, 6, 3, groups=2), ("ih",), (2,)) is None
 
 
 # ---- what is measured
@@ -314,7 +325,7 @@ def test_a_recommendation_rests_on_what_each_layer_tolerates(rows: list[Row]) ->
     assert isinstance(begun, Study)
     found = [row for row in rows if isinstance(row, Recommendation)]
     layers = {row.name: row for row in rows if isinstance(row, Layer)}
-    rests_on = {method: cuts for cuts, method in REALISED.items()}
+    rests_on = {method.name(): cuts for cuts, method in REALISED.items()}
     assert [row.macs_kept for row in found] == sorted(row.macs_kept for row in found)
     assert {rule["method"] for rule in found[0].rules} & {"Tucker", "MPS", "LowRank", "TT"}
     for recommended in found:

@@ -1,17 +1,22 @@
-"""The truncation study: which cuts of which layers a trained network can do without, and what retraining brings back."""
+"""The truncation study: which cuts of which layers a trained network can do without, and what retraining brings back.
 
-from lightning_modules.study.findings import Measured
+`measurement` measures and `report` tells. Between them stand the rows of a study, which are lines of its journal.
+"""
+
 from lightning_modules.study.journal import JOURNAL, read_rows, study_folder
-from lightning_modules.study.report import summary, write_report
+from lightning_modules.study.measured import Measured
+from lightning_modules.study.measurement.run import run_study
+from lightning_modules.study.measurement.subject import Subject
+from lightning_modules.study.report.log import log_study
+from lightning_modules.study.report.rendering import summary, write_report
 from lightning_modules.study.rows import Protocol
-from lightning_modules.study.run import run_study
-from lightning_modules.study.subject import Subject
 
 __all__ = [
     "JOURNAL",
     "Measured",
     "Protocol",
     "Subject",
+    "log_study",
     "read_rows",
     "run_study",
     "study_folder",

@@ -3,6 +3,7 @@
 `eps` and `delta` are the norm losses of `tnlayers.cuts.NormLoss`, accuracies fractions of the pictures, `loss` the mean cross-entropy.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -74,7 +75,24 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Study:
+class Row:
+    """What is common to all rows.
+
+    Attributes:
+        kind: the word for it in the journal.
+        identity: the fields that tell it from other rows of its kind.
+    """
+
+    kind: ClassVar[str]
+    identity: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.kind, *(getattr(self, name) for name in self.identity))
+
+
+@dataclass(frozen=True)
+class Study(Row):
     """The first row: of what the others are.
 
     Attributes:
@@ -98,13 +116,9 @@ class Study:
     training: dict[str, Any]
     version: int = 1
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind,)
-
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Row):
     """A layer before anything is truncated, in the order in which the net calls them.
 
     Attributes:
@@ -117,6 +131,7 @@ class Layer:
     """
 
     kind: ClassVar[str] = "layer"
+    identity: ClassVar[tuple[str, ...]] = ("name",)
     name: str
     shape: tuple[int, ...]
     params: int
@@ -124,13 +139,9 @@ class Layer:
     bonds: dict[str, int]
     entropy: dict[str, float]
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind, self.name)
-
 
 @dataclass(frozen=True)
-class Single:
+class Single(Row):
     """One layer truncated and the others whole.
 
     Attributes:
@@ -141,6 +152,7 @@ class Single:
     """
 
     kind: ClassVar[str] = "single"
+    identity: ClassVar[tuple[str, ...]] = ("layer", "cuts", "bonds", "control")
     layer: str
     cuts: tuple[str, ...]
     bonds: tuple[int, ...]
@@ -150,13 +162,9 @@ class Single:
     accuracy: float
     loss: float
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind, self.layer, self.cuts, self.bonds, self.control)
-
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(Row):
     """All layers that have these cuts truncated at an equal norm loss.
 
     Attributes:
@@ -166,6 +174,7 @@ class Joint:
     """
 
     kind: ClassVar[str] = "joint"
+    identity: ClassVar[tuple[str, ...]] = ("cuts", "target")
     cuts: tuple[str, ...]
     target: float
     bonds: dict[str, tuple[int, ...]]
@@ -174,13 +183,9 @@ class Joint:
     accuracy: float
     loss: float
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind, self.cuts, self.target)
-
 
 @dataclass(frozen=True)
-class Retrained:
+class Retrained(Row):
     """A joint truncation that is trained on; without cuts, the dense net itself.
 
     Attributes:
@@ -191,6 +196,7 @@ class Retrained:
     """
 
     kind: ClassVar[str] = "retrained"
+    identity: ClassVar[tuple[str, ...]] = ("cuts", "target", "weights")
     cuts: tuple[str, ...]
     target: float
     weights: str
@@ -198,13 +204,9 @@ class Retrained:
     params_kept: float
     macs_kept: float
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind, self.cuts, self.target, self.weights)
-
 
 @dataclass(frozen=True)
-class Recommendation:
+class Recommendation(Row):
     """For each layer the cheapest factorization whose truncation, alone, was tolerated; all of them applied together.
 
     A study has several, because what layers tolerate alone is more than they tolerate together.
@@ -218,19 +220,12 @@ class Recommendation:
     """
 
     kind: ClassVar[str] = "recommendation"
+    identity: ClassVar[tuple[str, ...]] = ("tolerance",)
     tolerance: float
     rules: tuple[dict[str, Any], ...]
     accuracy: tuple[float, ...]
     params_kept: float
     macs_kept: float
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.kind, self.tolerance)
-
-
-Row = Study | Layer | Single | Joint | Retrained | Recommendation
-_KINDS: dict[str, type[Row]] = {kind.kind: kind for kind in (Study, Layer, Single, Joint, Retrained, Recommendation)}
 
 
 def row_to_plain(row: Row) -> dict[str, Any]:
@@ -244,14 +239,11 @@ def row_from_plain(plain: dict[str, Any]) -> Row:
         ValueError: no such kind, or fields that are not this kind's.
     """
     values = {key: _frozen(value) for key, value in plain.items()}
-    kind = _KINDS.get(values.pop("kind", ""))
-    try:
-        if kind is Study:
-            values["protocol"] = Protocol(**values["protocol"])
-        if kind is not None:
-            return kind(**values)
-    except (TypeError, KeyError):
-        pass
+    kinds = {kind.kind: kind for kind in Row.__subclasses__()}
+    with suppress(TypeError, KeyError):
+        if isinstance(protocol := values.get("protocol"), dict):
+            values["protocol"] = Protocol(**protocol)
+        return kinds[values.pop("kind")](**values)
     raise UserError(f"a row of keys {sorted(plain)} and kind {plain.get('kind')!r} is not one of a study")
 
 

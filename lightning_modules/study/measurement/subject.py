@@ -16,12 +16,12 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
-from lightning_modules.study.evaluation import score, scores_of_layer, weights
-from lightning_modules.study.factors import factorization_of, fewer_params, recommend
-from lightning_modules.study.findings import Measured
-from lightning_modules.study.forward import FromLayer
-from lightning_modules.study.grid import Kernel, Trial
-from lightning_modules.study.retraining import retrain, training_options
+from lightning_modules.study.measured import Measured
+from lightning_modules.study.measurement.evaluation import score, scores_of_layer, weights
+from lightning_modules.study.measurement.forward import FromLayer
+from lightning_modules.study.measurement.kernels import Kernel, Trial
+from lightning_modules.study.measurement.retraining import retrain, training_options
+from lightning_modules.study.methods import recommend, spec_of
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import norm_loss
@@ -119,7 +119,7 @@ class Subject:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of each layer the fraction of a forward pass that is left where it goes on from there."""
+        """Layer -> the fraction of a forward pass that is left where it goes on from there."""
         macs = [self._macs[name] for name in self._forward.layers]
         left = [sum(macs[place:]) / sum(macs) if self._forward.splits else 1.0 for place in range(len(macs))]
         return dict(zip(self._forward.layers, left, strict=True))
@@ -130,6 +130,7 @@ class Subject:
         return list(dict.fromkeys(cuts for kernel in self.kernels.values() for cuts in kernel.cut_sets()))
 
     def study(self) -> Study:
+        """What the other rows are of."""
         dense = self._dense
         return Study(
             net=str(self._model.hparams["net"]),
@@ -144,8 +145,10 @@ class Subject:
             training=self.training,
         )
 
-    def layer(self, name: str) -> Layer:
+    def layer(self, name: str, tick: Tick) -> Layer:
+        """The layer before anything is truncated."""
         kernel = self.kernels[name]
+        tick()
         return Layer(
             name=name,
             shape=tuple(kernel.weight.shape),
@@ -156,7 +159,7 @@ class Subject:
         )
 
     def singles(self, name: str, trials: Sequence[Trial], tick: Tick) -> Iterator[Single]:
-        """One layer truncated in each of these ways; `tick` is called after every batch of pictures."""
+        """Truncates one layer in each of these ways; `tick` is called after every batch of pictures."""
         size = self._group(name)
         for first in range(0, len(trials), size):
             yield from self._group_of_singles(name, trials[first : first + size], tick)
@@ -172,64 +175,47 @@ class Subject:
             digest = hashlib.sha256(weight.cpu().numpy().tobytes()).hexdigest()
             distinct.setdefault(digest, weight)
             attempts.append((trial, lost, digest))
-        scores = scores_of_layer(
-            self._forward, name, self.modules[name], list(distinct.values()), self._batches(), tick
-        )
+        candidates = list(distinct.values())
+        scores = scores_of_layer(self._forward, name, self.modules[name], candidates, self._batches(), tick)
         found = dict(zip(distinct, scores, strict=True))
         for trial, lost, digest in attempts:
-            result = found[digest]
-            yield Single(
-                trial.layer,
-                trial.cuts,
-                trial.bonds,
-                trial.control,
-                lost.eps,
-                lost.delta,
-                result.accuracy,
-                result.loss,
-            )
+            what = (trial.layer, trial.cuts, trial.bonds, trial.control)
+            yield Single(*what, lost.eps, lost.delta, found[digest].accuracy, found[digest].loss)
 
-    def joint(self, cuts: tuple[str, ...], target: float) -> Joint:
+    def joint(self, cuts: tuple[str, ...], target: float, tick: Tick) -> Joint:
+        """All layers that have these cuts truncated there, to the smallest bond dimensions that lose at most `target`."""
         bonds = self._bonds(cuts, target)
         truncated = self._truncated(cuts, bonds)
         with weights({self.modules[name]: weight for name, weight in truncated.items()}):
             result = score(self._net, self._batches())
+        tick()
         before = torch.cat([self.kernels[name].weight.flatten() for name in truncated])
         lost = norm_loss(before, torch.cat([weight.flatten() for weight in truncated.values()]))
-        return Joint(
-            cuts=cuts,
-            target=target,
-            bonds=bonds,
-            eps=lost.eps,
-            delta=lost.delta,
-            accuracy=result.accuracy,
-            loss=result.loss,
-        )
+        return Joint(cuts, target, bonds, lost.eps, lost.delta, result.accuracy, result.loss)
 
     def untruncated(self, tick: Tick) -> Retrained:
-        """The dense net, trained on as the truncations are: what they are to be compared with."""
+        """Trains the dense net as the truncations are trained, which are to be compared with it."""
         return Retrained((), 0.0, "dense", self._retrain(copy.deepcopy(self._net), tick), 1.0, 1.0)
 
     def retrained(self, cuts: tuple[str, ...], target: float, what: str, tick: Tick) -> Retrained:
-        """A joint truncation, trained on as it is ("dense") or as factors, where those have fewer parameters ("factors")."""
+        """Trains a joint truncation as it is ("dense") or as factors, where those have fewer parameters ("factors")."""
         bonds = self._bonds(cuts, target)
         net = copy.deepcopy(self._net)
         with torch.no_grad():
             for name, weight in self._truncated(cuts, bonds).items():
                 net.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
-        methods = {name: factorization_of(self.modules[name], cuts, found) for name, found in bonds.items()}
-        rules = [
-            Rule(name, method)
-            for name, method in methods.items()
-            if method and bonds[name] != self.kernels[name].whole(cuts) and fewer_params(self.modules[name], method)
-        ]
+        rules = []
+        for name, found in bonds.items():
+            spec = spec_of(self.modules[name], cuts, found) if found != self.kernels[name].whole(cuts) else None
+            if spec and spec.params < spec.geometry.params:
+                rules.append(Rule(name, spec.method))
         factorized = tensorize(copy.deepcopy(net), resolve(net, rules, self._example))
         totals = summarize(factorized, self._example, measure=False).totals
         trained = factorized if what == "factors" else net
         return Retrained(cuts, target, what, self._retrain(trained, tick), totals.params_kept, totals.macs_kept)
 
     def recommendation(self, rows: Sequence[Row], tolerance: float, tick: Tick) -> Recommendation:
-        """What follows from truncations that lost at most `tolerance`; measured unless it is what another tolerance gave."""
+        """Factorizes the net as truncations that lost at most `tolerance` allow, and trains it unless another tolerance gave the same."""
         measured = Measured.of(rows)
         rules = recommend(measured, self.modules, self._calls, tolerance)
         resolved = resolve(self._net, rules, self._example)

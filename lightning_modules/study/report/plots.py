@@ -1,9 +1,9 @@
-"""What the pictures of a study are drawn with: small multiples of lines, and a table of cells coloured by value."""
+"""What the pictures of a study are drawn with: small multiples of lines, lines over layers, and a table of coloured cells."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -11,56 +11,56 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_modules.plots import _INK, _clean
+from lightning_modules.plots import INK, clean
 
-__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "Style", "heatmap", "over_layers", "small_multiples"]
+__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "heatmap", "over_layers", "small_multiples"]
 
 _Item = TypeVar("_Item")
 _BAND = "#cfe3cf"
 _PANELS, _COLUMNS = 20, 4
 _ROWS = 36  # of a heatmap on one page
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#1f6fb4", "#e08a3c", "#3a9d5d", "#8e5bb5"
 
 
-@dataclass(frozen=True)
-class Style:
-    color: str
-    dashes: Literal["-", "--", ":"] = "-"
-    marker: str = "o"
+def _style(color: str, linestyle: str = "-", marker: str = "o") -> dict[str, Any]:
+    return {"color": color, "linestyle": linestyle, "marker": marker}
 
 
 STYLES = {
-    "o": Style("#1f6fb4"),
-    "i": Style("#e08a3c"),
-    "h": Style("#3a9d5d"),
-    "w": Style("#3a9d5d", "--", "s"),
-    "oi": Style("#777777"),
-    "ih": Style("#8e5bb5"),
-    "iw": Style("#8e5bb5", "--", "s"),
-    "Tucker-2": Style("#b5234b", "-", "D"),
-    "Tucker": Style("#d4739b", "--", "D"),
-    "MPS": Style("#12838f", "-", "^"),
-    "truncation": Style("#1f6fb4"),
-    "random error": Style("#e08a3c", "--", "s"),
-    "random weight": Style("#999999", ":", "^"),
-    "factors": Style("#1f6fb4"),
-    "dense": Style("#e08a3c", "--", "s"),
+    "": _style(INK),
+    "o": _style(_BLUE),
+    "i": _style(_ORANGE),
+    "h": _style(_GREEN),
+    "w": _style(_GREEN, "--", "s"),
+    "oi": _style("#777777"),
+    "ih": _style(_PURPLE),
+    "iw": _style(_PURPLE, "--", "s"),
+    "Tucker-2": _style("#b5234b", "-", "D"),
+    "Tucker": _style("#d4739b", "--", "D"),
+    "MPS": _style("#12838f", "-", "^"),
+    "truncation": _style(_BLUE),
+    "random error": _style(_ORANGE, "--", "s"),
+    "random weight": _style("#999999", ":", "^"),
+    "factors": _style(_BLUE),
+    "dense": _style(_ORANGE, "--", "s"),
 }
-"""By cut, name of a set of cuts, control, or what is retrained. The twins h and w, and ih and iw, share a colour."""
+"""By cut, name of a set of cuts, control, or what is retrained; "" for anything else. The twins h and w, and ih and iw, share a colour."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """
+    """A line of points (x, y).
+
     Attributes:
-        label: in the legend, once however many lines have it.
-        points: (x, y).
+        label: its name in the legend, which has it once however many lines have it.
+        style: what matplotlib draws it with.
         large: the index of a point that is drawn large.
-        hollow: of points that are drawn hollow.
-        bold: without markers, thick.
+        hollow: the indices of points that are drawn hollow.
+        bold: whether it is thick and without markers.
     """
 
     label: str
-    style: Style
+    style: Mapping[str, Any]
     points: tuple[tuple[float, float], ...]
     large: int | None = None
     hollow: tuple[int, ...] = ()
@@ -75,7 +75,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a heatmap: a value from 0, pale, to 1, dark, and what is written there."""
+    """A cell of a heatmap: a value from 0, pale, to 1, dark, and what is written there."""
 
     value: float
     text: str
@@ -91,12 +91,12 @@ class Level:
 
 
 def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: str = "") -> list[Figure]:
-    """Accuracies against the dense net's, one panel beside the other with the same axes, on as many pages as keep them readable.
+    """Draws accuracies against the dense net's, panels with the same axes side by side, on as many pages as keep them readable.
 
     The scale is linear within the tolerance and logarithmic beyond: the loss of one point and that of fifty are both to be seen.
 
     Args:
-        panels: those without lines are left out; at least one has some.
+        panels: those without lines are left out.
         x_label: of all of them.
         level: drawn in every panel; chance only where the accuracies come near it.
         mark: what the large points are, for the legend.
@@ -125,15 +125,15 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
         grid[0].set_yticks([], minor=True)
         grid[0].set_xlim(0, 1.03 * max(widths))
         grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=all(x == int(x) for x in widths)))
-        figure.supxlabel(x_label, fontsize=9, color=_INK)
-        figure.supylabel("points against the dense net", fontsize=9, color=_INK)
+        figure.supxlabel(x_label, fontsize=9, color=INK)
+        figure.supylabel("points against the dense net", fontsize=9, color=INK)
         _legend(figure, panels, level, mark, chance=low < level.chance - level.dense)
         figures.append(figure)
     return figures
 
 
 def heatmap(rows: Mapping[str, Sequence[Cell | None]], columns: Sequence[str], title: str) -> list[Figure]:
-    """A table whose cells are coloured by their values; on as many pages as it takes.
+    """Draws a table whose cells are coloured by their values, on as many pages as it takes.
 
     Args:
         rows: name -> a cell, or None for a blank one, in each of the columns; rows without any cell are left out.
@@ -152,30 +152,28 @@ def heatmap(rows: Mapping[str, Sequence[Cell | None]], columns: Sequence[str], t
         for y, line in enumerate(shown):
             for x, cell in enumerate(line):
                 if cell is not None:
-                    ink = "white" if cell.value > 0.75 else _INK
+                    ink = "white" if cell.value > 0.75 else INK
                     axes.text(x, y, cell.text, ha="center", va="center", fontsize=8, color=ink)
         axes.set_xticks(range(len(columns)), columns, fontsize=9)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.xaxis.tick_top()
-        axes.tick_params(length=0, colors=_INK)
+        axes.tick_params(length=0, colors=INK)
         axes.spines[:].set_visible(False)
         axes.set_xticks([x + 0.5 for x in range(len(columns) - 1)], minor=True)
         axes.set_yticks([y + 0.5 for y in range(len(names) - 1)], minor=True)
         axes.grid(which="minor", color="white", linewidth=2)
         axes.tick_params(which="minor", length=0)
-        bar = figure.colorbar(
-            image, ax=axes, shrink=min(1.0, 6 / max(len(names), 1)), ticks=[0, 0.5, 1], boundaries=None
-        )
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 6 / len(names)), ticks=[0, 0.5, 1])
         bar.ax.set_ylim(0, 1)
-        bar.ax.tick_params(labelsize=8, colors=_INK)
+        bar.ax.tick_params(labelsize=8, colors=INK)
         bar.outline.set_visible(False)
-        bar.set_label(title, fontsize=8, color=_INK)
+        bar.set_label(title, fontsize=8, color=INK)
         figures.append(figure)
     return figures
 
 
 def over_layers(layers: Sequence[str], lines: Sequence[Line], y_label: str, hollow: str) -> Figure:
-    """A line for each cut over the layers in order.
+    """Draws a line for each cut over the layers in order.
 
     Args:
         layers: their names, in order; a point's x is a layer's place.
@@ -187,35 +185,25 @@ def over_layers(layers: Sequence[str], lines: Sequence[Line], y_label: str, holl
     axes = figure.subplots()
     for line in lines:
         x, y = zip(*line.points, strict=True)
-        style = line.style
-        marker = "" if line.bold else style.marker
-        axes.plot(
-            x,
-            y,
-            style.dashes,
-            color=style.color,
-            marker=marker,
-            markersize=4,
-            linewidth=3 if line.bold else 1,
-            label=line.label,
-        )
-        empty = [x[place] for place in line.hollow], [y[place] for place in line.hollow]
-        axes.plot(*empty, style.marker, color=style.color, markersize=4, markerfacecolor="white")
+        bold = {"marker": "", "linewidth": 3} if line.bold else {"linewidth": 1}
+        axes.plot(x, y, **{**line.style, **bold}, markersize=4, label=line.label)
+        unfilled = {**line.style, "linestyle": "", "markerfacecolor": "white"}
+        axes.plot([x[place] for place in line.hollow], [y[place] for place in line.hollow], **unfilled, markersize=4)
     axes.set_xticks(range(len(layers)), layers, rotation=90)
     axes.set_ylim(0, 1.08 * max([y for line in lines for _, y in line.points] + [0.1]))
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_ylabel(y_label, fontsize=9, color=_INK)
+    axes.set_ylabel(y_label, fontsize=9, color=INK)
     axes.grid(axis="y", color="#e6e9ec", linewidth=0.8)
     axes.set_axisbelow(True)
-    _clean(axes)
+    clean(axes)
     handles, _ = axes.get_legend_handles_labels()
-    handles.append(Line2D([], [], marker="o", color=_INK, markerfacecolor="white", linestyle="", label=hollow))
+    handles.append(Line2D([], [], marker="o", color=INK, markerfacecolor="white", linestyle="", label=hollow))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 
 def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence[_Item]]:
-    """Of nearly the same length, in whole rows."""
+    """Divides items into pages of nearly the same length, in whole rows."""
     even = math.ceil(len(items) / max(1, math.ceil(len(items) / most)))
     size = max(1, math.ceil(even / columns)) * columns
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -223,38 +211,26 @@ def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence
 
 def _draw(axes: Axes, panel: Panel, level: Level) -> None:
     axes.axhspan(-level.tolerance, 0, color=_BAND, linewidth=0)
-    axes.axhline(0, color=_INK, linewidth=0.7)
-    axes.axhline(level.chance - level.dense, color=_INK, linewidth=0.7, linestyle=":")
+    axes.axhline(0, color=INK, linewidth=0.7)
+    axes.axhline(level.chance - level.dense, color=INK, linewidth=0.7, linestyle=":")
     for line in panel.lines:
-        style = line.style
         x, y = zip(*((x, y - level.dense) for x, y in line.points), strict=True)
-        axes.plot(x, y, style.dashes, color=style.color, marker=style.marker, markersize=2.5, linewidth=1.1)
+        axes.plot(x, y, **line.style, markersize=2.5, linewidth=1.1)
         if line.large is not None:
-            axes.plot(
-                x[line.large],
-                y[line.large],
-                style.marker,
-                color=style.color,
-                markersize=6,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
-    axes.set_title(panel.title, fontsize=8, color=_INK)
-    _clean(axes)
+            point = {**line.style, "linestyle": "", "markeredgecolor": "white", "markeredgewidth": 0.5}
+            axes.plot(x[line.large], y[line.large], **point, markersize=6)
+    axes.set_title(panel.title, fontsize=8, color=INK)
+    clean(axes)
 
 
 def _legend(figure: Figure, panels: Sequence[Panel], level: Level, mark: str, chance: bool) -> None:
     styles = {line.label: line.style for panel in panels for line in panel.lines}
-    handles = [
-        Line2D([], [], color=style.color, linestyle=style.dashes, marker=style.marker, markersize=4, label=label)
-        for label, style in styles.items()
-    ]
+    handles = [Line2D([], [], **style, markersize=4, label=label) for label, style in styles.items()]
     if mark:
-        handles.append(Line2D([], [], color=_INK, marker="o", markersize=7, linestyle="", label=mark))
-    handles.append(Line2D([], [], color=_INK, linewidth=0.7, label=f"dense, {level.dense:.1f} %"))
-    band = f"tolerated, down to -{level.tolerance:g}"
-    handles.append(Line2D([], [], color=_BAND, linewidth=6, label=band))
+        handles.append(Line2D([], [], color=INK, marker="o", markersize=7, linestyle="", label=mark))
+    handles.append(Line2D([], [], color=INK, linewidth=0.7, label=f"dense, {level.dense:.1f} %"))
+    handles.append(Line2D([], [], color=_BAND, linewidth=6, label=f"tolerated, down to -{level.tolerance:g}"))
     if chance:
-        handles.append(Line2D([], [], color=_INK, linewidth=0.7, linestyle=":", label=f"chance, {level.chance:g} %"))
+        handles.append(Line2D([], [], color=INK, linewidth=0.7, linestyle=":", label=f"chance, {level.chance:g} %"))
     columns = 4 if figure.get_figwidth() < 9 else 6
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.data.pictures import Batch
-from lightning_modules.study.forward import FromLayer
+from lightning_modules.study.measurement.forward import FromLayer
 
 __all__ = ["Score", "score", "scores_of_layer", "weights"]
 

@@ -1,0 +1,1 @@
+"""How a truncation study measures: kernels and their truncations, evaluation, retraining, and the order of it all."""

@@ -1,0 +1,156 @@
+"""What the sections of a study's report show: figures, page by page; none where there are no rows for it."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from lightning_modules.study.report.findings import Findings
+from lightning_modules.study.report.plots import (
+    STYLES,
+    Cell,
+    Level,
+    Line,
+    Panel,
+    heatmap,
+    over_layers,
+    small_multiples,
+)
+from lightning_modules.study.rows import CONTROLS, CUT_SETS, Joint, Layer, Retrained, Single
+
+__all__ = ["study_pictures"]
+
+_NORM_LOSS = "norm loss: the norm of what the truncation takes, of the weight's"
+_LARGE = "largest norm loss tolerated"
+
+
+def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
+    """Section -> file name -> figure; several pages are numbered."""
+    sections = {
+        "single": _truncations(of, [(cut,) for cut in of.measured.cuts()]),
+        "bonds": _bonds(of),
+        "depth": _depth(of),
+        "several": _truncations(of, of.measured.sets()),
+        "controls": _controls(of),
+        "joint": _joint(of),
+        "retrained": _retrained(of),
+        "spectra": _spectra(of),
+    }
+    return {
+        name: {f"{name}-{page}.png" if len(pages) > 1 else f"{name}.png": of for page, of in enumerate(pages, 1)}
+        for name, pages in sections.items()
+    }
+
+
+def _truncations(of: Findings, cuts: Sequence[tuple[str, ...]]) -> list[Figure]:
+    """Accuracy against norm loss, a panel for each layer and a line for each of `cuts`."""
+    panels = []
+    for layer in of.measured.layers:
+        curves = [(at, of.measured.curve(layer.name, *at)) for at in cuts]
+        panels.append(Panel(_title(layer), tuple(_line(of, at, curve) for at, curve in curves if curve)))
+    return small_multiples(panels, _NORM_LOSS, _level(of), _LARGE)
+
+
+def _bonds(of: Findings) -> list[Figure]:
+    """The bond dimension that each cut needs."""
+    cuts, rows = of.measured.cuts(), {}
+    for layer in of.measured.layers:
+        needed = {cut: of.measured.tolerated_bond(layer, cut) for cut in cuts}
+        rows[layer.name] = [
+            None if bond is None else Cell(bond / layer.bonds[cut], f"{bond}/{layer.bonds[cut]}")
+            for cut, bond in needed.items()
+        ]
+    return heatmap(rows, [of.label(cut) for cut in cuts], "fraction of the bond dimension that is needed")
+
+
+def _depth(of: Findings) -> list[Figure]:
+    """The norm loss tolerated, over the layers in order, and the means that the trend is of."""
+    trend, measured = of.depth, of.measured
+    if trend is None:
+        return []
+    names = [layer.name for layer in measured.layers]
+    lines = []
+    for cut in measured.cuts():
+        at = [(place, name) for place, name in enumerate(names) if (name, cut) in of.tolerated]
+        points = tuple((float(place), of.tolerated[name, cut]) for place, name in at)
+        hollow = tuple(index for index, (_, name) in enumerate(at) if measured.bottomless(name, cut))
+        lines.append(Line(of.label(cut), STYLES.get(cut, STYLES[""]), points, hollow=hollow))
+    if len(trend.cuts) > 1:
+        label = "their mean" if len(trend.cuts) == len(lines) else f"mean of {', '.join(trend.cuts)}"
+        means = tuple((float(names.index(name)), mean) for name, mean in zip(trend.layers, trend.means, strict=True))
+        lines.append(Line(label, STYLES[""], means, bold=True))
+    return [over_layers(names, lines, "norm loss tolerated", "bond 1 is tolerated: the cut can take no more")]
+
+
+def _controls(of: Findings) -> list[Figure]:
+    """Truncations against their controls."""
+    panels = []
+    singles = of.measured.singles
+    for layer in of.measured.layers:
+        controlled = dict.fromkeys(cuts for name, cuts, control in singles if name == layer.name and control)
+        lines = [
+            Line(name or "truncation", STYLES[name or "truncation"], _points(of, curve))
+            for name in ("", *CONTROLS)
+            for cuts in controlled
+            if (curve := singles.get((layer.name, cuts, name), ()))
+        ]
+        panels.append(Panel(_title(layer), tuple(lines)))
+    return small_multiples(panels, _NORM_LOSS, _level(of))
+
+
+def _joint(of: Findings) -> list[Figure]:
+    joints = of.measured.joints
+    known = dict.fromkeys((*((cut,) for cut in of.measured.cuts()), *CUT_SETS.values(), *joints))
+    panel = Panel("all layers", tuple(_line(of, cuts, joints[cuts]) for cuts in known if cuts in joints))
+    return small_multiples([panel], "norm loss of all weights together", _level(of), _LARGE)
+
+
+def _retrained(of: Findings) -> list[Figure]:
+    """Accuracy against epochs, a panel for each joint truncation."""
+    panels: dict[tuple[tuple[str, ...], float], list[Line]] = {}
+    for row in of.measured.retrained if of.retrained else ():
+        panels.setdefault((row.cuts, row.target), []).append(_path(row))
+    shown = [
+        Panel(f"{of.label(*cuts)}, up to {target:g} a cut", tuple(lines)) for (cuts, target), lines in panels.items()
+    ]
+    return small_multiples(shown, "epochs of retraining", _level(of))
+
+
+def _spectra(of: Findings) -> list[Figure]:
+    """The exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
+    layers = of.measured.layers
+    cuts = list(dict.fromkeys(cut for layer in layers for cut in layer.entropy if layer.bonds[cut] > 1))
+    rows: dict[str, list[Cell | None]] = {layer.name: [] for layer in layers}
+    for layer in layers:
+        for cut in cuts:
+            bond, rank = layer.bonds.get(cut, 1), math.exp(layer.entropy.get(cut, 0))
+            rows[layer.name].append(Cell(rank / bond, f"{rank:.3g}/{bond}") if bond > 1 else None)
+    return heatmap(rows, [of.label(cut) for cut in cuts], "effective rank, of the bond dimension")
+
+
+def _level(of: Findings) -> Level:
+    study = of.measured.study
+    return Level(100 * study.accuracy, 100 * study.protocol.tolerance, 100 / study.classes)
+
+
+def _title(layer: Layer) -> str:
+    return f"{layer.name}  {'x'.join(map(str, layer.shape))}"
+
+
+def _line(of: Findings, cuts: tuple[str, ...], curve: Sequence[Single] | Sequence[Joint]) -> Line:
+    label = of.label(*cuts)
+    style = STYLES.get(cuts[0] if len(cuts) == 1 else label, STYLES[""])
+    return Line(label, style, _points(of, curve), large=of.measured.num_tolerated(curve) or None)
+
+
+def _points(of: Findings, curve: Sequence[Single] | Sequence[Joint]) -> tuple[tuple[float, float], ...]:
+    """The points from the dense net on; but a random weight is not the dense net's even where nothing is truncated."""
+    random = isinstance(curve[0], Single) and curve[0].control == "random weight"
+    start = [] if random else [(0.0, 100 * of.measured.study.accuracy)]
+    return (*start, *((row.eps, 100 * row.accuracy) for row in curve))
+
+
+def _path(row: Retrained) -> Line:
+    label = "dense weights" if row.weights == "dense" else row.weights
+    points = tuple((float(epoch), 100 * accuracy) for epoch, accuracy in enumerate(row.accuracy))
+    return Line(label, STYLES[row.weights], points)
