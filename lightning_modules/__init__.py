@@ -17,7 +17,7 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Each public name on first use: the command line answers --help without waiting for torch."""
+    """Imports a public name when it is first used: the command line answers --help without waiting for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -15,22 +15,25 @@ _LENGTH = 960
 # By name, since importing Lightning and torch would take seconds.
 _TOLD = {"ArgumentError", "MemoryError", "MisconfigurationException", "OutOfMemoryError"}
 
-_HELP = """usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
+_COMMANDS = {
+    "quickstart": "train, compress and retrain a small CNN on scikit-learn's digits, in less than a minute",
+    "compress": "a checkpoint in; a smaller one, its configuration and a report out",
+    "study": "how compressible a trained net is: every cut of every layer truncated, measured and retrained",
+    "fit": "train: from scratch, or a compressed checkpoint",
+    "test": "accuracy on the test pictures",
+    "validate": "accuracy on the validation pictures",
+    "predict": "a class and its probability for every test picture, as predictions.csv",
+    "report": "the per-layer table of a checkpoint",
+    "export": "a checkpoint's net as .safetensors, with its structure",
+    "methods": "the table of factorizations: layers, weights, ranks, options, papers",
+    "configs": "the configurations that -c takes by name, or one of them: tnlayers configs experiment/digits",
+}
+_PLAIN = ("quickstart", "report", "export", "methods", "configs")
+_HELP = f"""usage: tnlayers COMMAND [options]      (tnlayers COMMAND --help lists a command's options)
 
 Train networks with tensorized layers, or compress trained ones and retrain them.
 
-  quickstart   train, compress and retrain a small CNN on scikit-learn's digits, in less than a minute
-  compress     a checkpoint in; a smaller one, its configuration and a report out
-  study        how compressible a trained net is: every cut of every layer truncated, measured and retrained
-  fit          train: from scratch, or a compressed checkpoint
-  test         accuracy on the test pictures
-  validate     accuracy on the validation pictures
-  predict      a class and its probability for every test picture, as predictions.csv
-  report       the per-layer table of a checkpoint
-  export       a checkpoint's net as .safetensors, with its structure
-  methods      the table of factorizations: layers, weights, ranks, options, papers
-  configs      the configurations that -c takes by name, or one of them: tnlayers configs experiment/digits
-
+{"".join(f"  {name:11}  {text}{chr(10)}" for name, text in _COMMANDS.items())}
 example: tnlayers compress -c experiment/cifar10_resnet20 --checkpoint resnet20.th --out runs/tucker
 """
 
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unread() -> bool:
-    """Whether whoever read the output has enough of it, as `head` has."""
+    """Returns whether whoever read the output has enough of it, as `head` has."""
     try:
         print(flush=True)  # whether or not what broke was already taken out of the buffer
     except BrokenPipeError:
@@ -75,7 +78,7 @@ def _unread() -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the command at once and silently, wherever nothing else is said of it."""
+    """Ends the command at once and silently at a SIGTERM, wherever nothing else is said of it."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
@@ -84,33 +87,20 @@ def _terminable() -> Iterator[None]:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    if name in ("fit", "validate", "test", "predict", "compress", "study", "-c", "--config"):
-        from lightning_modules.lightning_cli import run
-
-        return run
-    if name in ("quickstart", "report", "export", "methods", "configs"):
+    if name in _PLAIN:
         from lightning_modules.commands import run as run_plain
 
         return run_plain
+    if name in (*_COMMANDS, "-c", "--config"):
+        from lightning_modules.lightning_cli import run
+
+        return run
     import difflib
 
     from tnlayers.errors import UserError
 
-    known = (
-        "quickstart",
-        "compress",
-        "study",
-        "fit",
-        "test",
-        "validate",
-        "predict",
-        "report",
-        "export",
-        "methods",
-        "configs",
-    )
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+    near = difflib.get_close_matches(name, _COMMANDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(_COMMANDS)}"
     raise UserError(f"unknown command {name!r}{hint}")
 
 
@@ -118,15 +108,15 @@ def _told_in_one_line(error: BaseException | None) -> str | None:
     """Returns the line for the user where an error, or one of its causes, is a user's; None where it is a bug."""
     from tnlayers.errors import UserError, message
 
-    chain = []
+    chain: list[BaseException] = []
     while error is not None:
         chain.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    found = next((link for link in chain if isinstance(link, UserError)), None)
-    found = found or next((link for link in chain if _is_of_use(link)), None)
-    if found is None:
+    told: list[BaseException] = [link for link in chain if isinstance(link, UserError)]
+    told = told or [link for link in chain if _is_of_use(link)]
+    if not told:
         return None
-    line = message(found)
+    line = message(told[0])
     # The beginning of a long one says what and where, its end how to mend it.
     return line if len(line) <= _LENGTH else f"{line[: _LENGTH // 2]} ... {line[-_LENGTH // 2 + 5 :]}"
 

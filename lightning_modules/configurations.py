@@ -1,4 +1,4 @@
-"""What the YAML of a command has to be before its values are looked at: readable, each key once, no section left empty.
+"""Checks of a command's YAML before its values are looked at: it is readable, has each key once and leaves no section empty.
 
 jsonargparse lets the last of two equal keys win, and an empty section take away what earlier files and options gave.
 """
@@ -13,19 +13,19 @@ from tnlayers.errors import UserError
 __all__ = ["SECTIONS", "check_yaml"]
 
 SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
-"""Keys that have options below them, always."""
+"""The keys that always have options below them."""
 _COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
 _FILES = {name.rpartition(".")[2] for name in SECTIONS}
-"""Keys whose value may be another file of options."""
+"""The keys whose value may be another file of options."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_yaml(arguments: Sequence[str]) -> None:
-    """Every configuration among a command's arguments, every other YAML file that they name, and YAML in the arguments themselves.
+    """Checks the configurations among a command's arguments, the YAML files that they name, and YAML in the arguments themselves.
 
     Raises:
-        ValueError: one is not valid, is empty, has a key twice, or a section that has no options.
+        UserError: one is not valid, is empty, has a key twice, or a section that has no options.
     """
     seen: set[Path] = set()
     for place, argument in enumerate(arguments):
@@ -86,7 +86,7 @@ def _check_text(text: str, name: str) -> yaml.Node | None:
 
 
 def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNode]:
-    """All mappings below a node, once each: an alias is the node that it stands for."""
+    """Gives all mappings below a node, once each: an alias is the node that it stands for."""
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
@@ -100,7 +100,7 @@ def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNo
 
 
 def _texts(node: yaml.Node | None) -> Iterator[str]:
-    """What stands where options may be in a file of their own."""
+    """Gives the texts that stand where options may be in a file of their own."""
     for mapping in _mappings(node, set()):
         for key, value in mapping.value:
             if isinstance(value, yaml.ScalarNode) and isinstance(key, yaml.ScalarNode) and key.value in _FILES:

@@ -51,7 +51,7 @@ def whole_folder(path: Path, option: str = "--out") -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Removes all that is in a folder, but for its lock."""
+    """Removes all that is in a folder but its lock."""
     for each in folder.iterdir():
         if each.is_dir() and not each.is_symlink():
             shutil.rmtree(each)

@@ -1,4 +1,4 @@
-"""Ctrl-C that is heeded wherever it comes."""
+"""Interruption by Ctrl-C, wherever it comes."""
 
 import signal
 import sys
@@ -16,7 +16,7 @@ _SECONDS = 0.01
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends what is done within by KeyboardInterrupt, whatever libraries make of it.
+    """Lets Ctrl-C end the block by KeyboardInterrupt, whatever libraries make of it.
 
     Python lets no exception out of a weak reference's callback or a `__del__`: while matplotlib draws, one Ctrl-C in twenty
     comes in one of them, and would be lost. It is sent again right after, as a SIGTERM is. Compiled code may raise an error of its own

@@ -1,4 +1,4 @@
-"""How many processes a command may start."""
+"""The limit on the processes that a command may start."""
 
 import os
 
@@ -10,12 +10,12 @@ _LEAST, _PER_CPU = 64, 4
 
 
 def check_processes(option: str, number: int) -> None:
-    """Refuses a number that the machine would be brought down by, before the first process is there.
+    """Refuses a number of processes that would bring the machine down, before the first one is there.
 
     It leaves room for configurations that were written for a larger machine.
 
     Raises:
-        ValueError: above 64 and above four for each CPU.
+        UserError: the number is above 64 and above four for each CPU.
     """
     cpus = os.cpu_count() or 1
     most = max(_LEAST, _PER_CPU * cpus)

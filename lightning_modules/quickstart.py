@@ -30,7 +30,7 @@ _EPOCHS, _RETRAIN_EPOCHS = 12, 10
 def run_quickstart(out: Path, seed: int, console: Console) -> Compression:
     """Writes checkpoints, logs, the report and plots to `out`, or to a numbered neighbour of it that is new.
 
-    What cannot be written to its end goes again.
+    Where the job fails it removes what it has written.
     """
     neighbours = (out.with_name(f"{out.name}-{number}") for number in count(1))
     with first_unused(chain([out], neighbours)) as folder:

@@ -24,7 +24,10 @@ __all__ = ["CompressionTrainer"]
 
 
 class CompressionTrainer(Trainer):
-    """Lightning's trainer, with checkpoints that are whole or not there; the signature of `compress` makes the command's options."""
+    """Lightning's trainer, which writes checkpoints whole or not at all, compresses and studies.
+
+    The signatures of `compress` and `study` are those commands' options.
+    """
 
     resolved_rules: list[Rule]
     """What the last `compress` resolved the rules to."""
@@ -67,7 +70,7 @@ class CompressionTrainer(Trainer):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether to stop here; not in the middle of a validation, which could not be resumed exactly."""
+        """Says whether to stop here; not in the middle of a validation, which could not be resumed exactly."""
         if self.state.fn != TrainerFn.FITTING:
             return super().received_sigterm
         return self.stopping and not self.validating

@@ -1,4 +1,4 @@
-"""Methods of a user's own, that a configuration names with their module: `method: my_package.Kronecker`."""
+"""The import of a user's own methods, which a configuration names with their module: `method: my_package.Kronecker`."""
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -11,10 +11,10 @@ __all__ = ["import_methods"]
 
 
 def import_methods(rules: Sequence[Any]) -> None:
-    """Imports the modules that rules name. They are a configuration's, which is trusted; a checkpoint's are never imported.
+    """Imports the modules that a configuration's rules name; a configuration is trusted, and a checkpoint's rules never come here.
 
     Raises:
-        ValueError: no such module, or it has no such method.
+        UserError: there is no such module, or it has no such method.
     """
     named = {str(rule.get("method", "")) for rule in rules if isinstance(rule, Mapping)}
     for name in sorted(name for name in named if "." in name):

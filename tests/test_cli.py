@@ -54,7 +54,9 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as exit_:
         tnlayers(command, "--help")
     assert exit_.value.code == 0
-    assert "--help" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--help" in said
+    assert ("--config" not in said) or re.search(r"name of a configuration.*\srules/tucker\b", said, re.DOTALL)
 
 
 # ---- as a user types it

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import NO_LABEL, Pictures, as_is
-from lightning_modules.data.shares import EpochSampler, Padded
+from lightning_modules.data.samplers import EpochSampler, Padded
 from tests.commands import metric, output_to, tnlayers
 from tests.processes import COMMAND, MODULE, TORCHRUN, finish, replica, start
 from tests.tolerances import EXACT, FLOAT32

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_modules.data import Folders
-from lightning_modules.nets import CNN4, NETS, CIFARResNet, build, build_net
+from lightning_modules.nets import NETS, build, build_net
+from lightning_modules.nets.cnn4 import CNN4
 from lightning_modules.nets.garipov import SameMaxPool
+from lightning_modules.nets.resnet_cifar import CIFARResNet
 
 CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
     ("cnn4", (1, 8, 8), {}),

@@ -31,7 +31,7 @@ def test_a_run_leaves_its_json_and_is_not_run_again(tmp_path: Path, monkeypatch:
     path = run_tiny(tmp_path)
     result = json.loads(path.read_text())
     assert (result["variant"], result["seed"], result["data"]) == ("low rank", 0, "scikit-learn's digits")
-    given = f"-c configs/experiment/digits.yaml -c {LOW_RANK} --seed_everything 0 --trainer.max_epochs 1"
+    given = f"-c experiment/digits -c {LOW_RANK} --seed_everything 0 --trainer.max_epochs 1"
     assert result["command"] == " ".join(["tnlayers fit", given, *QUIET])
     assert result["epochs"] == len(result["train"]) == 1
     assert 0 < result["test"]["accuracy"] < 1

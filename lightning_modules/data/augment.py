@@ -1,4 +1,4 @@
-"""What happens to a batch of pictures on its device.
+"""Augmentation and normalisation of a batch of pictures on its device.
 
 Shapes: n pictures, c channels, h rows, w columns.
 """
@@ -20,7 +20,7 @@ def crop_flip(x: Tensor, *, padding: int = 4, flip: bool = True, generator: torc
     Args:
         x: (n, c, h, w), any dtype and device, both of which are kept.
         padding: zeros on each of the four sides.
-        flip: whether to mirror; where False, pictures are only shifted.
+        flip: mirrors pictures; where False, they are only shifted.
         generator: draws the windows; torch's own by default.
 
     Returns:
@@ -40,7 +40,7 @@ def crop_flip(x: Tensor, *, padding: int = 4, flip: bool = True, generator: torc
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x / 255 - mean) / std in float32.
+    """Returns (x / 255 - mean) / std in float32.
 
     Args:
         x: uint8 (n, c, h, w).

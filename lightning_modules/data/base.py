@@ -1,4 +1,4 @@
-"""What every set of labelled pictures shares: the split, the loaders, and the work on a batch's device.
+"""The base of all sets of labelled pictures: the split, the loaders, and the work on a batch's device.
 
 Shapes: N pictures, C channels, H rows, W columns.
 """
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, random_spli
 
 from lightning_modules.data.augment import crop_flip, normalise
 from lightning_modules.data.pictures import Batch, PictureSet, as_is
-from lightning_modules.data.shares import EpochSampler, LateLoader, Padded
+from lightning_modules.data.samplers import EpochSampler, LateLoader, Padded
 from lightning_modules.processes import check_processes
 from lightning_modules.seeds import batch_seed
 from tnlayers.errors import UserError
@@ -32,14 +32,14 @@ class ImageData(LightningDataModule):
     Args:
         batch_size: pictures in a batch (per process under DDP).
         val_fraction: part of the training pictures that is held out for validation; 0 for no validation.
-        split_seed: seed of that choice.
+        split_seed: seeds that choice.
         augment: "crop" shifts training pictures at random, "crop_flip" also mirrors them; None for the data set's own.
         mean: C channel means of pictures in 0..1; None for the data set's own.
         std: C channel standard deviations of pictures in 0..1; None for the data set's own.
         num_workers: processes that read pictures; 0 is best for pictures in memory.
 
     Raises:
-        ValueError: for a value out of range.
+        UserError: a value is out of range.
     """
 
     class_names: list[str]
@@ -82,7 +82,7 @@ class ImageData(LightningDataModule):
 
     @property
     def num_train(self) -> int:
-        """How many pictures are trained with; reads them if they are not there."""
+        """The number of pictures that are trained with; it reads them if they are not there."""
         self.setup("fit")
         assert self._train is not None
         return len(self._train)
@@ -109,7 +109,7 @@ class ImageData(LightningDataModule):
             self._test = self.load("test")
 
     def picture_names(self) -> Sequence[str]:
-        """What predictions call each test picture: its place, or its file where it has one."""
+        """Returns what predictions call each test picture: its place, or its file where it has one."""
         return [str(place) for place in range(len(self._test or ()))]
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -127,7 +127,7 @@ class ImageData(LightningDataModule):
         return self._evaluation_loader(self._test)
 
     def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Batch | Tensor:
-        """uint8 (N, C, H, W) -> float32 (N, C, H, W), normalised, and augmented in training."""
+        """Turns uint8 (N, C, H, W) into float32 (N, C, H, W), normalised, and augmented in training."""
         if isinstance(batch, Tensor):  # the example that Lightning's model summary runs: floats already
             return batch
         pictures, labels = batch
@@ -138,7 +138,7 @@ class ImageData(LightningDataModule):
         return normalise(pictures, self.mean, self.std), labels
 
     def calibration_batches(self, n: int) -> list[Tensor]:
-        """The same n batches of training pictures at every call, to estimate statistics from; needs no trainer.
+        """Returns the same n batches of training pictures at every call, to estimate statistics from; needs no trainer.
 
         Args:
             n: number of batches; they are smaller than `batch_size` where the training pictures do not fill n of them,
@@ -148,7 +148,7 @@ class ImageData(LightningDataModule):
             n float32 (N, C, H, W), normalised and not augmented.
 
         Raises:
-            ValueError: unless there is a picture for each batch.
+            UserError: unless there is a picture for each batch.
         """
         self.setup("fit")
         assert self._train is not None
@@ -163,10 +163,10 @@ class ImageData(LightningDataModule):
         return [normalise(pictures, self.mean, self.std) for pictures, _ in loader]
 
     def validation_batches(self) -> Iterator[Batch]:
-        """All validation pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
+        """Gives all validation pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
 
         Raises:
-            ValueError: there are none.
+            UserError: there are none.
         """
         self.setup("fit")
         if not self._val:
@@ -174,14 +174,14 @@ class ImageData(LightningDataModule):
         yield from self._plain_batches(self._val)
 
     def test_batches(self, n: int | None = None, seed: int = 0) -> Iterator[Batch]:
-        """Test pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
+        """Gives test pictures, normalised and not augmented, and their labels, in every process; needs no trainer.
 
         Args:
-            n: how many, drawn at random; None for all.
-            seed: of that draw.
+            n: how many are drawn at random; None for all.
+            seed: seeds that draw.
 
         Raises:
-            ValueError: there are not so many.
+            UserError: there are not so many.
         """
         self.setup("test")
         assert self._test is not None
@@ -201,7 +201,7 @@ class ImageData(LightningDataModule):
         return DataLoader(padded, sampler=DistributedSampler(padded, processes, rank, shuffle=False), **self._reading())
 
     def _reading(self) -> dict[str, Any]:
-        """How every loader reads; Lightning builds some anew, for which all arguments have to be keywords."""
+        """Returns the arguments of every loader, all as keywords: Lightning builds some loaders anew from them."""
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
@@ -211,11 +211,11 @@ class ImageData(LightningDataModule):
         }
 
     def _processes(self) -> tuple[int, int]:
-        """How many processes share the pictures, and which of them this is."""
+        """Returns how many processes share the pictures, and which of them this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _done(self) -> int:
-        """Pictures of this process that the epoch was trained on before the run was resumed."""
+        """Returns how many pictures of this process the epoch was trained on before the run was resumed."""
         if self.trainer is None or not self.trainer.training:
             return 0
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torchvision import datasets
 
-from lightning_modules.data.base import Augment, ImageData
+from lightning_modules.data.base import ImageData
 from lightning_modules.data.pictures import Pictures, PictureSet
 from tnlayers.errors import UserError
 
@@ -25,9 +25,6 @@ CIFAR100_NAMES = [
     *("squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger"),
     *("tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"),
 ]
-FASHION_NAMES = [
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-]
 
 
 class Downloadable(ImageData):
@@ -35,12 +32,11 @@ class Downloadable(ImageData):
 
     Args:
         root: folder that holds the data set's own folder.
-        download: whether to fetch the files that are missing.
-        batch_size, val_fraction, split_seed, augment, mean, std, num_workers: see `ImageData`.
+        download: fetches the files that are missing.
+        **options: those of `ImageData`.
 
     Raises:
-        UserError: from `setup`, where the files are missing or damaged.
-        ValueError: from `prepare_data`, where the download fails.
+        UserError: from `setup`, where the files are missing or damaged; from `prepare_data`, where the download fails.
     """
 
     source: ClassVar[Any]
@@ -48,28 +44,8 @@ class Downloadable(ImageData):
     folder: ClassVar[str]
     """Where it lies under `root`."""
 
-    def __init__(
-        self,
-        root: str = "data",
-        *,
-        download: bool = False,
-        batch_size: int = 128,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        augment: Augment | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_fraction=val_fraction,
-            split_seed=split_seed,
-            augment=augment,
-            mean=mean,
-            std=std,
-            num_workers=num_workers,
-        )
+    def __init__(self, root: str = "data", *, download: bool = False, **options: Any) -> None:
+        super().__init__(**options)
         self.root = root
         self.download = download
 
@@ -140,7 +116,7 @@ class FashionMNIST(Downloadable):
 
     source = datasets.FashionMNIST
     folder = "FashionMNIST/raw"
-    class_names = FASHION_NAMES
+    class_names = datasets.FashionMNIST.classes
     input_shape = (1, 28, 28)
     mean = (0.2860,)
     std = (0.3530,)

@@ -3,11 +3,11 @@
 import math
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from lightning_modules.data.base import Augment, ImageData
+from lightning_modules.data.base import ImageData
 from lightning_modules.data.picture_files import PictureFiles, list_pictures, refuse_folder
 from lightning_modules.data.pictures import PictureSet
 from tnlayers.errors import UserError
@@ -31,32 +31,17 @@ class Folders(ImageData):
         root: the folder of train/ and test/.
         image_size: height and width that pictures are resized (shorter side) and cropped (centre) to; None where all
             have one size.
-        batch_size, val_fraction, split_seed, augment, num_workers: see `ImageData`.
-        mean: three channel means of pictures in 0..1; None for ImageNet's.
-        std: three channel standard deviations of pictures in 0..1; None for ImageNet's.
+        **options: those of `ImageData`; `mean` and `std` are ImageNet's where they are None.
 
     Raises:
-        UserError: where a folder or its pictures are missing.
-        ValueError: where there is one class alone, parts differ in their classes, pictures in their sizes, a file is no
-            picture, or a batch takes more than 4 GiB.
+        UserError: a folder or its pictures are missing, there is one class alone, parts differ in their classes, pictures
+            in their sizes, a file is no picture, or a batch takes more than 4 GiB.
     """
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        augment: Augment | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, root: str, *, image_size: int | None = None, **options: Any) -> None:
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size is {image_size}: give the pixels of a side, such as --data.image_size 64")
         self.root = root
@@ -64,15 +49,7 @@ class Folders(ImageData):
         self.class_names = self._find_classes()
         self._first = list_pictures(self._path("train"), self.class_names[:1])[0][0]
         self.input_shape = self._find_shape()
-        super().__init__(
-            batch_size=batch_size,
-            val_fraction=val_fraction,
-            split_seed=split_seed,
-            augment=augment,
-            mean=mean,
-            std=std,
-            num_workers=num_workers,
-        )
+        super().__init__(**options)
 
     def load(self, part: Literal["train", "val", "test"]) -> PictureSet:
         files = PictureFiles(*list_pictures(self._path(part), self.class_names), self.image_size, self._first)
@@ -94,7 +71,7 @@ class Folders(ImageData):
         return os.path.isdir(self._path(part))
 
     def _find_classes(self) -> list[str]:
-        """Names the class folders, which every part must agree on."""
+        """Returns the names of the class folders, on which all parts must agree."""
         for part in ("train", "test"):
             if not self._has(part):
                 raise UserError(
@@ -122,9 +99,9 @@ class Folders(ImageData):
         return class_names
 
     def _find_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of the first training picture; the first of each other part is of that size too.
+        """Returns (3, H, W) of the first training picture, and checks that the first one of each other part is of that size.
 
-        Of the others a part says it when it is read, which for the test is after the training.
+        A part checks its other pictures when it is read, which for the test is after the training.
         """
         if self.image_size is not None:
             self._require_room(1, (3, self.image_size, self.image_size))

@@ -34,11 +34,11 @@ class PictureError(UserError):
 
 
 def list_pictures(folder: Path, class_names: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The picture files of each class folder and of the folders in it, in the order of names, and their labels.
+    """Returns the picture files of each class folder and of the folders in it, in the order of names, and their labels.
 
     Raises:
-        UserError: for a class folder without pictures.
-        PictureError: for a folder that cannot be listed, or that is inside of itself by a link.
+        UserError: a class folder has no pictures.
+        PictureError: a folder cannot be listed, or is inside of itself by a link.
     """
     found = [list(_find_pictures(folder / name)) for name in class_names]
     for name, paths in zip(class_names, found, strict=True):
@@ -52,12 +52,12 @@ def list_pictures(folder: Path, class_names: Sequence[str]) -> tuple[list[str], 
 
 
 def refuse_folder(error: OSError) -> None:
-    """For os.walk, which leaves out what it cannot list where nobody objects."""
+    """Objects to a folder that os.walk cannot list, which it would otherwise leave out."""
     raise PictureError(f"{error.filename} cannot be listed ({error.strerror}): allow it or delete it") from error
 
 
 def _find_pictures(class_folder: Path) -> Iterator[str]:
-    """Everything that is named like a picture; `open_picture` says what is none."""
+    """Gives everything that is named like a picture; `open_picture` says what is none."""
     for folder, folders, files in sorted(os.walk(class_folder, onerror=refuse_folder, followlinks=True)):
         if os.path.islink(folder) and Path(folder).parent.resolve().is_relative_to(Path(folder).resolve()):
             raise PictureError(f"{folder} is a link to a folder that it lies in: delete it")
@@ -72,7 +72,7 @@ def open_picture(path: str, image_size: int | None) -> Image.Image:
     Where `image_size` is given, its shorter side is resized to that and its centre cropped.
 
     Raises:
-        PictureError: for a file that is no picture, or one of values whose range is not known.
+        PictureError: the file is no picture, or one of values whose range is not known.
     """
     try:
         # A named pipe would be waited for, for ever.
@@ -96,7 +96,7 @@ def open_picture(path: str, image_size: int | None) -> Image.Image:
 
 
 def _to_8_bits(file: Image.Image) -> Image.Image:
-    """Grey values of 16 bits by their high byte, as PIL reads 16 bits of colour; what has no more than 8 as it is."""
+    """Turns grey values of 16 bits into their high byte, as PIL reads 16 bits of colour, and leaves 8 bits as they are."""
     # PIL decodes 16-bit PGM, and older ones of it PNG, to int32.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
         tags = getattr(file, "tag_v2", {})
@@ -112,9 +112,9 @@ def _to_8_bits(file: Image.Image) -> Image.Image:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Within it PIL does not warn, of pictures that it reads: of a size below its limit, of metadata, of transparency.
+    """Within this block PIL does not warn of pictures that it reads: of a size below its limit, of metadata, of transparency.
 
-    Threads share what is to be warned of, so this is for what starts and ends them.
+    Threads share the filters of warnings, so this has to be around what starts and ends them.
     """
     with warnings.catch_warnings(action="ignore"):
         yield
@@ -148,7 +148,7 @@ class PictureFiles(PictureSet):
             return torch.stack([self.read(index) for index in indices]), self.labels[torch.as_tensor(indices)]
 
     def read(self, index: int) -> Tensor:
-        """uint8 (3, H, W)."""
+        """Returns uint8 (3, H, W)."""
         picture = open_picture(self.paths[index], self.image_size)
         if picture.size != self.width_height:
             raise PictureError(

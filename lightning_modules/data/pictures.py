@@ -20,7 +20,7 @@ NO_LABEL = -100
 
 
 def as_is(batch: T) -> T:
-    """The collate function of a `PictureSet`, whose batches are whole already."""
+    """Collates nothing: the batches of a `PictureSet` are whole already."""
     return batch
 
 
@@ -44,7 +44,7 @@ class PictureSet(Dataset[Batch]):
         return pictures[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """uint8 (B, C, H, W) and int64 (B,)."""
+        """Returns uint8 (B, C, H, W) and int64 (B,)."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""From a name such as `resnet20` or `torchvision/resnet18` to a network with fresh weights."""
+"""Networks with fresh weights, built by a name such as `resnet20` or `torchvision/resnet18`."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -55,7 +55,7 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         **options: what the network's own constructor takes, such as `widths` of `cnn4`.
 
     Raises:
-        ValueError: for an unknown name, an option that the network does not take, or a shape it cannot read.
+        UserError: the name is unknown, the network does not take an option, or it cannot read the shape.
     """
     if len(input_shape) != 3 or min(input_shape) < 1 or num_classes < 1:
         raise UserError(
@@ -63,7 +63,6 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
             "sizes (channels, height, width) and at least one class"
         )
     library, _, model = name.rpartition("/")
-    refused = _refusals(library)
     if library == "torchvision":
         builder = _torchvision_builder(model, input_shape[0])
         arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
@@ -81,36 +80,31 @@ def build_net(name: str, *, num_classes: int, input_shape: tuple[int, int, int],
         raise UserError(f"net {name!r} does not take the options {unknown}: {said}")
     try:
         net = builder(**arguments, **options)
-    except refused as error:
+    except _refusals(name) as error:
         if not options:
             raise
         raise UserError(f"net {name!r} cannot be built with the options {options} ({error}): {said}") from error
-    _check_reads(net, name, input_shape, refused)
+    _check_reads(net, name, input_shape)
     return net
 
 
-def _refusals(library: str) -> type[Exception] | tuple[type[Exception], ...]:
-    """Returns the kinds of errors by which a net does not take what a user gave; in a net of ours any other one is a bug."""
-    return Exception if library else (ValueError, RuntimeError)  # torch's own, as for more memory than there is
+def _refusals(name: str) -> tuple[type[Exception], ...]:
+    """Returns the kinds of errors by which a net refuses what a user gave; in a net of ours any other kind is a bug."""
+    return (ValueError, RuntimeError) if name in NETS else (Exception,)  # torch's own: more memory than there is, say
 
 
-def _check_reads(
-    net: nn.Module,
-    name: str,
-    input_shape: tuple[int, int, int],
-    refused: type[Exception] | tuple[type[Exception], ...],
-) -> None:
+def _check_reads(net: nn.Module, name: str, input_shape: tuple[int, int, int]) -> None:
     """Sends one picture through the net without computing; what fails so is tried in earnest, as a net may need values.
 
     Raises:
-        ValueError: the net cannot read pictures of that size.
+        UserError: the net cannot read pictures of that size.
     """
     if not _refusal(net, input_shape, "meta"):
         return
     error = _refusal(net, input_shape, next(net.parameters()).device)
     if error is None:
         return
-    if not isinstance(error, refused):
+    if not isinstance(error, _refusals(name)):
         raise error
     channels, height, width = input_shape
     size = next((size for size in _SIZES if not _refusal(net, (channels, size, size), "meta")), None)
@@ -119,7 +113,7 @@ def _check_reads(
 
 
 def _refusal(net: nn.Module, input_shape: tuple[int, int, int], device: torch.device | str) -> Exception | None:
-    """What a net raises in evaluation where it gets one picture of zeros."""
+    """Returns what a net raises in evaluation where it gets one picture of zeros."""
     tensors = chain(net.named_parameters(), net.named_buffers())
     try:
         with evaluating(net), torch.device(device):
@@ -165,7 +159,7 @@ def _timm_builder(model: str) -> Builder:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    """One sentence: the name, the known ones it resembles, and where all of them are."""
+    """Returns a sentence of the name, the known ones that it resembles, and where all of them are."""
     bare = {full.rpartition("/")[2]: full for full in reversed(list(known))}
     near = [bare[match] for match in get_close_matches(name.rpartition("/")[2], bare)]
     hint = f"did you mean {' or '.join(near)}, " if near else "expected "
@@ -176,7 +170,7 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 
 
 def _option_names(builder: Builder) -> set[str]:
-    """Names of the optional arguments of `builder` and of the network class that it hands further ones to."""
+    """Returns the optional arguments of `builder` and of the network class that it hands further ones to."""
     signature = inspect.signature(builder)
     names = {key for key, value in signature.parameters.items() if value.default is not value.empty}
     built = signature.return_annotation

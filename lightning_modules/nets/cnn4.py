@@ -24,7 +24,7 @@ class CNN4(nn.Module):
         hidden: outputs of fc1.
 
     Raises:
-        ValueError: unless `widths` is four positive numbers and `hidden` is one.
+        UserError: unless `widths` is four positive numbers and `hidden` is one.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def garipov_conv_fc(*, num_classes: int, input_shape: tuple[int, int, int]) -> n
 
 
 def convolutions(channels: int, last_padding: int) -> dict[str, nn.Module]:
-    """conv1_1 to conv3_2 with their BatchNorms, ReLUs and pools; `last_padding` is that of conv3_1 and conv3_2."""
+    """Makes conv1_1 to conv3_2 with their BatchNorms, ReLUs and pools; `last_padding` is that of conv3_1 and conv3_2."""
     layers: dict[str, nn.Module] = {}
     for block, width, padding in ((1, 64, 1), (2, 128, 1), (3, 128, last_padding)):
         for name in (f"{block}_1", f"{block}_2"):

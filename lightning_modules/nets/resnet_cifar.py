@@ -50,7 +50,7 @@ class CIFARResNet(nn.Module):
         depth: layers with weights, 6 n + 2 for n blocks a stage: 20, 32, 44, 56.
 
     Raises:
-        ValueError: unless depth is 6 n + 2.
+        UserError: unless depth is 6 n + 2.
 
     Source: He et al. 2015, section 4.2; weights are drawn as in He et al., "Delving deep into rectifiers", 2015.
     """
@@ -84,7 +84,7 @@ def make_stage(in_channels: int, width: int, stride: int, num_blocks: int) -> nn
 
 
 def cifar_resnet(depth: int) -> Callable[..., nn.Module]:
-    """The builder of the CIFAR ResNet of one depth."""
+    """Returns the builder of the CIFAR ResNet of one depth."""
 
     def build(*, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
         return CIFARResNet(num_classes=num_classes, input_shape=input_shape, depth=depth)

@@ -1,4 +1,4 @@
-"""What the networks ask of a picture's size."""
+"""The smallest pictures that a network can read."""
 
 from tnlayers.errors import UserError
 
@@ -6,10 +6,10 @@ __all__ = ["require_size"]
 
 
 def require_size(net: str, input_shape: tuple[int, int, int], least: int) -> None:
-    """Refuses pictures of which `net` would leave no pixel.
+    """Refuses pictures so small that `net` would leave no pixel of them.
 
     Raises:
-        ValueError: if (channels, height, width) has a height or width below `least`.
+        UserError: if (channels, height, width) has a height or width below `least`.
     """
     if min(input_shape[1:]) < least:
         raise UserError(

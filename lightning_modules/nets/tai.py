@@ -22,7 +22,7 @@ def tai_cnn(*, num_classes: int, input_shape: tuple[int, int, int], batch_norm: 
     Args:
         num_classes: K.
         input_shape: (C, H, W); the paper's are 3x32x32, which gives fc1 its 64 * 4 * 4 inputs.
-        batch_norm: whether a BatchNorm follows each 5x5 convolution, in place of its bias.
+        batch_norm: puts a BatchNorm after each 5x5 convolution, in place of its bias.
     """
     channels, height, width = input_shape
     return nn.Sequential(
@@ -51,7 +51,7 @@ def tai_nin(*, num_classes: int, input_shape: tuple[int, int, int], batch_norm: 
     Args:
         num_classes: K.
         input_shape: (C, H, W), at least 4x4; the paper's are 3x32x32.
-        batch_norm: whether a BatchNorm follows each spatial convolution, in place of its bias.
+        batch_norm: puts a BatchNorm after each spatial convolution, in place of its bias.
 
     Source: Lin, Chen, Yan, "Network in network", 2013, arXiv 1312.4400; the second pool averages and no ReLU follows
     the last layer, as in Tai et al.'s code.
@@ -74,7 +74,7 @@ def tai_nin(*, num_classes: int, input_shape: tuple[int, int, int], batch_norm: 
 
 
 def stage(place: int, channels: int, width: int, *mlp: int, size: int, batch_norm: bool) -> dict[str, nn.Module]:
-    """A convolution of `size` x `size` and 1x1 ones of the widths `mlp`, a ReLU after each."""
+    """Makes a convolution of `size` x `size` and 1x1 ones of the widths `mlp`, with a ReLU after each."""
     layers: dict[str, nn.Module] = {}
     layers[f"conv{place}"] = nn.Conv2d(channels, width, size, padding=size // 2, bias=not batch_norm)
     if batch_norm:

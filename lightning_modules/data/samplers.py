@@ -1,4 +1,4 @@
-"""What each of several processes gets of a set of pictures, and where in an epoch it starts.
+"""Samplers that share a set of pictures among processes, and go on in the middle of an epoch.
 
 Words: w processes of ranks r = 0 .. w - 1, each with batches of b pictures.
 """
@@ -23,10 +23,10 @@ class EpochSampler(DistributedSampler[int]):
     not go round, since every process has to make equally many steps; each epoch leaves out other pictures.
 
     Args:
-        pictures: what is shuffled.
+        pictures: the set that is shuffled.
         processes: w.
         rank: r.
-        done: how many pictures of its share the process is past already when it starts on an epoch.
+        done: says how many pictures of its share the process is past already when it starts on an epoch.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class LateLoader(DataLoader[Batch]):
-    """Asks its sampler only when the first batch is asked for.
+    """A loader that asks its sampler only when its first batch is asked for.
 
     Lightning makes the iterator, whose workers would read ahead, before it knows at which epoch and batch a run resumes.
     """
@@ -68,7 +68,7 @@ class Padded(Dataset[Batch]):
     Under DDP each forward pass may wait for those of the other processes, so all of them have to make equally many.
 
     Args:
-        pictures: what is padded.
+        pictures: the set that is padded.
         processes: w, of which the length becomes a multiple; the labels of what is added are `NO_LABEL`.
     """
 
@@ -80,7 +80,7 @@ class Padded(Dataset[Batch]):
         return -(-len(self._pictures) // self._processes) * self._processes  # type: ignore[arg-type]
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
-        """uint8 (B, C, H, W) and int64 (B,)."""
+        """Returns uint8 (B, C, H, W) and int64 (B,)."""
         last = len(self._pictures) - 1  # type: ignore[arg-type]
         pictures, labels = self._pictures.__getitems__([min(place, last) for place in places])  # type: ignore[attr-defined]
         return pictures, labels.where(torch.as_tensor(places) <= last, NO_LABEL)
