@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test docs lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: export OMP_NUM_THREADS ?= 1
 test: install  ## run every test, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+docs: install  ## build the pages of docs/ as a site in site/
+	$(BIN)/mkdocs build --strict
+
 lint: install  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,4 +38,4 @@ format: install  ## format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist site
