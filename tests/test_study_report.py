@@ -13,7 +13,7 @@ from PIL import Image
 from lightning_modules.study.measured import Measured
 from lightning_modules.study.report.findings import Findings, rank_correlation
 from lightning_modules.study.report.pictures import study_pictures
-from lightning_modules.study.report.plots import STYLES, Level, Line, Panel, small_multiples
+from lightning_modules.study.report.plots import STYLES, Level, Line, small_multiples
 from lightning_modules.study.report.rendering import summary, write_report
 from lightning_modules.study.rows import (
     Joint,
@@ -233,6 +233,6 @@ def test_panels_mark_what_is_tolerated() -> None:
 @pytest.mark.parametrize(("num_layers", "pages"), [(1, [1]), (20, [20]), (21, [12, 9]), (54, [20, 20, 14])])
 def test_many_layers_take_several_pages(num_layers: int, pages: list[int]) -> None:
     line = Line("o|ihw", STYLES["o"], ((0, 90), (0.5, 80)), large=1)
-    panels = [Panel(f"layer{place}", (line,)) for place in range(num_layers)]
-    figures = small_multiples([*panels, Panel("not measured", ())], "norm loss", Level(90, 1, 10))
+    panels = {f"layer{place}": [line] for place in range(num_layers)}
+    figures = small_multiples({**panels, "not measured": []}, "norm loss", Level(90, 1, 10))
     assert [sum(axes.get_visible() for axes in figure.axes) for figure in figures] == pages

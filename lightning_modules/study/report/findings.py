@@ -27,63 +27,36 @@ class Depth:
         cuts: those over which the figures are means.
         means: the tolerated norm loss of each layer.
         num_deep: how many of the last layers are "deep": a third.
+        last: the mean of the deep layers.
+        correlation: Spearman's, of the means with the order of the layers; None where all means are equal.
+        noise: two standard deviations of the rank correlation of what has no trend.
     """
 
     layers: tuple[str, ...]
     cuts: tuple[str, ...]
     means: tuple[float, ...]
-
-    @property
-    def num_deep(self) -> int:
-        return max(1, len(self.means) // 3)
-
-    @property
-    def first(self) -> float:
-        return self.means[0]
-
-    @property
-    def last(self) -> float:
-        """The mean of the deep layers."""
-        return fmean(self.means[-self.num_deep :])
-
-    @cached_property
-    def correlation(self) -> float | None:
-        """Spearman's, of the means with the order of the layers."""
-        return rank_correlation(range(len(self.means)), self.means)
-
-    @property
-    def noise(self) -> float:
-        """Two standard deviations of the rank correlation of what has no trend."""
-        return 2 / math.sqrt(len(self.means) - 1)
+    num_deep: int
+    last: float
+    correlation: float | None
+    noise: float
 
 
 @dataclass(frozen=True)
 class Control:
-    """Truncations beside their controls.
+    """Truncations beside their controls, which have the same layer, cuts and bond dimensions.
 
     Attributes:
-        pairs: (truncation, control), of the same layer, cuts and bond dimensions.
+        num: how many pairs there are.
         tolerated: how many of the truncations are tolerated, and how many of the controls.
-        tolerance: the least difference that counts, as a fraction of the pictures.
+        gain: the mean accuracy of the truncations above that of their controls.
+        verdict: "better" or "worse" where most truncations keep more or less accuracy than their controls, and so does the mean;
+            else "alike".
     """
 
-    pairs: tuple[tuple[Single, Single], ...]
+    num: int
     tolerated: tuple[int, int]
-    tolerance: float
-
-    @property
-    def gain(self) -> float:
-        """The mean accuracy of the truncations above that of their controls."""
-        return fmean(truncation.accuracy - control.accuracy for truncation, control in self.pairs)
-
-    @property
-    def verdict(self) -> str:
-        """ "better" or "worse", where most truncations keep more or less accuracy than their controls, and so does the mean."""
-        better = sum(truncation.accuracy > control.accuracy for truncation, control in self.pairs)
-        worse = sum(truncation.accuracy < control.accuracy for truncation, control in self.pairs)
-        if better > worse and self.gain > self.tolerance:
-            return "better"
-        return "worse" if worse > better and self.gain < -self.tolerance else "alike"
+    gain: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -181,7 +154,10 @@ class Findings:
         common = tuple(cut for cut in measured.cuts() if all((name, cut) in self.tolerated for name in names))
         if len(names) < 2 or not common:
             return None
-        return Depth(tuple(names), common, tuple(fmean(self.tolerated[name, cut] for cut in common) for name in names))
+        means = tuple(fmean(self.tolerated[name, cut] for cut in common) for name in names)
+        deep = means[-max(1, len(means) // 3) :]
+        trend, noise = rank_correlation(range(len(means)), means), 2 / math.sqrt(len(means) - 1)
+        return Depth(tuple(names), common, means, len(deep), fmean(deep), trend, noise)
 
     # ---- several cuts, all layers, controls
 
@@ -211,7 +187,7 @@ class Findings:
 
     def control(self, name: str) -> Control | None:
         """A control beside the truncations; only of what takes something from the norm."""
-        measured, pairs = self.measured, []
+        measured, pairs = self.measured, list[tuple[Single, Single]]()
         for (layer, cuts, control), curve in measured.singles.items():
             if control == name:
                 partners = {row.bonds: row for row in measured.curve(layer, *cuts)}
@@ -219,7 +195,10 @@ class Findings:
         if not pairs:
             return None
         first, second = (sum(measured.within(pair[side].accuracy) for pair in pairs) for side in (0, 1))
-        return Control(tuple(pairs), (first, second), measured.study.protocol.tolerance)
+        gains = [truncation.accuracy - control.accuracy for truncation, control in pairs]
+        gain, most = fmean(gains), sum(gain > 0 for gain in gains) - sum(gain < 0 for gain in gains)
+        counts = abs(gain) > measured.study.protocol.tolerance and gain * most > 0
+        return Control(len(pairs), (first, second), gain, ("better" if gain > 0 else "worse") if counts else "alike")
 
     # ---- retraining, and what is recommended
 

@@ -11,7 +11,6 @@ from lightning_modules.study.report.plots import (
     Cell,
     Level,
     Line,
-    Panel,
     heatmap,
     over_layers,
     small_multiples,
@@ -44,10 +43,10 @@ def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
 
 def _truncations(of: Findings, cuts: Sequence[tuple[str, ...]]) -> list[Figure]:
     """Accuracy against norm loss, a panel for each layer and a line for each of `cuts`."""
-    panels = []
+    panels = {}
     for layer in of.measured.layers:
         curves = [(at, of.measured.curve(layer.name, *at)) for at in cuts]
-        panels.append(Panel(_title(layer), tuple(_line(of, at, curve) for at, curve in curves if curve)))
+        panels[_title(layer)] = [_line(of, at, curve) for at, curve in curves if curve]
     return small_multiples(panels, _NORM_LOSS, _level(of), _LARGE)
 
 
@@ -84,36 +83,31 @@ def _depth(of: Findings) -> list[Figure]:
 
 def _controls(of: Findings) -> list[Figure]:
     """Truncations against their controls."""
-    panels = []
-    singles = of.measured.singles
+    panels, singles = {}, of.measured.singles
     for layer in of.measured.layers:
         controlled = dict.fromkeys(cuts for name, cuts, control in singles if name == layer.name and control)
-        lines = [
+        panels[_title(layer)] = [
             Line(name or "truncation", STYLES[name or "truncation"], _points(of, curve))
             for name in ("", *CONTROLS)
             for cuts in controlled
             if (curve := singles.get((layer.name, cuts, name), ()))
         ]
-        panels.append(Panel(_title(layer), tuple(lines)))
     return small_multiples(panels, _NORM_LOSS, _level(of))
 
 
 def _joint(of: Findings) -> list[Figure]:
     joints = of.measured.joints
     known = dict.fromkeys((*((cut,) for cut in of.measured.cuts()), *CUT_SETS.values(), *joints))
-    panel = Panel("all layers", tuple(_line(of, cuts, joints[cuts]) for cuts in known if cuts in joints))
-    return small_multiples([panel], "norm loss of all weights together", _level(of), _LARGE)
+    lines = [_line(of, cuts, joints[cuts]) for cuts in known if cuts in joints]
+    return small_multiples({"all layers": lines}, "norm loss of all weights together", _level(of), _LARGE)
 
 
 def _retrained(of: Findings) -> list[Figure]:
     """Accuracy against epochs, a panel for each joint truncation."""
-    panels: dict[tuple[tuple[str, ...], float], list[Line]] = {}
+    panels: dict[str, list[Line]] = {}
     for row in of.measured.retrained if of.retrained else ():
-        panels.setdefault((row.cuts, row.target), []).append(_path(row))
-    shown = [
-        Panel(f"{of.label(*cuts)}, up to {target:g} a cut", tuple(lines)) for (cuts, target), lines in panels.items()
-    ]
-    return small_multiples(shown, "epochs of retraining", _level(of))
+        panels.setdefault(f"{of.label(*row.cuts)}, up to {row.target:g} a cut", []).append(_path(row))
+    return small_multiples(panels, "epochs of retraining", _level(of))
 
 
 def _spectra(of: Findings) -> list[Figure]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_modules.plots import INK, clean
 
-__all__ = ["STYLES", "Cell", "Level", "Line", "Panel", "heatmap", "over_layers", "small_multiples"]
+__all__ = ["STYLES", "Cell", "Level", "Line", "heatmap", "over_layers", "small_multiples"]
 
 _Item = TypeVar("_Item")
 _BAND = "#cfe3cf"
@@ -68,12 +68,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Panel:
-    title: str
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True)
 class Cell:
     """A cell of a heatmap: a value from 0, pale, to 1, dark, and what is written there."""
 
@@ -90,33 +84,33 @@ class Level:
     chance: float
 
 
-def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: str = "") -> list[Figure]:
+def small_multiples(panels: Mapping[str, Sequence[Line]], x_label: str, level: Level, mark: str = "") -> list[Figure]:
     """Draws accuracies against the dense net's, panels with the same axes side by side, on as many pages as keep them readable.
 
     The scale is linear within the tolerance and logarithmic beyond: the loss of one point and that of fifty are both to be seen.
 
     Args:
-        panels: those without lines are left out.
+        panels: title -> lines; those without any are left out.
         x_label: of all of them.
         level: drawn in every panel; chance only where the accuracies come near it.
         mark: what the large points are, for the legend.
     """
-    panels = [panel for panel in panels if panel.lines]
-    gains = [y - level.dense for panel in panels for line in panel.lines for _, y in line.points]
-    widths = [x for panel in panels for line in panel.lines for x, _ in line.points]
+    every = [line for lines in panels.values() for line in lines]
+    gains = [y - level.dense for line in every for _, y in line.points]
+    widths = [x for line in every for x, _ in line.points]
     linear = max(level.tolerance, 0.1)
     low, high = 1.5 * min([*gains, -linear]), max([*gains, 0.5 * linear])
     ticks = [-factor * linear for factor in (1000, 300, 100, 30, 10, 3, 1, 0) if -factor * linear >= low]
     figures = []
-    for shown in _pages(panels, _PANELS, _COLUMNS):
+    for shown in _pages([title for title, lines in panels.items() if lines], _PANELS, _COLUMNS):
         columns = min(_COLUMNS, len(shown))
         rows = math.ceil(len(shown) / columns)
         height = 1.3 + max(1.75, 2.6 - 0.4 * rows) * rows
         figure = Figure(figsize=(max(1 + 2.5 * columns, 7), height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         grid[0].set_yscale("symlog", linthresh=linear, linscale=0.6)
-        for axes, panel in zip(grid, shown, strict=False):
-            _draw(axes, panel, level)
+        for axes, title in zip(grid, shown, strict=False):
+            _draw(axes, title, panels[title], level)
         for place, axes in enumerate(grid):
             axes.set_visible(place < len(shown))
             axes.xaxis.set_tick_params(labelbottom=place + columns >= len(shown))
@@ -127,7 +121,7 @@ def small_multiples(panels: Sequence[Panel], x_label: str, level: Level, mark: s
         grid[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=all(x == int(x) for x in widths)))
         figure.supxlabel(x_label, fontsize=9, color=INK)
         figure.supylabel("points against the dense net", fontsize=9, color=INK)
-        _legend(figure, panels, level, mark, chance=low < level.chance - level.dense)
+        _legend(figure, every, level, mark, chance=low < level.chance - level.dense)
         figures.append(figure)
     return figures
 
@@ -209,22 +203,22 @@ def _pages(items: Sequence[_Item], most: int, columns: int = 1) -> list[Sequence
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _draw(axes: Axes, panel: Panel, level: Level) -> None:
+def _draw(axes: Axes, title: str, lines: Sequence[Line], level: Level) -> None:
     axes.axhspan(-level.tolerance, 0, color=_BAND, linewidth=0)
     axes.axhline(0, color=INK, linewidth=0.7)
     axes.axhline(level.chance - level.dense, color=INK, linewidth=0.7, linestyle=":")
-    for line in panel.lines:
+    for line in lines:
         x, y = zip(*((x, y - level.dense) for x, y in line.points), strict=True)
         axes.plot(x, y, **line.style, markersize=2.5, linewidth=1.1)
         if line.large is not None:
             point = {**line.style, "linestyle": "", "markeredgecolor": "white", "markeredgewidth": 0.5}
             axes.plot(x[line.large], y[line.large], **point, markersize=6)
-    axes.set_title(panel.title, fontsize=8, color=INK)
+    axes.set_title(title, fontsize=8, color=INK)
     clean(axes)
 
 
-def _legend(figure: Figure, panels: Sequence[Panel], level: Level, mark: str, chance: bool) -> None:
-    styles = {line.label: line.style for panel in panels for line in panel.lines}
+def _legend(figure: Figure, lines: Sequence[Line], level: Level, mark: str, chance: bool) -> None:
+    styles = {line.label: line.style for line in lines}
     handles = [Line2D([], [], **style, markersize=4, label=label) for label, style in styles.items()]
     if mark:
         handles.append(Line2D([], [], color=INK, marker="o", markersize=7, linestyle="", label=mark))
