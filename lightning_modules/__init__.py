@@ -8,6 +8,7 @@ _HOMES = {
     "ImageClassifier": "classifier",
     "NETS": "nets",
     "Report": "report",
+    "TensorizedCheckpoint": "tensorized",
     "build_net": "nets",
     "compress": "compression",
     "load_net": "classifier",

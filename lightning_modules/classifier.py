@@ -26,9 +26,10 @@ from lightning_modules.nets import build_net
 from lightning_modules.seeds import batch_seed, drawing
 from lightning_modules.tensorized import TensorizedCheckpoint, checkpoint_path, trainer_of
 from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rules_from_plain, tensorize
-from tnlayers.checkpoints import fitting_state, read_checkpoint
+from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError, as_checkpoint_error
 from tnlayers.factorized import Init
+from tnlayers.fitting import fitting_state
 from tnlayers.rules import Rule
 from tnlayers.saved_layers import check_plain
 
@@ -115,7 +116,7 @@ class ImageClassifier(TensorizedCheckpoint):
         """The fraction of the validation pictures that a copy of the net gets right."""
         right = total = 0
         for pictures, labels in self.trainer.datamodule.validation_batches():  # type: ignore[attr-defined]
-            x = pictures.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+            x = pictures.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
             right += int((net(x).argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
         return right / total

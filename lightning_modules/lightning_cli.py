@@ -24,14 +24,15 @@ from lightning_modules.callbacks import (
     RunConfig,
 )
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.configurations import check_yaml
+from lightning_modules.configurations import check_yaml, with_config_paths
 from lightning_modules.console import only_what_matters, say, shown_path
 from lightning_modules.data import ImageData
 from lightning_modules.folders import whole_folder
 from lightning_modules.library_errors import made_of_options, refusal_in_a_run
 from lightning_modules.loggers import log_config, run_folder
+from lightning_modules.model_class import model_options, names_model_class
 from lightning_modules.run_folders import begin_run, is_first_process
-from lightning_modules.shipped_configs import with_config_paths
+from lightning_modules.shipped_configs import config_names
 from lightning_modules.study import study_folder
 from lightning_modules.trainer import CompressionTrainer
 from lightning_modules.user_methods import import_methods
@@ -56,11 +57,12 @@ class Restoration(Callback):
     def on_sanity_check_start(self, *_: Any) -> None:
         self.path = None
 
-    on_train_start = on_sanity_check_start
+    def on_train_start(self, *_: Any) -> None:
+        self.path = None
 
 
 class TensorCLI(LightningCLI):
-    """LightningCLI with `compress` and `study`, and without what bites: no options from checkpoints, no abbreviated options."""
+    """LightningCLI with `compress` and `study`; it takes no options from checkpoints, and none that are abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Runs a command, which has what it writes to for itself from before it writes there until it ends.
@@ -75,23 +77,28 @@ class TensorCLI(LightningCLI):
             except (UserError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if path := self._restoration.path:
+                if path := self._restoration.path or ("loading state_dict" in str(error) and self.trainer.ckpt_path):
+                    fix = f"start from its weights instead: --model.init_from {path}"
                     raise CheckpointError(
-                        f"{path} cannot be resumed ({type(error).__name__}: {error}); start from its weights instead: "
-                        f"--model.init_from {path}"
+                        f"{path} cannot be resumed ({type(error).__name__}: {error}); "
+                        f"{fix if self.model_class else 'begin anew without --ckpt_path'}"
                     ) from error
                 if refusal := refusal_in_a_run(error):
                     raise refusal from error
                 raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The run keeps the configuration as it was given: `last`, not the path that this is now."""
+        """Makes the trainer, whose run keeps the configuration as it was given: `last`, not the path that this is now."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, self._restoration)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
                 callback.config = self._given
         return trainer
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        names = ", ".join(config_names())
+        return super().init_parser(epilog=f"-c takes the name of a configuration of the package too: {names}", **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -103,8 +110,9 @@ class TensorCLI(LightningCLI):
         super().instantiate_classes()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
+        if self.model_class:  # a user's own asks for what it needs
+            parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+            parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
         parser.add_lightning_class_args(RunCheckpoint, "model_checkpoint")
         parser.set_defaults({"model_checkpoint.save_last": True, "model_checkpoint.save_on_exception": True})
         parser.add_lightning_class_args(RankSchedule, "rank_schedule")
@@ -115,7 +123,13 @@ class TensorCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fails early, and in one line, on what would fail late in a traceback."""
         config = self.config[self.subcommand]
-        import_methods(config.model.rules or [])
+        if self.model_class is None and self.subcommand in ("compress", "study"):
+            raise UserError(
+                f"{self.subcommand} takes the nets of ImageClassifier, and --model is {config.model.class_path}: give --model.net, "
+                "or compress your module in Python by tnlayers.tensorize"
+            )
+        rules = model_options(config).get("rules")
+        import_methods(rules if isinstance(rules, list) else [])
         self._log_under_root(config)
         self._given = config.clone()
         if self.subcommand in ("compress", "study"):
@@ -141,7 +155,7 @@ class TensorCLI(LightningCLI):
                 logger.init_args.update(Namespace(save_dir=os.path.normpath(Path(config.out, within))))
 
     def _log_under_root(self, config: Namespace) -> None:
-        """A given default_root_dir takes the logs and checkpoints along, unless the logger has a folder of its own."""
+        """Moves logs and checkpoints to a default_root_dir that is given, unless the logger has a folder of its own."""
         if config.trainer.logger in (None, True):  # Lightning's would be one whose runs cannot go on
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         root, logger = config.trainer.default_root_dir, config.trainer.logger
@@ -149,7 +163,7 @@ class TensorCLI(LightningCLI):
             logger.init_args.update(Namespace(save_dir=str(root)))
 
     def _expect_checkpoint(self) -> None:
-        """Lightning restores after `setup`, and does not say there that it will: decomposing first would be for nothing."""
+        """Tells the module, in whose `setup` Lightning does not say that it restores later: decomposing first would be for nothing."""
         path = self.config[self.subcommand].get("ckpt_path")
         late = self.trainer.strategy.restore_checkpoint_after_setup  # the optimizer is then made of what `setup` leaves
         self.model.awaits_checkpoint = path not in (None, "best", "hpc") and not late
@@ -206,7 +220,8 @@ class TensorCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            say(f"written     {shown_path(run_folder(self.trainer))}/predictions.csv")
+            suffix = "csv" if isinstance(self.datamodule, ImageData) else "pt"
+            say(f"written     {shown_path(run_folder(self.trainer))}/predictions.{suffix}")
 
 
 def retraining_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> dict[str, Any]:
@@ -233,13 +248,14 @@ def _ends(trainer: dict[str, Any]) -> bool:
 
 def run(arguments: list[str]) -> int:
     """Runs one Lightning command; returns the exit code."""
-    arguments = list(with_config_paths(arguments))
+    arguments = with_config_paths(arguments)
     check_yaml(arguments)
+    ours = not names_model_class(arguments)
     with only_what_matters():
         try:
             TensorCLI(
-                ImageClassifier,
-                ImageData,
+                ImageClassifier if ours else None,
+                ImageData if ours else None,
                 subclass_mode_data=True,
                 trainer_class=CompressionTrainer,
                 trainer_defaults={

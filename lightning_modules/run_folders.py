@@ -115,7 +115,8 @@ def continue_last(config: Namespace, *, training: bool) -> None:
             raise UserError(f"{said}; train first, or give the path of one")
         rank_zero_info(f"{said}; training starts from the beginning")
     elif training:
-        _check_same_net(found, config)
+        if "class_path" not in config.model:
+            _check_same_net(found, config)
         for place, logger in enumerate(_loggers(config)):
             folder = found.path.parents[1].name if place == 0 and not config.model_checkpoint.dirpath else None
             version = found.versions.get(logger.class_path.rpartition(".")[2], folder)

@@ -40,11 +40,11 @@ def drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 def generator_states() -> dict[str, Any]:
     """The states of this process's generators in torch, on the CPU and GPUs, in numpy and in Python, as plain values."""
-    name, keys, *place = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [name, keys.tolist(), *place],
+        "numpy": numpy | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}},
         "python": random.getstate(),
     }
 
@@ -54,6 +54,6 @@ def set_generator_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
-    name, keys, *place = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *place))
+    key, pos = (states["numpy"]["state"][name] for name in ("key", "pos"))
+    np.random.set_state(states["numpy"] | {"state": {"key": np.array(key, dtype=np.uint32), "pos": pos}})
     random.setstate(states["python"])

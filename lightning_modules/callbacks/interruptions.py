@@ -1,4 +1,4 @@
-"""What lets a training be stopped at any moment and go on: when it stops, what it saves then, where its books go on."""
+"""Callbacks that let a training be stopped at any moment and go on: when it stops, what it saves then, where its log goes on."""
 
 import os
 import signal
@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.replaced_parameters import callbacks_of
 from lightning_modules.loggers import CSV
-from tnlayers.errors import UserError
+from lightning_modules.seeds import generator_states, set_generator_states
+from tnlayers.errors import UserError, as_checkpoint_error
 
 __all__ = ["Interruptible", "RunCheckpoint"]
 
@@ -25,14 +26,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     With `save_on_exception` it writes last.ckpt where a signal ends training, between two steps. Any other exception
     may come in the middle of one (Ctrl-C, memory that runs out) and saves nothing: it could not be resumed exactly.
+
+    A checkpoint has the states of the first process's random generators, so that what a module, its transforms and its loaders
+    draw from them goes on from the end of an epoch as it would have. In the middle of an epoch that takes a loader with a
+    `state_dict`; Lightning begins the epoch of any other loader anew.
     """
 
     _save_at_epoch_end = False
+    _generators: dict[str, Any] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Not after an epoch's last batch: a run that goes on from there loses count of its epochs, so its end comes first."""
+        """Waits for the end of an epoch after its last batch: a run that goes on from there would lose count of its epochs."""
         self._save_at_epoch_end = is_last_batch(trainer)
         if not self._save_at_epoch_end:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -58,18 +64,30 @@ class RunCheckpoint(ModelCheckpoint):
             _requeue()  # last of all: it may end the job at once
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """last.ckpt is what training ended with, also where checkpoints are saved every so many steps."""
+        """Makes last.ckpt what training ended with, also where checkpoints are saved every so many steps."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where nothing was left to train: a process that was killed between two files had not come to last.ckpt."""
+        """Does the same where nothing was left to train: a process killed between two files had not come to last.ckpt."""
         resumed = trainer.ckpt_path and os.path.abspath(trainer.ckpt_path)
         if resumed != os.path.abspath(self.last_model_path):  # what is finished stays as it is
             self.on_train_end(trainer, pl_module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._generators:
+            with as_checkpoint_error(
+                "the checkpoint has states of random generators that are not understood", Exception
+            ):
+                set_generator_states(self._generators)
+            self._generators = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"generators": generator_states()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """In a folder that goes on, its files are this run's, whatever path it had before."""
+        """Takes the files of a folder that goes on for this run's, whatever path it had before."""
+        self._generators = state_dict.pop("generators", None)
         folder = str(self.dirpath)
         last = os.path.join(folder, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         goes_on = Path(last).is_file()
@@ -79,12 +97,12 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Whether the epoch ends with this batch."""
+    """Tells whether the epoch ends with this batch."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def _moved(state: Any, before: str | None, after: str) -> Any:
-    """The state with one folder in place of another in all paths."""
+    """Returns the state with one folder in place of another in all paths."""
     if isinstance(state, dict):
         return {_moved(key, before, after): _moved(value, before, after) for key, value in state.items()}
     if isinstance(state, str) and before and (state == before or state.startswith(before + os.sep)):
@@ -93,7 +111,7 @@ def _moved(state: Any, before: str | None, after: str) -> Any:
 
 
 class Interruptible(Callback):
-    """SIGTERM, and in a SLURM job SIGUSR1, are noted, and all processes heed them after the same step.
+    """Notes SIGTERM, and in a SLURM job SIGUSR1, which all processes heed after the same step.
 
     Training then ends as `RunCheckpoint` says; after SIGUSR1, which a job gets before its time runs out, the job is put into
     the queue again too. Lightning's own handlers talk to the other processes from within, while they may be talking of a
@@ -111,7 +129,7 @@ class Interruptible(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A training that early stopping had ended stays ended, as one does whose epochs or time are over."""
+        """Lets a training that early stopping had ended stay ended, as one does whose epochs or time are over."""
         for each in trainer.early_stopping_callbacks:
             if each.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 trainer.should_stop = True
@@ -130,12 +148,14 @@ class Interruptible(Callback):
         signal.signal(signal.SIGTERM, self._note_sigterm)  # the trainer puts back the handlers of before
         if SLURMEnvironment.detect():
             signal.signal(signal.SIGUSR1, self._note_sigusr1)
+        # Loggers count batches, of which several optimizers make several steps each.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         for logger in trainer.loggers:
             if isinstance(logger, CSV):
-                logger.rewind(trainer.global_step)
+                logger.rewind(trainer.global_step if pl_module.automatic_optimization else batches)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Before training a process ends at once, and takes along those that it started, which would wait for it."""
+        """Ends, before training, the processes that this one started, which would wait for it."""
         launcher = trainer.strategy.launcher
         if launcher and isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException):
             launcher.kill(signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""When predictions and the configuration are written; what is written comes from elsewhere."""
+"""Callbacks that write a run's predictions and its configuration."""
 
 import csv
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,41 +18,44 @@ __all__ = ["PredictionWriter", "RunConfig"]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions.csv to the run's folder: the picture (its file, or its place), the class and its probability."""
+    """Writes a module's predictions to the run's folder.
+
+    Of pictures (`ImageData`) predictions.csv names each one (its file, or its place), its class and the class's probability. Of
+    other data predictions.pt has what `predict_step` returned for each batch: a list of (places in the data, prediction).
+    """
 
     def __init__(self) -> None:
-        super().__init__(write_interval="batch_and_epoch")
-        self._rows: list[tuple[int, int, float]] = []
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Tensor,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        assert batch_indices is not None
-        best, classes = prediction.max(dim=1)
-        self._rows += zip(batch_indices, classes.tolist(), best.tolist(), strict=True)
+        super().__init__(write_interval="epoch")
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        rows, self._rows = _of_all_processes(self._rows, trainer), []
+        loaders = [predictions] if len(batch_indices) == 1 else predictions
+        mine = [pair for each in zip(batch_indices, loaders, strict=True) for pair in zip(*each, strict=True)]
+        pairs = _of_all_processes(mine, trainer)
         if not trainer.is_global_zero:
             return
-        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        names, pictures = data.class_names, data.picture_names()
-        file = io.StringIO()
-        writer = csv.writer(file)
-        writer.writerow(("picture", "class", "probability"))
-        for place, label, probability in sorted(rows):
-            if place < len(pictures):  # the others are padding
-                writer.writerow((pictures[place], names[label], round(probability, 6)))
-        write_files(run_folder(trainer), {"predictions.csv": file.getvalue()})
+        data, file = trainer.datamodule, io.BytesIO()  # type: ignore[attr-defined]
+        if isinstance(data, ImageData):
+            write_files(run_folder(trainer), {"predictions.csv": _table(data, pairs)})
+        else:
+            torch.save(pairs, file)
+            write_files(run_folder(trainer), {"predictions.pt": file.getbuffer()})
+
+
+def _table(data: ImageData, pairs: list[tuple[list[int], Tensor]]) -> str:
+    rows: list[tuple[int, int, float]] = []
+    for places, probabilities in pairs:
+        best, classes = probabilities.max(dim=1)
+        rows += zip(places, classes.tolist(), best.tolist(), strict=True)
+    names, pictures = data.class_names, data.picture_names()
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(("picture", "class", "probability"))
+    for place, label, probability in sorted(rows):
+        if place < len(pictures):  # the others are padding
+            writer.writerow((pictures[place], names[label], round(probability, 6)))
+    return file.getvalue()
 
 
 def _of_all_processes(rows: list[Any], trainer: Trainer) -> list[Any]:
