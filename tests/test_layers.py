@@ -24,7 +24,7 @@ from tnlayers import (
     UnsupportedLayer,
     tensorize,
 )
-from tnlayers.factorized import arguments
+from tnlayers.geometry import arguments
 
 clamps = pytest.mark.filterwarnings("ignore:.*above what a weight")  # where FULL asks for it
 EXACT_CASES = [case for case in CASES if case.exact]

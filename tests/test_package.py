@@ -1,5 +1,6 @@
 """What the distribution promises: its names, what importing it costs, and that the wheel works away from the repository."""
 
+import ast
 import subprocess
 import sys
 import venv
@@ -12,6 +13,9 @@ import tnlayers
 from tests.processes import HANGING
 
 ROOT = Path(__file__).parent.parent
+QUICK_STUDY = (
+    "--protocol.layers conv4 --protocol.losses [0.5] --protocol.retrain [] --protocol.epochs 0 --protocol.pictures 50"
+)
 
 
 def run_python(code: str) -> str:
@@ -49,43 +53,39 @@ def test_help_needs_no_torch() -> None:
     assert run_python(code).splitlines()[-1] == "False"
 
 
+FLOORS = [
+    "network", "plan", "cost", "linalg", "cuts", "ranks", "geometry", "method", "spec", "budget", "merged",
+    "factorized", "layers", "joint", "methods", "table", "rules", "tracing", "surgery", "truncation", "saved_layers",
+    "checkpoints",
+]
+"""The modules of tnlayers, the ground floor first."""
+
+
 def test_imports_run_downward_only() -> None:
     """The ground floor knows nothing of what stands on it."""
-    order = [
-        "network",
-        "plan",
-        "linalg",
-        "cuts",
-        "ranks",
-        "geometry",
-        "method",
-        "spec",
-        "budget",
-        "merged",
-        "factorized",
-        "layers",
-        "methods",
-        "table",
-        "joint",
-        "rules",
-        "tracing",
-        "surgery",
-        "truncation",
-        "structure",
-        "checkpoints",
-    ]
-    for floor, name in enumerate(order):
-        path = ROOT / "tnlayers" / name
-        files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        text = "\n".join(file.read_text() for file in files)
-        above = [other for other in order[floor + 1 :] if f"tnlayers.{other}" in _imports(text)]
+    for floor, name in enumerate(FLOORS):
+        above = _imports(name) & set(FLOORS[floor + 1 :])
         assert not above, f"{name} imports {above}"
-    for file in (ROOT / "tnlayers").rglob("*.py"):
-        assert "lightning_modules" not in _imports(file.read_text())
+        assert "lightning_modules" not in _imports(name)
 
 
-def _imports(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.lstrip().startswith(("from ", "import ")))
+def test_at_most_three_layers_of_imports_lie_between_a_method_and_tensorize() -> None:
+    """A module lies one layer above the highest that it imports; nothing that `tensorize` needs imports a method."""
+    layer: dict[str, int] = {}
+    for name in FLOORS:
+        layer[name] = 1 + max((layer[other] for other in _imports(name) & layer.keys()), default=0)
+        assert "methods" not in _imports(name) - {name}
+    assert layer["surgery"] - layer["methods"] - 1 <= 3
+
+
+def _imports(name: str) -> set[str]:
+    """What a module of tnlayers imports, or those of a folder: modules of tnlayers by their own names, else the packages."""
+    path = ROOT / "tnlayers" / name
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {module.removeprefix("tnlayers.").partition(".")[0] for module in found}
 
 
 @pytest.mark.slow
@@ -118,6 +118,7 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
         "configs": "  experiment/digits ",
         "configs experiment/digits": "model:\n  net: cnn4\n",
         "compress -c experiment/digits --checkpoint run/dense.ckpt --out small": "retrain     tnlayers fit -c small/config.yaml",
+        f"study -c experiment/digits_study --checkpoint run/dense.ckpt --out told {QUICK_STUDY}": "written     told/",
     }
     for command, said in commands.items():
         done = subprocess.run(

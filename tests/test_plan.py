@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.test_network import NETWORKS, SIZES
 from tests.tolerances import FLOAT64
 from tnlayers import Network, Plan
-from tnlayers.plan import Axis, cheapest, macs, partitions
-from tnlayers.plan import Machine as CostMachine
+from tnlayers.cost import Machine as CostMachine
+from tnlayers.cost import cheapest, macs
+from tnlayers.plan import Axis, partitions
 
 CONVS = [name for name in NETWORKS if name != "ttfc"]
 AXES = {

@@ -1,8 +1,9 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
-from tnlayers.checkpoints import LoadReport, load_checkpoint, save_safetensors
+from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.fitting import LoadReport
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear

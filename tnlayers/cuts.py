@@ -41,7 +41,7 @@ _MODES = {2: "oi", 3: "oiw", 4: "oihw", 5: "oidhw"}
 
 
 def cuts_of(shape: Sequence[int]) -> tuple[str, ...]:
-    """Every cut of a weight of this shape, single modes first.
+    """Lists every cut of a weight of this shape, single modes first.
 
     N modes have 2^(N-1) - 1 cuts: a Conv2d kernel seven, a linear one ("i").
 
@@ -58,7 +58,7 @@ def cuts_of(shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def cut_label(cut: str, shape: Sequence[int]) -> str:
-    """Both sides of a cut, such as "ih|ow".
+    """Names both sides of a cut, such as "ih|ow".
 
     Raises:
         ValueError: a cut that a weight of this shape does not have.
@@ -81,7 +81,7 @@ class Split:
     _weight: Tensor = field(repr=False)
 
     def eps(self, bond: int) -> float:
-        """||W - W~|| / ||W|| of the truncation to this bond dimension: sqrt(discarded s^2 / all s^2).
+        """Computes ||W - W~|| / ||W|| of the truncation to this bond dimension: sqrt(discarded s^2 / all s^2).
 
         Raises:
             ValueError: a bond dimension that the cut does not have.
@@ -90,7 +90,7 @@ class Split:
         return self._losses()[bond]
 
     def bond(self, eps: float) -> int:
-        """The smallest bond dimension, at least 1, at which the truncation loses at most this.
+        """Finds the smallest bond dimension, at least 1, at which the truncation loses at most this.
 
         Raises:
             ValueError: a norm loss below 0.
@@ -100,7 +100,7 @@ class Split:
         return next(bond for bond, loss in enumerate(self._losses()) if bond >= 1 and loss <= eps)
 
     def truncated(self, bond: int) -> Tensor:
-        """The weight with this bond dimension at the cut: the projection on its leading singular vectors.
+        """Returns the weight with this bond dimension at the cut: the projection on its leading singular vectors.
 
         Raises:
             ValueError: a bond dimension that the cut does not have.
@@ -114,7 +114,7 @@ class Split:
             return fold(kept, self._rows, self._weight.shape).to(self._weight)
 
     def _losses(self) -> list[float]:
-        """eps at every bond dimension from 0 on."""
+        """Computes eps at every bond dimension from 0 on."""
         discarded = tails(self.values.square().tolist())
         return [math.sqrt(lost / discarded[0]) if lost > 0 else 0.0 for lost in discarded]
 
@@ -124,7 +124,7 @@ class Split:
 
 
 def split(weight: Tensor, cut: str) -> Split:
-    """The singular values and vectors of a weight at a cut, in float64.
+    """Computes the singular values and vectors of a weight at a cut, in float64.
 
     Raises:
         ValueError: a cut that this weight does not have, or values that are not finite.
@@ -133,7 +133,7 @@ def split(weight: Tensor, cut: str) -> Split:
 
 
 def splits(weight: Tensor) -> dict[str, Split]:
-    """Cut -> the split there, for every cut that the weight has; together they hold one copy of it.
+    """Splits a weight at every cut that it has; together the splits hold one copy of it.
 
     Raises:
         ValueError: a shape that `cuts_of` does not take, or values that are not finite.
@@ -143,7 +143,7 @@ def splits(weight: Tensor) -> dict[str, Split]:
 
 
 def truncate_cuts(weight: Tensor, bonds: Sequence[tuple[str, int]]) -> Tensor:
-    """The weight truncated along several cuts, one after the other, each time by the singular vectors of what is left.
+    """Truncates a weight along several cuts, one after the other, each time by the singular vectors of what is left.
 
     Two cuts cross where each side of the one shares modes with each side of the other, as ih and iw do; single modes cross
     nothing. Cuts that do not cross keep each other's bond dimensions in any order; of two that cross, the later may raise the
@@ -179,14 +179,14 @@ class NormLoss:
 
 
 def norm_loss(weight: Tensor, truncated: Tensor) -> NormLoss:
-    """Both norm losses of a truncated weight; those of a weight of zeros are 0."""
+    """Computes both norm losses of a truncated weight; those of a weight of zeros are 0."""
     norm = torch.linalg.vector_norm(precise(weight))
     kept = torch.linalg.vector_norm(precise(truncated))
     return NormLoss(relative_error(weight, truncated), 0.0 if norm == 0 else float(1 - kept / norm))
 
 
 def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: torch.Generator) -> Tensor:
-    """A weight that has these singular values at a cut, in random directions: the control of a truncation.
+    """Draws a weight that has these singular values at a cut, in random directions: the control of a truncation.
 
     Both singular bases are uniformly distributed (Haar), as those of a Gaussian matrix are (Mezzadri 2007).
 
@@ -212,14 +212,14 @@ def random_weight(shape: Sequence[int], cut: str, values: Tensor, generator: tor
 
 
 def _kept(weight: Tensor) -> Tensor:
-    """A copy of a weight that has a spectrum, for it may be overwritten with what is truncated."""
+    """Copies a weight that has a spectrum, for it may be overwritten with what is truncated."""
     if not torch.isfinite(weight).all():
         raise UserError("the weight has values that are not finite; it has no spectrum")
     return weight.detach().clone()
 
 
 def _split(weight: Tensor, cut: str) -> Split:
-    """Of a weight that is finite and does not change."""
+    """Splits a weight that is finite and does not change."""
     rows = _rows(weight.shape, cut)
     with decomposing():
         basis, values = left_svd(unfold(precise(weight), rows))
@@ -227,7 +227,7 @@ def _split(weight: Tensor, cut: str) -> Split:
 
 
 def _random_basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """(rows, columns) orthonormal columns; without the signs the first rows of all would be negative."""
+    """Draws (rows, columns) orthonormal columns; without the signs the first rows of all would be negative."""
     basis, triangle = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
     return basis * triangle.diagonal().sign()
 
@@ -239,7 +239,7 @@ def _modes(shape: Sequence[int]) -> str:
 
 
 def _sides(shape: Sequence[int], cut: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes on both sides of a cut."""
+    """Finds the axes on both sides of a cut."""
     modes = _modes(shape)
     if cut not in cuts_of(shape):
         raise UserError(f"cut {cut!r}: a weight of shape {tuple(shape)} has {', '.join(cuts_of(shape))}")
@@ -248,5 +248,5 @@ def _sides(shape: Sequence[int], cut: str) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def _rows(shape: Sequence[int], cut: str) -> tuple[int, ...]:
-    """The axes on the shorter side of a cut."""
+    """Finds the axes on the shorter side of a cut."""
     return min(_sides(shape, cut), key=lambda side: math.prod(shape[axis] for axis in side))

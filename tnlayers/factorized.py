@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tnlayers.budget import Choice, Fit, Slot, settle
 from tnlayers.errors import UnsupportedLayer, UserError
-from tnlayers.geometry import Call, Geometry
+from tnlayers.geometry import Call, Geometry, arguments
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
 from tnlayers.method import Factorization
@@ -24,7 +24,7 @@ from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 from tnlayers.spec import LayerSpec
 
-__all__ = ["FactorizedLayer", "Fill", "Init", "arguments", "slot_of"]
+__all__ = ["FactorizedLayer", "Fill", "Init", "slot_of"]
 Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
 
@@ -76,8 +76,10 @@ class FactorizedLayer(Merging):
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
         slot = Slot(Geometry.of(template), method, None, dtype or torch.get_default_dtype())
         spec, choice = _decided(slot, template, plan)
-        for name in _ARGUMENTS[type(self).dense_type]:
-            setattr(self, name, getattr(template, name))
+        given = arguments(template)
+        given.pop("bias")  # which is a parameter here
+        for name, value in given.items():
+            setattr(self, name, value)
         self.decomposition_error = None
         self.factors = nn.ParameterDict()
         self.plan_choice = check_plan(choice.plan)
@@ -132,7 +134,7 @@ class FactorizedLayer(Merging):
         self._reset_bias()
 
     def _reset_bias(self) -> None:
-        """As in the dense layer."""
+        """Draws the bias as the dense layer does."""
         if self.bias is not None:
             bound = 1 / math.sqrt(self.spec.geometry.fan_in) if self.spec.geometry.fan_in > 0 else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
@@ -261,7 +263,7 @@ class FactorizedLayer(Merging):
         return dense.train(self.training)
 
     def truncate(self, rank: Rank) -> float:
-        """Lowers the rank in place, keeping the closest weight.
+        """Lowers the rank of this layer in place, keeping the closest weight; for a model see `tnlayers.truncate`.
 
         The factors are new Parameters where their shape changes: make the optimizer anew afterwards.
 
@@ -277,25 +279,23 @@ class FactorizedLayer(Merging):
         spec, rank = self.spec, check_rank(rank)
         if isinstance(rank, int) and rank <= max(spec.ranks):
             rank = tuple(min(rank, old) for old in spec.ranks)
-        method, plan, fit = spec.method.with_rank(rank), self.plan_choice, None  # refuses what the method cannot have
+        method = spec.method.with_rank(rank)  # refuses what the method cannot have
         if isinstance(rank, RankRule):
-            (choice,) = settle([slot_of(self)], rank, plan)
-            if choice.spec is None:  # it is as small as it may be
-                return 0.0
-            wanted, plan, fit = choice.spec, choice.plan, choice.fit
+            (wanted,) = settle([slot_of(self)], rank, self.plan_choice)
         else:
-            wanted = LayerSpec(spec.geometry, method)
-        if any(new > old for new, old in zip(wanted.ranks, spec.ranks, strict=True)):
+            wanted = Choice(LayerSpec(spec.geometry, method), self.plan_choice)
+        new = wanted.spec or spec  # the layer may be as small as it can be
+        if any(rank > old for rank, old in zip(new.ranks, spec.ranks, strict=True)):
             raise UserError(
-                f"truncate: rank {wanted.ranks} is above the present {spec.ranks}; a truncation only lowers it"
+                f"truncate: rank {new.ranks} is above the present {spec.ranks}; a truncation only lowers it"
             )
-        if wanted.ranks == spec.ranks:
+        if new.ranks == spec.ranks:
             return 0.0
         weight = self._precise_weight()
-        self.plan_choice = plan
-        self._adopt(wanted, **self._like)
+        self.plan_choice = wanted.plan
+        self._adopt(new, **self._like)
         self.decomposition_error = None
-        return self._decompose(weight, fit)
+        return self._decompose(weight, wanted.fit)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes on the ranks that the state brings, so that a truncated layer loads into any definition.
@@ -326,29 +326,6 @@ class FactorizedLayer(Merging):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    ),
-    nn.Linear: ("in_features", "out_features"),
-}
-"""What a dense layer keeps of its constructor's arguments; `bias`, device and dtype show in its parameters."""
-
-
-def arguments(layer: nn.Module) -> dict[str, Any]:
-    """The constructor arguments of a dense layer or of its factorized counterpart, device and dtype apart."""
-    dense_type = layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
-    given = {name: getattr(layer, name) for name in _ARGUMENTS[dense_type]}
-    return given | {"bias": layer.bias is not None}
-
-
 def slot_of(
     layer: nn.Module, method: Factorization | None = None, calls: Sequence[Call] | None = None, *, flat: bool = False
 ) -> Slot:
@@ -361,14 +338,19 @@ def slot_of(
         flat: whether it is trained from scratch, so that its present weight does not count.
     """
     if isinstance(layer, FactorizedLayer):
-        like, present = layer._like, (layer.spec, layer.plan.groups)
-        geometry, method, weight = layer.spec.geometry, layer.spec.method, layer._precise_weight
+        like, method, weight, present = (
+            layer._like,
+            layer.spec.method,
+            layer._precise_weight,
+            (layer.spec, layer.plan.groups),
+        )
     else:
         assert method is not None
         assert isinstance(layer.weight, Tensor)
-        like, present, dense = {"dtype": layer.weight.dtype, "device": layer.weight.device}, None, layer.weight
-        geometry, weight = Geometry.of(layer), lambda: dense
-    return Slot(geometry, method, None if flat else weight, like["dtype"], like["device"].type, calls, present)
+        dense, present = layer.weight, None
+        like, weight = {"dtype": dense.dtype, "device": dense.device}, lambda: dense
+    known = None if flat else weight
+    return Slot(Geometry.of(layer), method, known, like["dtype"], like["device"].type, calls, present)
 
 
 def _copy(target: Any, source: Any) -> None:

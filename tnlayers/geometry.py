@@ -1,14 +1,16 @@
 """What the arguments of a dense layer mean: the shape of its weight, its spatial axes, and what a call of it costs."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from tnlayers.plan import Axis
 
-__all__ = ["NOMINAL_CALLS", "Call", "Geometry"]
+__all__ = ["NOMINAL_CALLS", "Call", "Geometry", "arguments", "dense_type_of"]
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,17 @@ class Geometry:
     pad_mode: str
 
     @staticmethod
-    def of(dense: nn.Module) -> "Geometry":
-        if isinstance(dense, nn.Linear):
-            return Geometry(1, (dense.out_features, dense.in_features), {}, "constant")
-        assert isinstance(dense, nn.Conv2d)
-        given: tuple[int | str, ...] = (dense.padding,) * 2 if isinstance(dense.padding, str) else dense.padding
-        paddings = map(_padding, given, dense.kernel_size, dense.dilation)
+    def of(layer: Any) -> "Geometry":
+        """Returns the geometry of a torch layer, or of the one that a factorized layer stands for."""
+        if dense_type_of(layer) is nn.Linear:
+            return Geometry(1, (layer.out_features, layer.in_features), {}, "constant")
+        given: tuple[int | str, ...] = (layer.padding,) * 2 if isinstance(layer.padding, str) else layer.padding
+        paddings = map(_padding, given, layer.kernel_size, layer.dilation)
         return Geometry(
-            groups=dense.groups,
-            weight_shape=(dense.out_channels // dense.groups, dense.in_channels // dense.groups, *dense.kernel_size),
-            axes=dict(zip("hw", map(Axis, dense.kernel_size, dense.stride, paddings, dense.dilation), strict=True)),
-            pad_mode="constant" if dense.padding_mode == "zeros" else dense.padding_mode,
+            groups=layer.groups,
+            weight_shape=(layer.out_channels // layer.groups, layer.in_channels // layer.groups, *layer.kernel_size),
+            axes=dict(zip("hw", map(Axis, layer.kernel_size, layer.stride, paddings, layer.dilation), strict=True)),
+            pad_mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode,
         )
 
     @property
@@ -77,6 +79,18 @@ class Geometry:
 
     def _output_size(self, call: Call) -> list[int]:
         return [axis.output_size(size) for axis, size in zip(self.axes.values(), self.input_size(call), strict=True)]
+
+
+def dense_type_of(layer: nn.Module) -> type[nn.Module]:
+    """Returns the type of the torch layer that a layer is, or that a factorized one stands for."""
+    return getattr(layer, "dense_type", type(layer))
+
+
+def arguments(layer: nn.Module) -> dict[str, Any]:
+    """Returns the constructor arguments of a torch layer or of its factorized counterpart, device and dtype apart."""
+    names = inspect.signature(dense_type_of(layer)).parameters
+    given = {name: getattr(layer, name) for name in names if name not in ("bias", "device", "dtype")}
+    return given | {"bias": layer.bias is not None}
 
 
 def _padding(padding: int | str, kernel: int, dilation: int) -> tuple[int, int]:

@@ -188,8 +188,7 @@ class Factorization(ABC):
             dtype: of the parameters. Where one of them would leave its range they share their norm evenly.
 
         Raises:
-            ValueError: the weight is not finite.
-            ArithmeticError: the factors are no better than zeros, so that the decomposition itself failed.
+            UserError: the weight is not finite, or the factors are no better than zeros.
         """
         check_finite(weight)
         scale = scale_of(weight)
@@ -209,8 +208,9 @@ class Factorization(ABC):
             made = self.factors(exact, network.shapes(self.sizes(shape, ranks) | {"g": groups}))
             error = relative_error(weight, network.reconstruct(made).reshape(weight.shape))
         if not error <= 1 + 1e-6 + torch.finfo(dtype).eps:
-            raise ArithmeticError(
-                f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}"
+            raise UserError(
+                f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}, where zeros "
+                "have 1; take another rank or method"
             )
         return parameters, error
 

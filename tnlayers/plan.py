@@ -26,7 +26,7 @@ from torch import Tensor
 from tnlayers.errors import UserError
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
 
-__all__ = ["Axis", "Machine", "Partition", "Plan", "PlanChoice", "cheapest", "check_plan", "macs", "partitions"]
+__all__ = ["Axis", "Partition", "Plan", "PlanChoice", "Roles", "check_plan", "partitions", "roles_of"]
 
 Partition = tuple[tuple[str, ...], ...]
 PlanChoice = Literal["auto", "factors", "dense"] | Partition
@@ -46,7 +46,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class _Roles:
+class Roles:
     """What each index does in one step of a partition; depends on the network's strings alone."""
 
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
 
 
 @lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
-def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
+def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
     inputs, outputs, spatial = _ends(network)
     held, steps = inputs, []
     for n, names in enumerate(partition):
@@ -82,7 +82,7 @@ def _roles(network: Network, partition: Partition) -> tuple[_Roles, ...]:
         consumed = tuple(index for index in held if index in group and index not in needed)
         produced = tuple(index for index in group if index not in (*held, *spatial) and index in needed)
         kernel = tuple(index for index in spatial if index in group)
-        roles = _Roles(
+        roles = Roles(
             names=names,
             before=held,
             carried=tuple(index for index in held if index not in group),
@@ -134,86 +134,6 @@ def _partition(network: Network, choice: PlanChoice) -> Partition:
         f"plan {choice!r} is none of 'auto', 'factors', 'dense' or groups of the factors {names} in that order, "
         f"such as {tuple((name,) for name in names)}"
     )
-
-
-_EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """What one call costs: multiply-accumulates and values read or written, of the activation and of the merging."""
-
-    macs: int
-    values: int
-    merge_macs: int
-    launches: int
-
-
-def _cost(
-    network: Network,
-    sizes: Sizes,
-    partition: Partition,
-    axes: Mapping[str, Axis],
-    batch: int,
-    input_size: Sequence[int],
-) -> _Cost:
-    extent = dict(zip(axes, input_size, strict=True))
-    compute = values = merge_macs = launches = 0
-    for roles in _roles(network, partition):
-        values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
-        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
-        positions = batch * math.prod(extent.values())
-        produced = size_of(roles.after, sizes)
-        weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-        compute += positions * size_of(roles.carried, sizes) * weight
-        values += positions * produced + weight
-        merge_macs += roles.merge.macs(sizes)
-        launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
-        if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
-            values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
-            launches += 1
-    return _Cost(compute, values, merge_macs, launches)
-
-
-def macs(
-    network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
-) -> int:
-    """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
-    return _cost(network, sizes, partition, axes, 1, input_size).macs
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a device does in a second: the three constants of the cost model."""
-
-    macs: float
-    values: float
-    launch_seconds: float
-
-    @staticmethod
-    def of(device_type: str) -> "Machine":
-        """Rounded figures of one CPU core with wide vectors and of a data-centre GPU; only their ratios matter."""
-        if device_type == "cuda":
-            return Machine(macs=2e13, values=5e11, launch_seconds=5e-6)
-        return Machine(macs=1e11, values=3e9, launch_seconds=5e-6)
-
-
-def cheapest(
-    network: Network,
-    sizes: Sizes,
-    axes: Mapping[str, Axis],
-    machine: Machine,
-    input_size: Sequence[int],
-    batch: int,
-) -> Partition:
-    """The partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
-
-    def seconds(groups: Partition) -> float:
-        cost = _cost(network, sizes, groups, axes, batch, input_size)
-        compute = (cost.macs + cost.merge_macs) / machine.macs
-        return compute + cost.values / machine.values + cost.launches * machine.launch_seconds
-
-    return min(partitions(tuple(network.factors)), key=seconds)
 
 
 @dataclass(frozen=True)
@@ -313,7 +233,7 @@ class Plan:
         partition = _partition(network, groups)
         early = {index for index, axis in axes.items() if _pads_early(axis, pad_mode)}
         steps: list[_Step] = []
-        for roles in _roles(network, partition):
+        for roles in roles_of(network, partition):
             here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
             channels = tuple(sizes[index] for index in roles.before)
             carried = size_of(roles.carried, sizes)
@@ -340,7 +260,7 @@ class Plan:
                 dilation=tuple(axis.dilation for axis in here.values()),
             )
             steps.append(step)
-        last, output = _roles(network, partition)[-1].after, network.modes[0]
+        last, output = roles_of(network, partition)[-1].after, network.modes[0]
         pad = [axis.padding if index in early else (0, 0) for index, axis in axes.items()]
         return Plan(
             groups=partition,

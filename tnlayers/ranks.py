@@ -7,7 +7,7 @@ import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,48 +29,38 @@ __all__ = [
 Ranks = tuple[int, ...]
 
 
-def _check_fraction(rule: object, value: float, upper: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= upper:
-        raise UserError(f"{type(rule).__name__}({value!r}): expected a number above 0 and at most {upper:g}")
+@dataclass(frozen=True)
+class _Rule:
+    """A rank that is decided by one number."""
+
+    def __post_init__(self) -> None:
+        (value,) = astuple(self)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise UserError(f"{type(self).__name__}({value!r}): expected a number above 0 and at most 1")
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({astuple(self)[0]!r})"
 
 
 @dataclass(frozen=True)
-class ParamsKept:
+class ParamsKept(_Rule):
     """Keep this fraction of the weights' parameters (not the biases) of all layers that the rule matches, shared out well."""
 
     fraction: float
 
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.fraction, 1)
-
-    def __str__(self) -> str:
-        return f"ParamsKept({self.fraction!r})"
-
 
 @dataclass(frozen=True)
-class MacsKept:
+class MacsKept(_Rule):
     """Keep this fraction of the multiply-accumulates of all layers that the rule matches, shared out where they matter most."""
 
     fraction: float
 
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.fraction, 1)
-
-    def __str__(self) -> str:
-        return f"MacsKept({self.fraction!r})"
-
 
 @dataclass(frozen=True)
-class RelativeError:
+class RelativeError(_Rule):
     """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is at most this, measured on the factors in their dtype."""
 
     error: float
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.error, 1)
-
-    def __str__(self) -> str:
-        return f"RelativeError({self.error!r})"
 
 
 RankRule = ParamsKept | MacsKept | RelativeError

@@ -8,22 +8,19 @@ before all of it fits the model.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
-from tnlayers.factorized import FactorizedLayer, arguments
-from tnlayers.geometry import Geometry
+from tnlayers.factorized import FactorizedLayer
+from tnlayers.geometry import Geometry, arguments, dense_type_of
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
-from tnlayers.state_dicts import convertible
 from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
 
-__all__ = ["adopted_shapes", "check_plain", "factor_keys", "restructure", "structure_of"]
+__all__ = ["check_plain", "restructure", "structure_of"]
 
 _VERSION = 1
 _DEPTH = 8
@@ -66,32 +63,6 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
     return replacements
 
 
-def adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the model's state has once this one is loaded: its layers adopt the ranks of whole sets of factors."""
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for start, layer in factor_keys(model).items():
-        given = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if not all(map(_holds_numbers, given.values())):
-            continue
-        shapes = {key: tuple(value.shape) for key, value in given.items()}
-        with suppress(ValueError):
-            layer.spec.of_parameters(shapes)
-            own = {key: shape for key, shape in own.items() if not key.startswith(start)}
-            own |= {f"{start}{key}": shape for key, shape in shapes.items()}
-    return own
-
-
-def factor_keys(model: nn.Module) -> dict[str, FactorizedLayer]:
-    """The factorized layers of a model, by what the state dict's keys of their factors start with."""
-    layers = model.named_modules(remove_duplicate=False)
-    return {f"{name}.factors.".lstrip("."): layer for name, layer in layers if isinstance(layer, FactorizedLayer)}
-
-
-def _holds_numbers(factor: Tensor) -> bool:
-    number = factor.is_floating_point() and convertible(factor.dtype)
-    return number and factor.layout is torch.strided and not factor.is_meta
-
-
 def _replacements(
     model: nn.Module, layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]
 ) -> dict[nn.Module, nn.Module]:
@@ -108,7 +79,7 @@ def _replacements(
         for name, layer in layers.items()
         if isinstance(layer, FactorizedLayer) or name in rules
     }
-    limit = sum(_geometry(layer).params for layer in layers.values())
+    limit = sum(Geometry.of(layer).params for layer in layers.values())
     made = factorize(dense, choices, "empty", limit)
     return {layers[name]: made.get(name, dense[name]) for name in dense}
 
@@ -136,19 +107,11 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
 
 def _dense(layer: nn.Module) -> dict[str, Any]:
     """The type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
-    dense_type = _dense_type(layer)
+    dense_type = dense_type_of(layer)
     if dense_type not in (nn.Conv2d, nn.Linear):
         return {}
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments(layer).items()}
     return {"type": dense_type.__name__} | given
-
-
-def _dense_type(layer: nn.Module) -> type[nn.Module]:
-    return layer.dense_type if isinstance(layer, FactorizedLayer) else type(layer)
-
-
-def _geometry(layer: nn.Module) -> Geometry:
-    return layer.spec.geometry if isinstance(layer, FactorizedLayer) else Geometry.of(layer)
 
 
 def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str, nn.Module]) -> None:
@@ -164,10 +127,10 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
 
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
     """What a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
-    method, geometry = rule.factorization, _geometry(layer)
+    method, geometry = rule.factorization, Geometry.of(layer)
     assert method is not None
     with about(rule.pattern):
-        method.check_replaces(_dense_type(layer))
+        method.check_replaces(dense_type_of(layer))
     shape, ranks = geometry.weight_shape, method.rank
     attained = method.max_ranks(shape)
     if not isinstance(ranks, tuple) or len(ranks) != len(attained) or method.clamp(shape, ranks) != ranks:

@@ -8,11 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tnlayers.cost import Machine, cheapest, macs
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.method import Factorization
 from tnlayers.network import Network
-from tnlayers.plan import Machine, Partition, Plan, PlanChoice, cheapest, macs, partitions
+from tnlayers.plan import Partition, Plan, PlanChoice, partitions
 from tnlayers.ranks import Ranks
 
 __all__ = ["LayerSpec"]

@@ -207,7 +207,7 @@ def _layer(
     measure: bool,
 ) -> LayerSummary:
     factorized = layer if isinstance(layer, FactorizedLayer) else None
-    geometry = factorized.spec.geometry if factorized else Geometry.of(layer)
+    geometry = Geometry.of(layer)
     calls = calls_of(geometry, inputs)
     dense_macs = layer_macs = geometry.macs(calls) // batch
     if factorized:

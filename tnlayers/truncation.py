@@ -127,8 +127,7 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
     slots = {}
     for name, method in found.items():
         layer = model.get_submodule(name)
-        geometry = layer.spec.geometry if isinstance(layer, FactorizedLayer) else Geometry.of(layer)
-        calls = calls_of(geometry, inputs[name]) if name in inputs else NOMINAL_CALLS
+        calls = calls_of(Geometry.of(layer), inputs[name]) if name in inputs else NOMINAL_CALLS
         slots[name] = slot_of(layer, method, calls)
     return slots
 

@@ -1,0 +1,89 @@
+"""What a plan costs: multiply-accumulates exactly, and a model of the time that tells which plan is the fastest."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tnlayers.network import Network, Sizes, size_of
+from tnlayers.plan import Axis, Partition, partitions, roles_of
+
+__all__ = ["Machine", "cheapest", "macs"]
+
+_EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What one call costs: multiply-accumulates and values read or written, of the activation and of the merging."""
+
+    macs: int
+    values: int
+    merge_macs: int
+    launches: int
+
+
+def _cost(
+    network: Network,
+    sizes: Sizes,
+    partition: Partition,
+    axes: Mapping[str, Axis],
+    batch: int,
+    input_size: Sequence[int],
+) -> _Cost:
+    extent = dict(zip(axes, input_size, strict=True))
+    compute = values = merge_macs = launches = 0
+    for roles in roles_of(network, partition):
+        values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        positions = batch * math.prod(extent.values())
+        produced = size_of(roles.after, sizes)
+        weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
+        compute += positions * size_of(roles.carried, sizes) * weight
+        values += positions * produced + weight
+        merge_macs += roles.merge.macs(sizes)
+        launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
+        if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
+            values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
+            launches += 1
+    return _Cost(compute, values, merge_macs, launches)
+
+
+def macs(
+    network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
+) -> int:
+    """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
+    return _cost(network, sizes, partition, axes, 1, input_size).macs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does in a second: the three constants of the cost model."""
+
+    macs: float
+    values: float
+    launch_seconds: float
+
+    @staticmethod
+    def of(device_type: str) -> "Machine":
+        """Rounded figures of one CPU core with wide vectors and of a data-centre GPU; only their ratios matter."""
+        if device_type == "cuda":
+            return Machine(macs=2e13, values=5e11, launch_seconds=5e-6)
+        return Machine(macs=1e11, values=3e9, launch_seconds=5e-6)
+
+
+def cheapest(
+    network: Network,
+    sizes: Sizes,
+    axes: Mapping[str, Axis],
+    machine: Machine,
+    input_size: Sequence[int],
+    batch: int,
+) -> Partition:
+    """The partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
+
+    def seconds(groups: Partition) -> float:
+        cost = _cost(network, sizes, groups, axes, batch, input_size)
+        compute = (cost.macs + cost.merge_macs) / machine.macs
+        return compute + cost.values / machine.values + cost.launches * machine.launch_seconds
+
+    return min(partitions(tuple(network.factors)), key=seconds)
