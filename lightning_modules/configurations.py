@@ -1,24 +1,46 @@
-"""Checks of a command's YAML before its values are looked at: it is readable, has each key once and leaves no section empty.
+"""The configurations among a command's arguments: their names become paths, and their YAML is checked before its values are.
 
-jsonargparse lets the last of two equal keys win, and an empty section take away what earlier files and options gave.
+It has to be readable, have each key once and leave no section empty: jsonargparse lets the last of two equal keys win, and an
+empty section take away what earlier files and options gave.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
+from lightning_modules.shipped_configs import config_path, is_file
 from tnlayers.errors import UserError
 
-__all__ = ["SECTIONS", "check_yaml"]
+__all__ = ["CONFIG", "SECTIONS", "check_yaml", "options_of", "with_config_paths"]
 
+CONFIG = ("-c", "--config")
+"""The two names of the option that takes a configuration."""
 SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
 """The keys that always have options below them."""
 _COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
 _FILES = {name.rpartition(".")[2] for name in SECTIONS}
 """The keys whose value may be another file of options."""
-_SUFFIXES = (".yaml", ".yml", ".json")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def options_of(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Gives each argument of a command as a value, after the option before it, or that of `--option=value`."""
+    before = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        yield (option, value) if equals and option.startswith("--") else (before, argument)
+        before = argument
+
+
+def with_config_paths(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of a command, with paths in the place of names of configurations."""
+    return [
+        argument.removesuffix(value) + str(config_path(value))
+        if option in CONFIG and not value.startswith("{")
+        else argument
+        for argument, (option, value) in zip(arguments, options_of(arguments), strict=True)
+    ]
 
 
 def check_yaml(arguments: Sequence[str]) -> None:
@@ -28,22 +50,22 @@ def check_yaml(arguments: Sequence[str]) -> None:
         UserError: one is not valid, is empty, has a key twice, or a section that has no options.
     """
     seen: set[Path] = set()
-    for place, argument in enumerate(arguments):
-        option, _, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        before = arguments[place - 1] if place else ""
-        name = (option or before).removeprefix("--")
-        named = name in SECTIONS and len(value) < 4096 and Path(value).suffix in _SUFFIXES
-        if named or (option or before) in ("-c", "--config"):
-            _check_file(Path(value), seen, config=(option or before) in ("-c", "--config"))
+    for option, value in options_of(arguments):
+        if option in CONFIG or (option.removeprefix("--") in SECTIONS and _is_yaml(value)):
+            _check_file(Path(value), seen, config=option in CONFIG)
         elif value.startswith(("{", "[")):
             try:
-                _check_text(value, option or before)
+                _check_text(value, option)
             except yaml.YAMLError:
                 continue  # text that only looks so
 
 
+def _is_yaml(value: str) -> bool:
+    return len(value) < 4096 and Path(value).suffix in (".yaml", ".yml", ".json")
+
+
 def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
-    if not _is_file(path) or path in seen:
+    if not is_file(path) or path in seen:
         return  # jsonargparse says so, or it is a value after all
     seen.add(path)
     try:
@@ -55,15 +77,8 @@ def _check_file(path: Path, seen: set[Path], *, config: bool = False) -> None:
     if config:
         _check_sections(node, str(path))
     for value in _texts(node):
-        if len(value) < 4096 and Path(value).suffix in _SUFFIXES:
+        if _is_yaml(value):
             _check_file(path.parent / value, seen)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or with a null byte
-        return False
 
 
 def _check_text(text: str, name: str) -> yaml.Node | None:

@@ -1,18 +1,16 @@
 """The configurations that come with the package, found by name from any folder: `-c experiment/digits`."""
 
 import re
-from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from tnlayers.errors import UserError
 
-__all__ = ["config_names", "config_path", "description", "with_config_paths"]
+__all__ = ["config_names", "config_path", "description", "is_file"]
 
 _PACKAGED = Path(__file__).with_name("configs")
-_FOLDER = (
-    _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
-)  # where the repository is installed
+# An editable install has them at the top of the repository.
+_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def config_names() -> list[str]:
@@ -30,34 +28,14 @@ def config_path(name: str) -> Path:
         UserError: there is neither.
     """
     bare, known = name.removesuffix(".yaml"), config_names()
-    if bare in known and not _is_file(name):
+    if is_file(Path(name)):
+        return Path(name)
+    if bare in known:
         return _FOLDER / f"{bare}.yaml"
-    if not _is_file(name):
-        last = {each.rpartition("/")[2]: each for each in known}
-        near = get_close_matches(bare, known, n=1) or [
-            last[each] for each in get_close_matches(Path(bare).name, last, n=1)
-        ]
-        hint = f"did you mean {near[0]!r}?" if near else "`tnlayers configs` lists the names of those that there are"
-        raise UserError(f"there is no configuration {name!r}, neither a file nor one of the package: {hint}")
-    return Path(name)
-
-
-def with_config_paths(arguments: Sequence[str]) -> Iterator[str]:
-    """Gives the arguments of a command, with paths in the place of names of configurations."""
-    before = ""
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if before in ("-c", "--config"):
-            yield _path_or_options(argument)
-        elif option == "--config" and equals:
-            yield f"--config={_path_or_options(value)}"
-        else:
-            yield argument
-        before = argument
-
-
-def _path_or_options(value: str) -> str:
-    return value if value.startswith("{") else str(config_path(value))
+    spelt = {each.rpartition("/")[2]: each for each in known} | {each: each for each in known}
+    near = get_close_matches(bare, spelt, n=1)
+    hint = f"did you mean {spelt[near[0]]!r}?" if near else "`tnlayers configs` lists the names of those that there are"
+    raise UserError(f"there is no configuration {name!r}, neither a file nor one of the package: {hint}")
 
 
 def description(name: str) -> str:
@@ -70,8 +48,9 @@ def description(name: str) -> str:
     return re.split(r"\.(?: (?=[A-Z`])|$)", " ".join(lines))[0]
 
 
-def _is_file(path: str) -> bool:
+def is_file(path: Path) -> bool:
+    """Returns whether a path that a user gave is a file's."""
     try:
-        return Path(path).is_file()
+        return path.is_file()
     except (OSError, ValueError):  # too long, or with a null byte
         return False
