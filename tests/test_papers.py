@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_modules import build_net
 from tests.commands import CONFIGS
 from tnlayers import ADTN, TT, LowRank, LowRankConv2d, TTConv, TTConv2d, rules_from_plain, tensorize
-from tnlayers.methods.adtn import num_effective
 
 # Garipov et al.: the modes of 64 and 128 channels, and of the features of the linears; the ranks of their configurations.
 MODES = {64: (4, 4, 4), 128: (4, 8, 4), 8192: (8, 8, 8, 16), 1536: (4, 6, 8, 8), 512: (4, 4, 4, 8)}
@@ -191,6 +190,15 @@ def test_adtn_is_its_gates_contracted(num_bits: int, depth: int, activation: str
     made = ADTN(depth, activation=activation).factors(parameters, {"weight": (2**num_bits,)})["weight"]
     function = {"none": lambda x: x, "relu": torch.relu, "leaky_relu": torch.nn.functional.leaky_relu}[activation]
     torch.testing.assert_close(made, explicit(layers, num_bits, function).flatten(), rtol=1e-12, atol=1e-12)
+
+
+def num_effective(num_bits: int, depth: int) -> int:
+    """Entries of the gates that the constant boundary does not switch off: each gate of the first column has 4, for v x v.
+
+    The paper states 424 parameters for Q = 21 and 24, M = 1, which is this count, 200 + 224. (For an odd Q, 8 entries of
+    the last gate are off as well.)
+    """
+    return 16 * depth * (num_bits - 1) - 12 * (num_bits // 2)
 
 
 def test_adtn_counts() -> None:

@@ -49,7 +49,7 @@ class Slot:
         return self.calls or NOMINAL_CALLS
 
     def cost(self, *, by_macs: bool) -> tuple[int, int]:
-        """What the layer costs as it is and as a dense one: parameters of the weight, or multiply-accumulates."""
+        """Returns what the layer costs as it is and as a dense one: parameters of the weight, or multiply-accumulates."""
         dense = self.geometry.macs(self.used) if by_macs else self.geometry.params
         if self.present is None:
             return dense, dense
@@ -75,7 +75,7 @@ class Choice:
 
 
 def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list[Choice]:
-    """What becomes of each layer. A budget is shared out among all of them.
+    """Decides what becomes of each layer. A budget is shared out among all of them.
 
     Args:
         slots: the layers.
@@ -122,14 +122,14 @@ def _explicit(slot: Slot, rank: int | Ranks) -> LayerSpec:
 
 
 def _highest(slot: Slot) -> LayerSpec:
-    """The ranks that the layer has, or from which on every weight is represented exactly."""
+    """Returns the ranks that the layer has, or from which on every weight is represented exactly."""
     if slot.present is not None:
         return slot.present[0]
     return LayerSpec(slot.geometry, slot.method.with_rank(slot.method.max_ranks(slot.geometry.weight_shape)))
 
 
 def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
-    """What the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
+    """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
     highest = _highest(slot)
     at = cache(highest.at)  # which is asked for the error and for every way of computing
 
@@ -147,7 +147,7 @@ def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
 
 
 def _accurate(slot: Slot, rule: RelativeError) -> Choice:
-    """The cheapest ranks whose factors, in their dtype, are found to make the weight to within the error."""
+    """Returns the cheapest ranks whose factors, in their dtype, are found to make the weight to within the error."""
     assert slot.weight is not None
     weight, highest = precise(slot.weight()), _highest(slot)
     slot = replace(slot, weight=lambda: weight)  # of a factorized layer it is costly
@@ -172,7 +172,7 @@ def _flat_error(slot: Slot) -> Callable[[Ranks], float]:
 
 
 def _error(slot: Slot, weight: Tensor) -> Callable[[Ranks], float]:
-    """Attained ranks -> the squared relative error over all groups."""
+    """Returns a function from attained ranks to the squared relative error over all groups."""
     check_finite(weight)
     whole = precise(weight)
     parts = (whole / scale_of(whole)).chunk(slot.geometry.groups)

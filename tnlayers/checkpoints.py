@@ -102,7 +102,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint file, on the CPU; only tensors and plain values are accepted.
+    """Reads the contents of a checkpoint file to the CPU; only tensors and plain values are accepted.
 
     Raises:
         CheckpointError: the file is missing, torn, no checkpoint, or wants to run code.
@@ -139,7 +139,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    """What torch.load gives, of a file that is whole and no larger in memory than on the disk."""
+    """Returns what torch.load gives, of a file that is whole and no larger in memory than on the disk."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -153,7 +153,7 @@ def _load(path: Path) -> Any:
 
 
 def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> dict[str, Any]:
-    """The contents of a file of `save_safetensors`, in the form of the other checkpoints."""
+    """Returns the contents of a file of `save_safetensors`, in the form of the other checkpoints."""
     with as_checkpoint_error(f"{path} has a description that is not understood"):
         try:
             about = json.loads(description)
@@ -168,6 +168,6 @@ def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> d
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether the file is a bare pickle, of a kind that torch never writes."""
+    """Tells whether the file is a bare pickle, of a kind that torch never writes."""
     with open(path, "rb") as file:
         return file.read(1) == b"\x80"

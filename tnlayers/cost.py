@@ -65,7 +65,7 @@ class Machine:
 
     @staticmethod
     def of(device_type: str) -> "Machine":
-        """Rounded figures of one CPU core with wide vectors and of a data-centre GPU; only their ratios matter."""
+        """Gives rounded figures of one CPU core with wide vectors or of a data-centre GPU; only their ratios matter."""
         if device_type == "cuda":
             return Machine(macs=2e13, values=5e11, launch_seconds=5e-6)
         return Machine(macs=1e11, values=3e9, launch_seconds=5e-6)
@@ -79,7 +79,7 @@ def cheapest(
     input_size: Sequence[int],
     batch: int,
 ) -> Partition:
-    """The partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
+    """Returns the partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
 
     def seconds(groups: Partition) -> float:
         cost = _cost(network, sizes, groups, axes, batch, input_size)

@@ -122,7 +122,7 @@ class FactorizedLayer(Merging):
         self._keep()
 
     def reset_parameters(self) -> None:
-        """The reconstructed weight gets the standard deviation that the dense layer's own initialisation has."""
+        """Gives the reconstructed weight the standard deviation that the dense layer's own initialisation has."""
         spec, fan_in = self.spec, self.spec.geometry.fan_in
         std = 1 / math.sqrt(3 * fan_in) if fan_in > 0 else 0.0
         parameters = dict(self.factors.items())
@@ -141,7 +141,7 @@ class FactorizedLayer(Merging):
 
     @classmethod
     def from_dense(cls, dense: nn.Module, **options: Any) -> Self:
-        """The layer whose weight is closest to a dense layer's.
+        """Makes the layer whose weight is closest to a dense layer's.
 
         Args:
             dense: the torch layer; it is not changed.
@@ -159,7 +159,7 @@ class FactorizedLayer(Merging):
 
     @classmethod
     def _method(cls, **options: Any) -> Factorization:
-        """What a layer is built with: the method that its class names, with the options, or the one that is given."""
+        """Returns what a layer is built with: the method that its class names, with the options, or the one that is given."""
         method = cls.method(**options) if hasattr(cls, "method") else options.pop("method", None)
         if not isinstance(method, Factorization) or (options and not hasattr(cls, "method")):
             given = ", ".join(f"{name}={value!r}" for name, value in ({"method": method} | options).items())
@@ -187,7 +187,7 @@ class FactorizedLayer(Merging):
         factors: nn.ParameterDict | None = None,
         fit: Fit | None = None,
     ) -> Self:
-        """The factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
+        """Makes the factorized layer in a dense one's place: same geometry, device, dtype, mode and requires_grad.
 
         Args:
             dense: the torch layer; it is not changed.
@@ -208,8 +208,9 @@ class FactorizedLayer(Merging):
         method = spec.method if factors else spec.method.alone()
         undrawn = factors is not None or init == "empty"
         device = "meta" if undrawn else weight.device
-        named = {field.name: getattr(method, field.name) for field in fields(method)}
-        options = named if hasattr(cls, "method") else {"method": method}
+        options = (
+            {f.name: getattr(method, f.name) for f in fields(method)} if hasattr(cls, "method") else {"method": method}
+        )
         make: Callable[..., Self] = cls
         layer = make(**arguments(dense), device=device, dtype=weight.dtype, plan=plan, **options)
         if undrawn:
@@ -239,27 +240,14 @@ class FactorizedLayer(Merging):
             _copy(factor, fitted[name])
         return error
 
-    def _precise_weight(self) -> Tensor:
-        with torch.no_grad():
-            return self._reconstruct({name: precise(value) for name, value in self.factors.items()})
-
-    def _reconstruct(self, parameters: dict[str, Tensor]) -> Tensor:
-        return self.spec.network.reconstruct(self.spec.method.factors(parameters, self.spec.factor_shapes))
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight that the factors make, differentiable in them."""
-        return self._reconstruct(dict(self.factors.items()))
-
     def to_dense(self) -> nn.Module:
-        """The torch layer that computes the same."""
+        """Makes the torch layer that computes the same."""
         dense = nn.utils.skip_init(type(self).dense_type, **arguments(self), **self._like)
         _copy(dense.weight, self._precise_weight())
         if self.bias is not None:
             _copy(dense.bias, self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
-        trains = any(factor.requires_grad for factor in self.factors.values())
-        dense.weight.requires_grad_(trains)
+        dense.weight.requires_grad_(any(factor.requires_grad for factor in self.factors.values()))
         return dense.train(self.training)
 
     def truncate(self, rank: Rank) -> float:
@@ -329,7 +317,7 @@ class FactorizedLayer(Merging):
 def slot_of(
     layer: nn.Module, method: Factorization | None = None, calls: Sequence[Call] | None = None, *, flat: bool = False
 ) -> Slot:
-    """A layer whose ranks are to be settled.
+    """Describes a layer whose ranks are to be settled.
 
     Args:
         layer: dense, or factorized already.

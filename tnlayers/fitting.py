@@ -73,7 +73,7 @@ class LoadReport:
 def fitting_state(
     content: Mapping[Any, Any], model: nn.Module, path: object, *, strict: bool = True
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """What a checkpoint's contents hold for a model, by the model's own keys, and how it fits.
+    """Returns what a checkpoint's contents hold for a model, by the model's own keys, and how it fits.
 
     Raises:
         CheckpointError: no state dict, nothing that matches, or (strict) not all.
@@ -95,7 +95,7 @@ def fitting_state(
 
 
 def _fit(taken: Copy, model: nn.Module, *, alone: bool) -> tuple[dict[str, Tensor], LoadReport]:
-    """What of a copy fits, by the model's own keys; whether no other whole one is beside it."""
+    """Returns what of a copy fits, by the model's own keys; `alone` where no other whole one is beside it."""
     given = {key.removeprefix(taken.prefix): value for key, value in taken.state.items()}
     present = model.state_dict()
     own = {
@@ -123,12 +123,12 @@ def _fit(taken: Copy, model: nn.Module, *, alone: bool) -> tuple[dict[str, Tenso
 
 
 def _alike(key: str, theirs: str, ours: str) -> bool:
-    """Whether one kind can be loaded as the other. A counter may have gone through `half()` with all the rest."""
+    """Tells whether one kind can be loaded as the other. A counter may have gone through `half()` with all the rest."""
     return theirs == ours or (not needed(key) and theirs == ours.removesuffix(" integer"))
 
 
 def _left(taken: Copy, others: Sequence[Copy]) -> tuple[str, ...]:
-    """Where a file has averages that were not taken."""
+    """Returns where a file has averages that were not taken."""
     if taken.averaged:
         return ()
     nested = [".".join(copy.keys) for copy in others if copy.averaged and copy.found and copy.keys != taken.keys]
@@ -137,7 +137,7 @@ def _left(taken: Copy, others: Sequence[Copy]) -> tuple[str, ...]:
 
 
 def _choice(taken: Copy, others: Sequence[Copy], *, free: bool) -> str:
-    """That a file holds several copies, and how to choose one."""
+    """Says that a file holds several copies, and how to choose one."""
     names = [repr(shortened(str(copy), _KEY)) for copy in (taken, *others)]
     said = (
         f"it holds these weights {len(names)} times, under the prefixes {_few(names)}; save those that you mean alone"
@@ -146,7 +146,7 @@ def _choice(taken: Copy, others: Sequence[Copy], *, free: bool) -> str:
 
 
 def _hint(report: LoadReport, taken: Copy, model: nn.Module) -> str:
-    """What is most likely wrong, and what to do about it."""
+    """Says what is most likely wrong, and what to do about it."""
     own = model.state_dict()
     size, found = len(own), prefixes(taken.state, own)
     if _factors(report.unexpected):
@@ -178,7 +178,7 @@ def _factors(keys: Sequence[str]) -> bool:
 
 
 def _head(mismatched: Sequence[tuple[str, str, str]]) -> tuple[str, int, int] | None:
-    """The one layer that differs, and in its outputs alone: its name, and the outputs in the file and in the model."""
+    """Finds the one layer that differs, in its outputs alone: its name, and the outputs in the file and in the model."""
     names = {key.rpartition(".")[0] for key, *_ in mismatched}
     shapes = [[re.findall(r"\d+", kind) for kind in kinds] for _, *kinds in mismatched]
     if len(names) != 1 or not all(theirs and ours and theirs[1:] == ours[1:] for theirs, ours in shapes):
@@ -188,7 +188,7 @@ def _head(mismatched: Sequence[tuple[str, str, str]]) -> tuple[str, int, int] | 
 
 
 def _adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the model's state has once this one is loaded: its layers adopt the ranks of whole sets of factors."""
+    """Returns the shapes that the model's state has once this one is loaded: its layers adopt the ranks of whole sets of factors."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for start, layer in _factor_keys(model).items():
         given = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
@@ -203,7 +203,7 @@ def _adopted_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _factor_keys(model: nn.Module) -> dict[str, FactorizedLayer]:
-    """The factorized layers of a model, by what the state dict's keys of their factors start with."""
+    """Returns the factorized layers of a model, by what the state dict's keys of their factors start with."""
     layers = model.named_modules(remove_duplicate=False)
     return {f"{name}.factors.".lstrip("."): layer for name, layer in layers if isinstance(layer, FactorizedLayer)}
 
@@ -214,7 +214,7 @@ def _holds_numbers(factor: Tensor) -> bool:
 
 
 def _kind(value: Tensor) -> str:
-    """The shape, and the kind of number and the layout where they are not the usual ones."""
+    """Returns the shape, and the kind of number and the layout where they are not the usual ones."""
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
     number = " quantized" if value.is_quantized else number if convertible(value.dtype) else f" {value.dtype}"
     layout = " without data" if value.is_meta else "" if value.layout is torch.strided else " sparse"
@@ -222,6 +222,6 @@ def _kind(value: Tensor) -> str:
 
 
 def _few(items: Sequence[str], count: int = 0) -> str:
-    """The first of some texts, of which there are `count` in all, in bounded length."""
+    """Returns the first of some texts, of which there are `count` in all, in bounded length."""
     shown = ", ".join(shortened(item, _LIST) for item in items[:_SHOWN])
     return shortened(shown + (", ..." if max(count, len(items)) > _SHOWN else ""), _LIST)

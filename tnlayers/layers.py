@@ -109,6 +109,6 @@ def layer_type(method: Factorization, dense_type: type[nn.Module]) -> type[Facto
 
 
 def named_layers() -> list[type[FactorizedLayer]]:
-    """The drop-in layers that name a method of this package."""
+    """Returns the drop-in layers that name a method of this package."""
     every = [*FactorizedConv2d.__subclasses__(), *FactorizedLinear.__subclasses__()]
     return [layer for layer in every if layer.__module__.startswith("tnlayers.")]

@@ -33,13 +33,13 @@ __all__ = [
 
 
 def precise(weight: Tensor) -> Tensor:
-    """The weight in float64, detached; on the CPU where its device has no float64."""
+    """Returns the weight in float64, detached; on the CPU where its device has no float64."""
     device = "cpu" if weight.device.type == "mps" else weight.device
     return weight.detach().to(device=device, dtype=torch.float64)
 
 
 def check_finite(weight: Tensor) -> None:
-    """What infinite or undefined values are in would be decomposed into nothing else.
+    """Refuses infinite or undefined values, which would be decomposed into nothing else.
 
     Raises:
         ValueError: there are some; it says how many.
@@ -53,14 +53,14 @@ def check_finite(weight: Tensor) -> None:
 
 
 def scale_of(weight: Tensor) -> float:
-    """What to divide a weight in float64 by so that the squares of its entries stay in range: 1 but for odd ones."""
+    """Returns what to divide a weight in float64 by so that the squares of its entries stay in range: 1 but for odd ones."""
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     return largest if math.isfinite(largest) and largest > 0 and not 1e-100 < largest < 1e100 else 1.0
 
 
 @contextmanager
 def decomposing() -> Iterator[None]:
-    """No gradients, no autocast, and TensorLy on torch for this block and this thread only."""
+    """Turns gradients and autocast off, and TensorLy to torch, for this block and this thread only."""
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
@@ -71,7 +71,7 @@ def decomposing() -> Iterator[None]:
 
 
 def unfold(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """The matrix whose rows run over the given axes and whose columns run over the others, both in order."""
+    """Returns the matrix whose rows run over the given axes and whose columns run over the others, both in order."""
     columns = [axis for axis in range(tensor.dim()) if axis not in rows]
     height = 1
     for axis in rows:
@@ -80,14 +80,14 @@ def unfold(tensor: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def fold(matrix: Tensor, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The tensor of this shape whose unfolding is the matrix: the inverse of `unfold`."""
+    """Returns the tensor of this shape whose unfolding is the matrix: the inverse of `unfold`."""
     order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
     back = [order.index(axis) for axis in range(len(shape))]
     return matrix.reshape([shape[axis] for axis in order]).permute(back).contiguous()
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """(k,) in descending order.
+    """Returns the (k,) singular values in descending order.
 
     A QR of the tall side first: its cost is linear in the long side, it keeps nothing larger than the unfolding, and
     unlike the Gram matrix it does not square the condition number.
@@ -99,7 +99,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def entropy(values: Tensor) -> float:
-    """The entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2), 0 of zeros.
+    """Returns the entanglement entropy of a cut in nats: -sum p ln p with p = s^2 / sum(s^2), 0 of zeros.
 
     Args:
         values: (k,) singular values.
@@ -110,7 +110,7 @@ def entropy(values: Tensor) -> float:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """The exponential of the entropy of the singular values: n for n equal ones, 1 for rank one, 0 for zeros.
+    """Returns the exponential of the entropy of the singular values: n for n equal ones, 1 for rank one, 0 for zeros.
 
     Roy & Vetterli (2007), "The effective rank: a measure of effective dimensionality", take the entropy of shares of sum(s);
     these are shares of the squared norm, which is what relative errors are made of. The squares are eigenvalues of
@@ -127,7 +127,7 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def left_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The left singular vectors (m, k), the best first, and their values (k,)."""
+    """Returns the left singular vectors (m, k), the best first, and their values (k,)."""
     m, n = matrix.shape
     if n > 2 * m:  # wide: the left vectors and the values of the small triangle are those of the whole
         matrix = torch.linalg.qr(matrix.mT, mode="r").R.mT
@@ -136,12 +136,12 @@ def left_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def left_singular_vectors(matrix: Tensor) -> Tensor:
-    """(m, k), the best first."""
+    """Returns the left singular vectors (m, k), the best first."""
     return left_svd(matrix)[0]
 
 
 def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
-    """(m, rank), the best first: by the Gram matrix of the short side, for where the small singular values do not count."""
+    """Returns the best (m, rank) left vectors by the Gram matrix of the short side: the small singular values must not count."""
     m, n = matrix.shape
     if n < m:
         return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
@@ -149,7 +149,7 @@ def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """||W - W~||_F / ||W||_F; 0 for a weight that is zero and stays so."""
+    """Returns ||W - W~||_F / ||W||_F; 0 for a weight that is zero and stays so."""
     weight, approximation = precise(weight), precise(approximation)
     scale = scale_of(weight)
     difference = torch.linalg.vector_norm((weight - approximation) / scale)
@@ -158,5 +158,5 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
 
 
 def tails(spectrum: Sequence[float]) -> list[float]:
-    """tails[r]: the sum of what rank r leaves out."""
+    """Returns the sums of what each rank leaves out: entry r is that of rank r."""
     return list(accumulate(reversed(spectrum), initial=0.0))[::-1]

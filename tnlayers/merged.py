@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tnlayers.linalg import precise
 from tnlayers.plan import Plan
 from tnlayers.spec import LayerSpec
 
@@ -41,11 +42,11 @@ class Merged:
         _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters."""
+        """Tells whether these are the parameters."""
         return all(own is given for own, given in zip(self.factors, factors, strict=True))
 
     def unwritten(self) -> bool:
-        """Whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
+        """Tells whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
         return not self.stepped and all(
             factor._version == count and _lies_as(factor, alias)
             for factor, count, alias in zip(self.factors, self._counts, self._aliases, strict=True)
@@ -54,7 +55,7 @@ class Merged:
 
 @cache
 def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
-    """All that is kept at present, which torch tells of every optimizer's step from now on."""
+    """Returns all that is kept at present, which torch tells of every optimizer's step from now on."""
     present: WeakValueDictionary[int, Merged] = WeakValueDictionary()
 
     @torch.compiler.disable
@@ -70,7 +71,7 @@ def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
 
 
 def _lies_as(factor: Tensor, alias: Tensor) -> bool:
-    """Whether two tensors are the same memory, read in the same way."""
+    """Tells whether two tensors are the same memory, read in the same way."""
     same = factor.data_ptr() == alias.data_ptr() and factor.dtype == alias.dtype
     return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace
 
@@ -100,8 +101,20 @@ class Merging(nn.Module):
         factor = next(iter(self.factors.values()))
         return {"device": factor.device, "dtype": factor.dtype}
 
+    def _precise_weight(self) -> Tensor:
+        with torch.no_grad():
+            return self._reconstruct({name: precise(value) for name, value in self.factors.items()})
+
+    def _reconstruct(self, parameters: dict[str, Tensor]) -> Tensor:
+        return self.spec.network.reconstruct(self.spec.method.factors(parameters, self.spec.factor_shapes))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the factors make, differentiable in them."""
+        return self._reconstruct(dict(self.factors.items()))
+
     def _weights(self) -> list[Tensor]:
-        """The plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
+        """Returns the plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
         kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
             if kept is not None:  # somebody has set the mode without `train()`
@@ -140,7 +153,7 @@ class Merging(nn.Module):
             return Merged(weights, list(self.factors.values()), checked=checked)
 
     def _merge(self) -> list[Tensor]:
-        """In the factors' own precision: autocast would round the products, and casts the result itself."""
+        """Merges in the factors' own precision: autocast would round the products, and casts the result itself."""
         device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has no autocast
             return self.plan.weights(spec.method.factors(parameters, spec.factor_shapes))
@@ -158,7 +171,7 @@ class Merging(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is derived is not part of a copy or a pickle; a shallow copy has modules and parameters of its own to exchange."""
+        """Leaves out what is derived; a shallow copy has modules and parameters of its own to exchange."""
         own = {name: dict(getattr(self, name)) for name in ("_modules", "_parameters")}
         return self.__dict__ | own | {"_merged": None}
 
@@ -168,6 +181,6 @@ class Merging(nn.Module):
 
 
 def _keep_again(layer: nn.Module, _: Any) -> None:
-    """After a load, whose writes no compiled graph sees."""
+    """Makes what is kept anew after a load, whose writes no compiled graph sees."""
     assert isinstance(layer, Merging)
     layer._keep()

@@ -75,40 +75,40 @@ class Factorization(ABC):
 
     @abstractmethod
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        """The factors' index strings."""
+        """Returns the factors' index strings."""
 
     @abstractmethod
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """The factors of an attainable rank that are closest to the weight, or nearly so."""
+        """Fits the factors of an attainable rank that are closest to the weight, or nearly so."""
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
-        """The sizes of the weight's indices; a method that tensorizes modes has more of them."""
+        """Returns the sizes of the weight's indices; a method that tensorizes modes has more of them."""
         return dict(zip(self.network(weight_shape).weight_indices, weight_shape, strict=True))
 
     def bonds(self, weight_shape: tuple[int, ...]) -> Indices:
-        """What the entries of a rank are."""
+        """Returns what the entries of a rank are."""
         return self.network(weight_shape).bonds
 
     def formula(self, weight_shape: tuple[int, ...]) -> str:
-        """The weight, as a product that is summed over the bonds."""
+        """Returns the weight, as a product that is summed over the bonds."""
         factors = self.network(weight_shape).factors
         return " ".join(f"{name}[{indices}]" for name, indices in factors.items())
 
     def max_ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
-        """The rank of each bond from which on every weight is represented exactly."""
+        """Returns the rank of each bond from which on every weight is represented exactly."""
         return self.clamp(weight_shape, (_UNBOUNDED,) * len(self.bonds(weight_shape)))
 
     def clamp(self, weight_shape: tuple[int, ...], ranks: Ranks) -> Ranks:
-        """The ranks, each at most what is attainable next to the others."""
+        """Returns the ranks, each at most what is attainable next to the others."""
         sizes = self.network(weight_shape).clamp(self.sizes(weight_shape, ranks))
         return tuple(sizes[bond] for bond in self.bonds(weight_shape))
 
     def sizes(self, weight_shape: tuple[int, ...], ranks: Ranks) -> dict[str, int]:
-        """The size of every index of the network."""
+        """Returns the size of every index of the network."""
         return self.mode_sizes(weight_shape) | dict(zip(self.bonds(weight_shape), ranks, strict=True))
 
     def ranks(self, weight_shape: tuple[int, ...]) -> Ranks:
-        """The explicit ranks for a weight of this shape; what is above the attainable is clamped, and said.
+        """Returns the explicit ranks for a weight of this shape; what is above the attainable is clamped, and said.
 
         Raises:
             ValueError: the rank is a rule (resolve it first), or has another number of entries than there are bonds.
@@ -133,7 +133,7 @@ class Factorization(ABC):
 
     @classmethod
     def name(cls) -> str:
-        """What rules, configurations and checkpoints call the method: with its module where it is none of this package's."""
+        """Returns what rules, configurations and checkpoints call the method: with its module where it is none of this package's."""
         ours = cls.__module__.startswith("tnlayers.methods.")
         return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
@@ -179,7 +179,7 @@ class Factorization(ABC):
     def decompose(
         self, weight: Tensor, ranks: Ranks, groups: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[dict[str, Tensor], float]:
-        """The parameters, rounded to the dtype, and their relative error, checked on the reconstruction from those.
+        """Fits the parameters, rounded to the dtype; returns them and their relative error, checked on what they then make.
 
         Args:
             weight: (o, i, h, w) or (o, i), of all groups, in float64.
@@ -221,15 +221,15 @@ class Factorization(ABC):
         return self
 
     def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:
-        """The shape of every parameter, of all groups."""
+        """Returns the shape of every parameter, of all groups."""
         return factor_shapes
 
     def factors(self, parameters: Mapping[str, Tensor], factor_shapes: Shapes) -> Mapping[str, Tensor]:
-        """The network's factors, differentiable in the parameters."""
+        """Returns the network's factors, differentiable in the parameters."""
         return parameters
 
     def ranks_from(self, network: Network, shapes: Shapes) -> Ranks:
-        """The ranks of parameters of these shapes.
+        """Returns the ranks of parameters of these shapes.
 
         Raises:
             ValueError: they are not this method's.
@@ -251,7 +251,7 @@ class Factorization(ABC):
 
 
 def known_methods() -> dict[str, type[Factorization]]:
-    """Name -> every method whose module this program has imported, its own ones too."""
+    """Returns by its name every method whose module this program has imported, its own ones too."""
     waiting, found = [Factorization], {}
     for kind in waiting:
         waiting += kind.__subclasses__()
@@ -261,7 +261,7 @@ def known_methods() -> dict[str, type[Factorization]]:
 
 
 def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """In the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
+    """Rounds to the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
 
     The product of the scales is 1, and the weight is linear in each parameter.
     """
@@ -274,7 +274,7 @@ def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
 
 
 def _lost(energy: Tensor) -> Tensor:
-    """Entry (r1 - 1, ..., rd - 1): the sum of all that is outside of the leading r1 x ... x rd block.
+    """Returns for (r1 - 1, ..., rd - 1) the sum of all that is outside of the leading r1 x ... x rd block.
 
     Only sums of what is lost: the difference of the whole and what is kept would be noise below 1e-16 of the whole.
     """
@@ -290,7 +290,7 @@ def _lost(energy: Tensor) -> Tensor:
 
 
 def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], bool]]:
-    """For each bond the axes on the smaller side of its cut, and whether they are disjoint from those of earlier bonds."""
+    """Returns for each bond the axes on the smaller side of its cut, and whether earlier bonds have none of them."""
     used: set[int] = set()
     sides = {}
     cuts = [min(network.cut(bond), key=lambda side: size_of(side, sizes)) for bond in network.bonds]
@@ -303,7 +303,7 @@ def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], 
 
 
 def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[Tensor, dict[int, list[float]]]:
-    """The squared norm of the weight in the singular bases of the disjoint sides, one axis a side; the others' spectra."""
+    """Returns the squared entries of the weight in the singular bases of the disjoint sides, an axis a side, and the others' spectra."""
     spectra = {}
     rotated, axes_left = weight, list(range(weight.dim()))
     for place, (axes, disjoint) in enumerate(sides):

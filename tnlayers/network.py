@@ -32,7 +32,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def size_of(indices: Iterable[str], sizes: Sizes) -> int:
-    """The number of values that the indices run through together."""
+    """Returns the number of values that the indices run through together."""
     return math.prod(sizes[index] for index in indices)
 
 
@@ -136,7 +136,7 @@ class Network:
         )
 
     def grouped(self) -> "Network":
-        """The network of a grouped convolution: one more index `g` in every factor and in front of the output mode."""
+        """Returns the network of a grouped convolution: one more index `g` in every factor and in front of the output mode."""
         output, *others = _MODE.findall(self.weight)
         fused = " ".join(["g", output[0] or output[1]])
         rest = [f"({fused_mode})" if fused_mode else single for fused_mode, single in others]
@@ -153,7 +153,7 @@ class Network:
         return sum(size_of(indices, sizes) for indices in self.indices.values())
 
     def sizes_from(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """The size of every index, read off the factors' shapes.
+        """Returns the size of every index, read off the factors' shapes.
 
         Raises:
             ValueError: a factor is missing, has another number of indices, or two factors disagree on an index.
@@ -173,7 +173,7 @@ class Network:
         return sizes
 
     def clamp(self, sizes: Sizes) -> dict[str, int]:
-        """The sizes with every bond at most the product of the other indices of each of its factors.
+        """Returns the sizes with every bond at most the product of the other indices of each of its factors.
 
         Above that a factor has linearly dependent slices, which carry nothing. Starting from bonds without bound, it
         gives the attainable ranks: the smaller side of the cut that each bond makes. Not meant for hyperedges.
@@ -188,7 +188,7 @@ class Network:
         return clamped
 
     def cut(self, bond: str) -> tuple[Indices, Indices]:
-        """The two sets of weight indices that removing a bond leaves apart; its spectrum is that of this unfolding.
+        """Returns the two sets of weight indices that removing a bond leaves apart; its spectrum is that of this unfolding.
 
         Raises:
             ValueError: the bond is a hyperedge or part of a loop, so that removing it separates nothing.
@@ -209,7 +209,7 @@ class Network:
         return tuple(index for index in weight if index in near), tuple(index for index in weight if index not in near)
 
     def contraction(self, names: Sequence[str], output: Sequence[str]) -> Contraction:
-        """The product of the named factors, left to right, with the indices of `output` left in that order."""
+        """Returns the product of the named factors, left to right, with the indices of `output` left in that order."""
         letters = {index: _LETTERS[n] for n, index in enumerate((*self.weight_indices, *self.bonds))}
 
         def spell(indices: Iterable[str]) -> str:
@@ -233,12 +233,12 @@ class Network:
         return self.contraction(tuple(self.factors), self.weight_indices)
 
     def reconstruct(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, differentiable in the factors."""
+        """Returns the dense weight, differentiable in the factors."""
         sizes = self.sizes_from({name: factor.shape for name, factor in factors.items()})
         return self._whole(factors).reshape(self.weight_shape(sizes))
 
     def init_std(self, sizes: Sizes, weight_std: float) -> float:
-        """The standard deviation of every factor's independent entries that gives the weight `weight_std`.
+        """Returns the standard deviation of every factor's independent entries that gives the weight `weight_std`.
 
         An entry of the weight is a sum over all bonds of a product of one entry of each factor, so its variance is
         (product of the bond dimensions) times (product of the factors' variances).

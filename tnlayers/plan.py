@@ -64,7 +64,7 @@ class Roles:
 
 
 def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
-    """The indices of the input, of the output, and the spatial ones; `g` belongs to both ends."""
+    """Returns the indices of the input, of the output, and the spatial ones; `g` belongs to both ends."""
     output, inputs, *spatial = network.modes
     group = tuple(index for index in output if index == "g")
     return (*group, *inputs), output, tuple(index for mode in spatial for index in mode)
@@ -98,7 +98,7 @@ def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
 
 
 def check_plan(plan: object) -> PlanChoice:
-    """A choice of a plan, groups as tuples.
+    """Returns the choice of a plan, its groups as tuples.
 
     Raises:
         ValueError: a value of another kind; whether groups are those of a network is known when it is compiled.
@@ -111,7 +111,7 @@ def check_plan(plan: object) -> PlanChoice:
 
 
 def partitions(names: Sequence[str]) -> Iterator[Partition]:
-    """Every contiguous partition, from all apart to all together."""
+    """Yields every contiguous partition, from all apart to all together."""
     for joined in itertools.product((False, True), repeat=len(names) - 1):
         groups = [[names[0]]]
         for name, join in zip(names[1:], joined, strict=True):
@@ -154,11 +154,11 @@ class _Step:
     dilation: tuple[int, ...]
 
     def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """(kept * produced, consumed, kernel...) from the group's factors."""
+        """Makes (kept * produced, consumed, kernel...) of the group's factors."""
         return self.merge(factors).reshape(-1).view(self.weight_shape)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, channels_last: bool) -> Tensor:
-        """(n, channels, positions...) to (n, channels', positions'...)."""
+        """Takes (n, channels, positions...) to (n, channels', positions'...)."""
         batch = x.shape[0]
         if self.subsample:
             x = x[:, :, :: self.subsample[0], :: self.subsample[1]]
@@ -174,7 +174,7 @@ class _Step:
 
 
 def _arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, channels_last: bool) -> Tensor:
-    """(n, channels, positions...), the channels' indices in another order, in one of torch's two layouts.
+    """Puts the channels' indices of (n, channels, positions...) in another order, in one of torch's two layouts.
 
     Where a dimension has size 1 the strides can be those of both layouts, or of neither; torch's kernels then disagree among
     themselves, and give wrong numbers. Passing through one dimension makes them those of one layout; it copies nothing
@@ -190,7 +190,7 @@ def _arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, ch
 
 
 def _pads_early(axis: Axis, pad_mode: str) -> bool:
-    """Whether an axis is padded before the first step: a convolution cannot, or its step only picks positions."""
+    """Tells whether an axis is padded before the first step: a convolution cannot, or its step only picks positions."""
     return pad_mode != "constant" or axis.padding[0] != axis.padding[1] or (axis.kernel == 1 and axis.stride > 1)
 
 
@@ -219,7 +219,8 @@ class Plan:
     def compile(
         network: Network, sizes: Sizes, groups: PlanChoice, axes: Mapping[str, Axis], pad_mode: str = "constant"
     ) -> "Plan":
-        """
+        """Compiles a partition of the factors.
+
         Args:
             network: the factors' strings.
             sizes: the size of every index.
@@ -273,11 +274,11 @@ class Plan:
         )
 
     def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The merged weight of each step, differentiable in the factors."""
+        """Returns the merged weight of each step, differentiable in the factors."""
         return [step.weight(factors) for step in self.steps]
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear."""
+        """Takes (n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear."""
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)

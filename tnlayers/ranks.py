@@ -68,7 +68,7 @@ Rank = int | Sequence[int] | RankRule
 
 
 def check_rank(rank: object) -> int | Ranks | RankRule:
-    """The rank as an int, a tuple of ints or a rule.
+    """Returns the rank as an int, a tuple of ints or a rule.
 
     Raises:
         ValueError: anything else; for a bare float the message says which rules it could have meant.
@@ -133,7 +133,7 @@ _STEPS = 128
 
 
 def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
-    """From full rank down to 1, each step lowering the bond that loses the least for what it saves."""
+    """Goes from full rank down to 1, each step lowering the bond that loses the least for what it saves."""
     ranks = candidate.max_ranks
     steps = [max(1, rank // _STEPS) for rank in ranks]
 
@@ -160,7 +160,7 @@ def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
 
 
 def _frontier(candidate: Candidate) -> list[_Point]:
-    """The layer as it is and the choices that cost less, cheapest first; each dearer one has a smaller error."""
+    """Returns the layer as it is and the choices that cost less, cheapest first; each dearer one has a smaller error."""
     present = _Point(None, candidate.present_cost, 0.0)
     found = [point for cost in candidate.costs for point in _path(candidate, cost) if point.cost < present.cost]
     points = sorted(found, key=lambda point: (point.cost, point.error))
@@ -172,7 +172,7 @@ def _frontier(candidate: Candidate) -> list[_Point]:
 
 
 def _hull(frontier: list[_Point]) -> list[int]:
-    """The places of the frontier's lower convex hull: there the error falls fastest for what it costs."""
+    """Returns the places of the frontier's lower convex hull: there the error falls fastest for what it costs."""
     hull: list[int] = []
     for place, point in enumerate(frontier):
         while len(hull) >= 2:
@@ -187,7 +187,7 @@ def _hull(frontier: list[_Point]) -> list[int]:
 
 
 def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | None]:
-    """The ranks of every layer (None: better left as it is) that together cost at most `fraction` of the dense layers.
+    """Chooses the ranks of every layer (None: better left as it is), which together cost at most `fraction` of the dense layers.
 
     Minimises the sum of the layers' losses (-log of the squared norm kept): from the cheapest choices upward, always the step that
     lowers the error most for what it costs (exact on the convex hull), then the finer steps that still fit.
@@ -222,7 +222,7 @@ def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | N
 
 
 def within_error(candidate: Candidate, error: float, measured: Callable[[Ranks], float]) -> tuple[Ranks | None, float]:
-    """The cheapest ranks found whose relative error is at most `error`; None if the layer as it is costs less.
+    """Finds the cheapest ranks whose relative error is at most `error`; None if the layer as it is costs less.
 
     Args:
         candidate: the layer; its estimates say what is worth measuring.

@@ -59,7 +59,7 @@ class Rule:
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> "Rule":
-        """The rule of a mapping.
+        """Makes the rule of a mapping.
 
         Raises:
             ValueError: an unknown method, key, rank or value; the message names it and what was expected.
@@ -104,7 +104,7 @@ class Rule:
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name fits a rule's pattern."""
+    """Tells whether a layer's name fits a rule's pattern."""
     return name == pattern or fnmatchcase(name, pattern)  # the first: names may hold what patterns give a meaning
 
 
@@ -119,7 +119,7 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
 
 
 def rank_from_text(value: Any) -> Rank:
-    """A rank that may be written as text, such as "MacsKept(0.5)".
+    """Returns a rank that may be written as text, such as "MacsKept(0.5)".
 
     Raises:
         ValueError: a text that is no rank rule.

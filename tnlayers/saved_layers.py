@@ -28,7 +28,7 @@ _VALUES = 100_000
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
-    """The tensorized layers of a model, as strings, numbers and lists."""
+    """Returns the tensorized layers of a model, as strings, numbers and lists."""
     layers = [rule.to_plain() | {"dense": _dense(model.get_submodule(rule.pattern))} for rule in rules_of(model)]
     return {"version": _VERSION, "layers": layers}
 
@@ -66,7 +66,7 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
 def _replacements(
     model: nn.Module, layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]
 ) -> dict[nn.Module, nn.Module]:
-    """From the model's present layers to what the rules make of them, or to dense ones."""
+    """Returns, for the model's present layers, what the rules make of them, or dense ones."""
     if model in layers.values():
         raise UserError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
     choices = {}
@@ -85,7 +85,7 @@ def _replacements(
 
 
 def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
-    """Name -> the rule and the dense layer's arguments; None for those where the file is too old to say."""
+    """Returns by name the rule and the dense layer's arguments; None for those where the file is too old to say."""
     check_plain(structure)
     version = structure.get("version") if isinstance(structure, dict) else None
     if type(version) is not int or version != _VERSION:
@@ -106,7 +106,7 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
 
 
 def _dense(layer: nn.Module) -> dict[str, Any]:
-    """The type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
+    """Returns the type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
     dense_type = dense_type_of(layer)
     if dense_type not in (nn.Conv2d, nn.Linear):
         return {}
@@ -126,7 +126,7 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
 
 
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
-    """What a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
+    """Returns what a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
     method, geometry = rule.factorization, Geometry.of(layer)
     assert method is not None
     with about(rule.pattern):
@@ -139,7 +139,7 @@ def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
 
 
 def check_plain(value: object) -> None:
-    """Nothing but strings, numbers, lists and mappings, and few enough to be looked through and shown.
+    """Refuses all but strings, numbers, lists and mappings, few enough to be looked through and shown.
 
     Raises:
         ValueError: other values, or too many of them.

@@ -69,14 +69,14 @@ class LayerSpec:
         return sum(map(math.prod, self.parameter_shapes.values()))
 
     def at(self, ranks: Ranks) -> "LayerSpec":
-        """The same method at other ranks, each at most what is attainable next to the others."""
+        """Returns the same method at other ranks, each at most what is attainable next to the others."""
         attained = self.method.clamp(self.geometry.weight_shape, ranks)
         other = replace(self, method=self.method.with_rank(attained))
         other.__dict__["network"] = self.network  # which no rank changes
         return other
 
     def of_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> "LayerSpec":
-        """The same method at the ranks that parameters of these shapes have.
+        """Returns the same method at the ranks that parameters of these shapes have.
 
         Raises:
             ValueError: they are not its parameters, or of ranks that no weight attains, which could ask for all memory.
@@ -88,7 +88,7 @@ class LayerSpec:
         return found
 
     def decompose(self, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
-        """The parameters closest to a dense weight, in the dtype, and their relative error; see `Factorization.decompose`."""
+        """Fits the parameters closest to a dense weight, in the dtype; returns them and their relative error."""
         return self.method.decompose(weight, self.ranks, self.geometry.groups, dtype)
 
     # ---- how it is computed
@@ -106,7 +106,7 @@ class LayerSpec:
     def best_plan(
         self, calls: Sequence[Call] = NOMINAL_CALLS, device_type: str = "cpu", *, by_macs: bool = False
     ) -> Partition:
-        """The plan that the cost model holds to be the fastest for the first of the calls.
+        """Returns the plan that the cost model holds to be the fastest for the first of the calls.
 
         Args:
             calls: how the layer is used.
@@ -119,7 +119,7 @@ class LayerSpec:
         return cheapest(self.network, self.sizes, self.geometry.axes, machine, size, calls[0].rows)
 
     def compile(self, plan: PlanChoice, device_type: str) -> Plan:
-        """The plan in integers.
+        """Compiles a plan to integers.
 
         Raises:
             ValueError: groups that are no partition of the factors, in order.

@@ -55,12 +55,12 @@ class Copy:
         return {*self.keys} <= {*USUAL_KEYS, *_AVERAGED} and _PREFIX.fullmatch(self.prefix) is not None
 
     def like(self, other: "Copy") -> bool:
-        """Whether nothing but their names tells the two apart."""
+        """Tells whether nothing but their names tells the two apart."""
         return self.whole and other.whole and (self.averaged, self.usual) == (other.averaged, other.usual)
 
 
 def find_copies(content: Mapping[Any, Any], own: Mapping[str, Tensor]) -> list[Copy]:
-    """Those in the usual places, and any other that is whole. The best is the first.
+    """Finds the copies in the usual places, and any other that is whole. The best is the first.
 
     That is the one with the most of the model's keys; of equals a plain one rather than averages, and one in a usual place.
     """
@@ -79,7 +79,7 @@ def _order(copy: Copy) -> tuple[int, int, bool, bool, int]:
 
 
 def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The mappings of a checkpoint that hold tensors, and the keys that they are nested under."""
+    """Yields the mappings of a checkpoint that hold tensors, and the keys that they are nested under."""
     waiting: deque[tuple[tuple[str, ...], Mapping[Any, Any]]] = deque([((), content)])
     seen: set[int] = set()
     while waiting:
@@ -94,7 +94,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[str]:
-    """How many of the model's keys are in a state dict after each prefix; the empty one is always among them."""
+    """Counts how many of the model's keys are in a state dict after each prefix; the empty one is always among them."""
     found = Counter({"": 0})
     for key in state:
         rest = key
@@ -109,7 +109,7 @@ def prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[
 
 @cache
 def convertible(dtype: torch.dtype) -> bool:
-    """Whether torch can make other numbers of these; of some packed ones it cannot."""
+    """Tells whether torch can make other numbers of these; of some packed ones it cannot."""
     if not dtype.is_floating_point:
         return True
     try:
@@ -120,5 +120,5 @@ def convertible(dtype: torch.dtype) -> bool:
 
 
 def needed(key: str) -> bool:
-    """Whether a model's entry has to be in a file, which may lack BatchNorm's counters."""
+    """Tells whether a model's entry has to be in a file, which may lack BatchNorm's counters."""
     return not key.endswith(_COUNTER)

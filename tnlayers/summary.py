@@ -146,7 +146,7 @@ def summarize(
     rules: Sequence[Rule] = (),
     measure: bool = True,
 ) -> Summary:
-    """What the factorized layers of a model save against the dense ones that they stand for.
+    """Compares the factorized layers of a model with the dense ones that they stand for.
 
     Args:
         model: the tensorized model; a dense one is summarised too.
@@ -186,7 +186,7 @@ def summarize(
 
 
 def _batch(model: nn.Module, inputs: dict[str, list[Tensor]], example_input: Example) -> int:
-    """How many samples the example holds: 1 where the layers get inputs without a batch dimension."""
+    """Returns how many samples the example holds: 1 where the layers get inputs without a batch dimension."""
     layers = countable_layers(model)
     for name, calls in inputs.items():
         positions = 2 if hasattr(layers[name], "kernel_size") else 0
@@ -240,7 +240,7 @@ def _layer(
 
 
 def _medians(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """The median seconds of each call; the calls take turns, so that a change of the machine's speed meets all alike."""
+    """Measures the median seconds of each call; the calls take turns, so that a change of the machine's speed meets all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:  # warms caches up
         call()

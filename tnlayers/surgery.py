@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def resolve(
     model: nn.Module, rules: Sequence[Rule], example_input: Example | None = None, *, init: Init = "decompose"
 ) -> list[Rule]:
-    """One rule for each layer that a rule matches: its exact name, integer ranks and plan. The model is not changed.
+    """Makes one rule for each layer that a rule matches: its exact name, integer ranks and plan. The model is not changed.
 
     A rule matches a layer whose name fits its pattern and whose type its method replaces; the first match wins. A budget
     (`ParamsKept`, `MacsKept`) holds for all the layers of its rule together. A layer for which no rank is cheaper than
@@ -61,7 +61,7 @@ def resolve(
 
 
 def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init) -> dict[str, Choice]:
-    """Name -> what becomes of the layer, for each that a rule matches."""
+    """Decides by name what becomes of each layer that a rule matches."""
     if init not in ("decompose", "random"):
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
     dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
@@ -89,7 +89,7 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
 def _choices(
     rule: Rule, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
 ) -> dict[str, Choice]:
-    """What becomes of the layers that one rule takes."""
+    """Decides what becomes of the layers that one rule takes."""
     method = rule.factorization
     assert method is not None
     unseen = [name for name in layers if name not in calls]
@@ -118,7 +118,7 @@ def _choices(
 
 
 def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
-    """The names of the layers that each rule takes."""
+    """Returns the names of the layers that each rule takes."""
     taken: list[list[str]] = [[] for _ in rules]
     matched = [any(fits(name, rule.pattern) for name in done) for rule in rules]
     for name, module in dense.items():
@@ -147,7 +147,7 @@ def _replaces(method: Factorization | None, kind: type[nn.Module]) -> bool:
 
 
 def method_for(model: nn.Module, name: str, rules: Sequence[Rule]) -> Factorization | None:
-    """What the first rule that matches a dense layer would make of it; None if it has to stay dense."""
+    """Returns what the first rule that matches a dense layer would make of it; None if it has to stay dense."""
     layer = model.get_submodule(name)
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return None
@@ -169,7 +169,7 @@ def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
 
 
 def refusal(model: nn.Module, name: str) -> str:
-    """Why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
+    """Returns why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
     layer = model.get_submodule(name)
     aliases = [alias for alias, module in model.named_modules(remove_duplicate=False) if module is layer]
     own = {f"{alias}.{key}".lstrip(".") for alias in aliases for key, _ in layer.named_parameters()}
@@ -212,7 +212,7 @@ def tensorize(
 def factorize(
     layers: Mapping[str, nn.Module], choices: Mapping[str, Choice], init: Fill, limit: int
 ) -> dict[str, FactorizedLayer]:
-    """The factorized layers in place of dense ones, by name; those of one generator share it.
+    """Makes the factorized layers in place of dense ones, by name; those of one generator share it.
 
     Args:
         layers: name -> the dense layer; it is not changed.
@@ -252,7 +252,7 @@ def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:
 
 
 def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
-    """In every place where a module is used, so that a shared one stays shared."""
+    """Replaces a module in every place where it is used, so that a shared one stays shared."""
     if model in replacements:
         return replacements[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
@@ -263,12 +263,12 @@ def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) ->
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
-    """What the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
+    """Returns what the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
     plans = {name: layer.plan_choice for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
     return [Rule(name, method, plan=plans[name]) for name, method in methods_of(model).items()]
 
 
 def methods_of(model: nn.Module) -> dict[str, Factorization]:
-    """The methods of the factorized layers, by name."""
+    """Returns the methods of the factorized layers, by name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
     return named_apart(layers)

@@ -13,7 +13,7 @@ _COMMON = {field.name for field in fields(Factorization)}
 
 
 def methods_table() -> str:
-    """A line of Markdown for each layer: what it replaces, its weight as a sum over the bonds, rank, options, source."""
+    """Writes a line of Markdown for each layer: what it replaces, its weight as a sum over the bonds, rank, options, source."""
     headings = [
         "layer",
         "`method` in rules",

@@ -18,7 +18,7 @@ Example = Tensor | tuple[Tensor, ...]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for this block; every module's mode as it was afterwards."""
+    """Sets evaluation mode and turns gradients off for this block; afterwards every module's mode is as it was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions and linears, dense and factorized, whose costs are counted; shared ones once."""
+    """Returns the convolutions and linears, dense and factorized, whose costs are counted; shared ones once."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -41,7 +41,7 @@ def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Tensor]]:
-    """The inputs of each call of each countable layer, in one pass in evaluation mode; absent if it is not called."""
+    """Records the inputs of each call of each countable layer, in one pass in evaluation mode; absent if it is not called."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> RemovableHandle:
@@ -62,7 +62,7 @@ def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Ten
 
 
 def calls_of(geometry: Geometry, inputs: Sequence[Tensor]) -> list[Call]:
-    """How a layer was called with these inputs."""
+    """Returns how a layer was called with these inputs."""
     positions = len(geometry.axes)
     sizes = [tuple(x.shape[-positions:]) if positions else () for x in inputs]
     channels = geometry.in_channels

@@ -28,7 +28,7 @@ def resolve_truncation(
     pattern: str = "*",
     rules: Sequence[Rule] = (),
 ) -> list[Rule]:
-    """One rule for each layer whose rank has to fall: its exact name, integer ranks and plan. The model is not changed.
+    """Makes one rule for each layer whose rank has to fall: its exact name, integer ranks and plan. The model is not changed.
 
     A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all layers that are selected,
     whatever their methods; nothing changes where it is kept already. `RelativeError` is against the present weights,
@@ -56,7 +56,7 @@ def resolve_truncation(
 
 
 def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules: Sequence[Rule] = ()) -> None:
-    """What can be known of a truncation long before it comes.
+    """Refuses what can be known to be impossible long before the truncation comes.
 
     Raises:
         ValueError: no layer matches, or one cannot be truncated by this rank; see `resolve_truncation`.
@@ -65,7 +65,7 @@ def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules:
 
 
 def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
-    """Lowers the ranks of layers in place, keeping the closest weights; a dense layer becomes a factorized one.
+    """Does what `resolve_truncation` decided: lowers ranks in place, keeping the closest weights, and factorizes dense layers.
 
     The factors are new Parameters where their shape changes: an optimizer made before holds the old ones
     (`lightning_modules.callbacks.RankSchedule` sees to that during training).
@@ -106,13 +106,13 @@ def fraction_kept(
     pattern: str = "*",
     rules: Sequence[Rule] = (),
 ) -> float:
-    """The fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
+    """Returns the fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
     costs = [slot.cost(by_macs=by is MacsKept) for slot in _select(model, example_input, pattern, rules).values()]
     return sum(present for present, _ in costs) / sum(dense for _, dense in costs)
 
 
 def _select(model: nn.Module, example_input: Example | None, pattern: str, rules: Sequence[Rule]) -> dict[str, Slot]:
-    """The factorized layers, and the dense ones that a rule lets become factorized, by name."""
+    """Returns the factorized layers, and the dense ones that a rule lets become factorized, by name."""
     methods: dict[str, Factorization] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):

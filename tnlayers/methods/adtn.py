@@ -31,7 +31,7 @@ from tnlayers.method import Factorization, Shapes
 from tnlayers.network import Indices, Network
 from tnlayers.ranks import Rank, RankRule, Ranks
 
-__all__ = ["ADTN", "ADTNConv2d", "ADTNLinear", "num_effective"]
+__all__ = ["ADTN", "ADTNConv2d", "ADTNLinear"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class ADTN(Factorization):
         return replace(self, joint="")
 
     def parameter_shapes(self, factor_shapes: Shapes, ranks: Ranks) -> Shapes:
-        """One (Q - 1, 2, 2, 2, 2) tensor for each TN layer: its gates, first column first, with indices (out, out, in, in).
+        """Returns one (Q - 1, 2, 2, 2, 2) for each TN layer: its gates, first column first, with indices (out, out, in, in).
 
         Raises:
             ValueError: the weight does not fit in what the generator makes.
@@ -142,20 +142,20 @@ class ADTN(Factorization):
         return (len(shapes),)
 
     def draw(self, parameters: Mapping[str, Tensor], network: Network, sizes: Mapping[str, int], std: float) -> None:
-        """Orthogonal gates: they keep the norm, whatever the depth."""
+        """Draws orthogonal gates: they keep the norm, whatever the depth."""
         with torch.no_grad():
             for gates in parameters.values():
                 gates.copy_(_orthogonal(tuple(gates.shape)))
 
     def scale(self, parameters: Mapping[str, Tensor], by: float) -> None:
-        """Spread over all gates: every entry passes each of them, and the activations commute with positive numbers."""
+        """Spreads the factor over all gates: every entry passes each of them, and the activations commute with positive numbers."""
         with torch.no_grad():
             for gates in parameters.values():
                 gates.mul_(abs(by) ** (1 / (len(parameters) * len(gates))))
             gates[-1].mul_(math.copysign(1.0, by))
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; always the same start."""
+        """Runs Adam on 1 - cos^2 of the angle between the two weights, whose scale is then set; the start is always the same."""
         with torch.inference_mode(False), torch.enable_grad():
             return self._fit(weight.flatten().clone(), ranks)
 
@@ -200,28 +200,19 @@ class ADTN(Factorization):
             )
 
 
-def num_effective(num_bits: int, depth: int) -> int:
-    """Entries of the gates that the constant boundary does not switch off: each gate of the first column has 4, for v x v.
-
-    The paper states 424 parameters for Q = 21 and 24, M = 1, which is this count, 200 + 224. (For an odd Q, 8 entries of
-    the last gate are off as well.)
-    """
-    return 16 * depth * (num_bits - 1) - 12 * (num_bits // 2)
-
-
 def _num_bits(size: int) -> int:
-    """Q: the indices of dimension 2 that hold so many entries; a gate needs two."""
+    """Returns Q, the number of indices of dimension 2 that hold so many entries; a gate needs two."""
     return max(2, (size - 1).bit_length())
 
 
 def _orthogonal(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Random gates of a TN layer, each an orthogonal (4, 4) matrix, in float64."""
+    """Draws the gates of a TN layer, each an orthogonal (4, 4) matrix, in float64."""
     drawn = torch.randn(shape[0], 4, 4, generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(drawn).Q.reshape(shape)
 
 
 def _generate(layers: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """(2^Q,) from M times (Q - 1, 2, 2, 2, 2) gates; the first index is the most significant bit of the position."""
+    """Makes (2^Q,) from M times (Q - 1, 2, 2, 2, 2) gates; the first index is the most significant bit of the position."""
     made = _first(layers[0])
     for gates in layers[1:]:
         made = activation(made)
@@ -232,7 +223,7 @@ def _generate(layers: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) 
 
 
 def _first(gates: Tensor) -> Tensor:
-    """L_1 (v x ... x v), grown from the left: an index that is still v costs nothing, so neither does this layer."""
+    """Makes L_1 (v x ... x v), grown from the left: an index that is still v costs nothing, so neither does this layer."""
     start, *others = _blocks(gates)
     made = start[:, 0].mT
     for block in others:
@@ -242,7 +233,7 @@ def _first(gates: Tensor) -> Tensor:
 
 
 def _blocks(gates: Tensor) -> list[Tensor]:
-    """A TN layer as a sweep from left to right: small matrices (open index after, (open index before, new ones), finished).
+    """Turns a TN layer into a sweep from left to right: small matrices (open index after, (open index before, new ones), finished).
 
     A gate of the second column and the one of the first that it waits for make a step of 8 x 8; two steps make a block of
     at most 32 x 32, which passes over the large tensor half as often.
@@ -260,7 +251,7 @@ def _blocks(gates: Tensor) -> list[Tensor]:
 
 
 def _join(first: Tensor, second: Tensor | None = None) -> Tensor:
-    """One step after another, as one."""
+    """Joins one step and the next to one."""
     if second is None:
         return first
     split = second.reshape(len(second), 2, -1, second.shape[-1])

@@ -49,7 +49,7 @@ class CP(Factorization):
         return (min(ranks[0], self.max_ranks(weight_shape)[0]),)
 
     def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
-        """What the orthogonal terms that are left out weigh: the error that ALS starts from."""
+        """Returns what the orthogonal terms that are left out weigh: the error that ALS starts from."""
         with decomposing():
             spectrum = torch.linalg.svdvals(_slices(weight)[0]).square().flatten().sort(descending=True).values.tolist()
         discarded = tails(spectrum)
@@ -67,13 +67,13 @@ class CP(Factorization):
 
 
 def _slices(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The (h, w, o, i) slices in the singular bases of height and width, and those bases."""
+    """Returns the (h, w, o, i) slices in the singular bases of height and width, and those bases."""
     height, width = _basis(weight, 2), _basis(weight, 3)
     return torch.einsum("oihw,hp,wq->pqoi", weight, height, width), height, width
 
 
 def _basis(weight: Tensor, axis: int) -> Tensor:
-    """The singular basis of a mode, completed where the unfolding has fewer columns than rows."""
+    """Returns the singular basis of a mode, completed where the unfolding has fewer columns than rows."""
     basis = left_singular_vectors(unfold(weight, [axis]))
     return basis if basis.shape[1] == basis.shape[0] else torch.linalg.qr(basis, mode="complete").Q
 
@@ -88,7 +88,7 @@ def _orthogonal_terms(weight: Tensor, rank: int) -> CPTensor:
 
 
 def _fit(weight: Tensor, start: CPTensor) -> CPTensor:
-    """ALS on the kernel compressed to the channel subspaces that the rank can use (Tucker first: the core is smaller).
+    """Runs ALS on the kernel compressed to the channel subspaces that the rank can use (Tucker first: the core is smaller).
 
     The core is fitted at norm 1, so that the ridge means the same for every weight.
     """
@@ -108,7 +108,7 @@ def _fit(weight: Tensor, start: CPTensor) -> CPTensor:
 
 
 def _balanced(terms: CPTensor) -> dict[str, Tensor]:
-    """Every term's norm spread evenly over its four vectors, so that no factor trains faster than another."""
+    """Spreads every term's norm evenly over its four vectors, so that no factor trains faster than another."""
     norms = [torch.linalg.vector_norm(factor, dim=0) for factor in terms.factors]
     total = terms.weights.abs() * torch.stack(norms).prod(dim=0)
     signs = [terms.weights.sign(), *(torch.ones_like(total) for _ in norms[1:])]

@@ -35,7 +35,7 @@ class LowRank(Factorization):
         return _NETWORK
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """One SVD of the (i h, o w) unfolding, each singular value shared evenly between its two filters."""
+        """Takes one SVD of the (i h, o w) unfolding, each singular value shared evenly between its two filters."""
         out_channels, in_channels, height, width = weight.shape
         unfolding = weight.permute(1, 2, 0, 3).reshape(in_channels * height, out_channels * width)
         left, values, right = torch.linalg.svd(unfolding, full_matrices=False)

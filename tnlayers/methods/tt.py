@@ -53,7 +53,7 @@ class Tensorized(Factorization):
                 object.__setattr__(self, name, tuple(shape))
 
     def shapes(self, weight_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(out_shape, in_shape) for this weight."""
+        """Returns (out_shape, in_shape) for this weight."""
         given = self.out_shape or self.in_shape
         cores = len(given) if given else self.cores
         out_shape, in_shape = (
@@ -76,7 +76,7 @@ class Tensorized(Factorization):
         return sizes | dict(zip("hw", weight_shape[2:], strict=False))
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """TT-SVD of the weight with the indices of each core fused, in the order of the cores."""
+        """Runs TT-SVD on the weight with the indices of each core fused, in the order of the cores."""
         network, sizes = self.network(tuple(weight.shape)), self.mode_sizes(tuple(weight.shape))
         modes = [
             [index for index in indices if index in network.weight_indices] for indices in network.indices.values()
@@ -116,7 +116,7 @@ def _network(count: int) -> Network:
 
 @lru_cache
 def balanced_shape(features: int, count: int) -> tuple[int, ...]:
-    """`count` factors of `features`, as even as its primes allow, ascending: 784 in 3 gives (7, 8, 14)."""
+    """Splits `features` into `count` factors as even as its primes allow, ascending: 784 in 3 gives (7, 8, 14)."""
     primes, rest = [], features
     for divisor in range(2, math.isqrt(features) + 1):
         while rest % divisor == 0:

@@ -35,7 +35,7 @@ class Tucker(Factorization):
         return _NETWORK
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """HOOI from the truncated HOSVD, by eigenvectors of small Gram matrices: three times TensorLy's speed at 256 channels."""
+        """Runs HOOI from the truncated HOSVD, by eigenvectors of small Gram matrices: three times TensorLy's speed at 256 channels."""
         rank_out, rank_in = ranks
         norm = torch.linalg.vector_norm(weight)
         scaled = weight / norm if norm > 0 else weight
