@@ -119,7 +119,7 @@ def plot_spectra(spectra: Sequence[Spectrum]) -> Figure:
 
 
 def png(figure: Figure, dpi: float = 120) -> bytes:
-    """What a picture file holds; the same bytes for the same figure."""
+    """Returns what a picture file holds; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

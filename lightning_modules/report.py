@@ -23,7 +23,8 @@ __all__ = ["Report", "environment"]
 
 @dataclass(frozen=True)
 class Report:
-    """
+    """What a compression did.
+
     Attributes:
         title: what was compressed.
         summary: parameters, multiply-accumulates, errors and times.
@@ -37,7 +38,7 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def show(self, console: Console) -> None:
-        """The per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
+        """Prints the per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
         table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("layer", overflow="fold")
         table.add_column("method, rank")
@@ -75,7 +76,7 @@ class Report:
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:
-        """report.md, report.json, layers.png and, with two stages or more, accuracy.png: all of them or none."""
+        """Writes report.md, report.json, layers.png and, with two stages or more, accuracy.png: all of them or none."""
         plots = {"layers.png": plot_layers(self.summary)}
         if len(self.accuracy) > 1:
             plots["accuracy.png"] = plot_accuracy(self.summary, self.accuracy)
@@ -103,7 +104,7 @@ class Report:
 
 
 def _figures(entry: LayerSummary | Totals, error: float | None) -> list[str]:
-    """Parameters, MACs, what is kept of them, the error, and how many times faster than dense."""
+    """Writes parameters, MACs, what is kept of them, the error, and how many times faster than dense."""
     speed = f"{entry.dense_seconds / entry.seconds:.2f}x" if entry.seconds and entry.dense_seconds else ""
     return [
         f"{entry.params:,}",
@@ -116,7 +117,7 @@ def _figures(entry: LayerSummary | Totals, error: float | None) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on: versions and the machine."""
+    """Lists what the figures depend on: versions and the machine."""
     packages = ("tnlayers", "torch", "torchvision", "lightning", "tensorly")
     return {
         "python": platform.python_version(),

@@ -29,12 +29,12 @@ _HEADINGS = (
 
 
 def tables(text: str, results: Path) -> str:
-    """The text with what is between its markers written anew."""
+    """Returns the text with what is between its markers written anew."""
     return _MARKED.sub(lambda found: found[1] + section(EXPERIMENTS[found[2]], results) + found[3], text)
 
 
 def section(experiment: Experiment, results: Path, times: Path = TIMES) -> str:
-    """A line on the runs and a row for each variant that has some, as Markdown."""
+    """Writes a line on the runs and a row for each variant that has some, as Markdown."""
     runs = {
         variant.name: [
             json.loads(path.read_text())
@@ -69,7 +69,7 @@ def _machine(run: dict[str, Any]) -> str:
 
 
 def _epochs(name: str, times: Path) -> dict[str, str]:
-    """Variant -> seconds of an epoch, and of the dense net's what fraction; {} where none were measured."""
+    """Reads variant -> seconds of an epoch and their fraction of the dense net's; {} where none were measured."""
     measured = json.loads(times.read_text()) if times.exists() else {}
     rows = measured[name]["variants"] if name in measured else []
     return {row["variant"]: f"{row['epoch_seconds']:.0f} s, {row['over_dense']:.2f}x" for row in rows}
@@ -100,7 +100,7 @@ def _accuracies(runs: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _kept(run: dict[str, Any], dimensions: int) -> str:
-    """Weights of the layers whose dense weight has so many dimensions, biases aside; empty if the net has none."""
+    """Writes how much is kept of the weights with so many dimensions, biases aside; the text is empty if the net has none."""
     layers = [layer for layer in run["layers"] if len(layer["weight_shape"]) == dimensions]
     if not layers:
         return ""
@@ -108,7 +108,7 @@ def _kept(run: dict[str, Any], dimensions: int) -> str:
 
 
 def _spread(fractions: Sequence[float]) -> str:
-    """Percent: the mean, and the standard deviation where there are several."""
+    """Writes the mean in percent, and the standard deviation where there are several."""
     mean = f"{100 * statistics.mean(fractions):.2f}"
     return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
 

@@ -25,7 +25,7 @@ _SHOWN = 2
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a study.jsonl; a last line that a kill tore off is left out.
+    """Reads the rows of a study.jsonl; a last line that a kill tore off is left out.
 
     Raises:
         UserError: another line that is no row of a study.
@@ -42,7 +42,7 @@ def read_rows(path: Path) -> list[Row]:
 
 @contextmanager
 def study_folder(folder: Path) -> Iterator[Path]:
-    """The folder of a study for this job alone, new or begun. A new one goes again if nothing is measured.
+    """Keeps the folder of a study, new or begun, for this job alone. A new one goes again if nothing is measured.
 
     The journal is there before all else, so that a folder that a kill has left is known by it.
 
@@ -89,7 +89,7 @@ class Journal:
             self.add(study)
 
     def add(self, row: Row) -> None:
-        """The row is on the disk when this returns.
+        """Writes a row, which is on the disk when this returns.
 
         Raises:
             UserError: it is not; the message names the file and says why.
@@ -103,7 +103,7 @@ class Journal:
 
 
 def _difference(begun: Row, study: Study) -> str:
-    """What differs between two studies; empty if nothing does."""
+    """Says what differs between two studies; the text is empty if nothing does."""
     if not isinstance(begun, Study):
         return "its first line does not say of which"
     then, now = _flat(begun), _flat(study)
@@ -116,7 +116,7 @@ def _difference(begun: Row, study: Study) -> str:
 
 
 def _flat(study: Study) -> dict[str, Any]:
-    """Name -> value of all that has to be the same, the most telling first."""
+    """Returns name -> value of all that has to be the same, the most telling first."""
     plain = asdict(study)
     parts = {part: plain.pop(part) for part in ("protocol", "training")}
     return plain | {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}

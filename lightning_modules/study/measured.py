@@ -64,7 +64,7 @@ class Measured:
 
     @property
     def factorized(self) -> tuple[Recommendation, ...]:
-        """The recommendations that factorize something and are not what a larger tolerance gave already."""
+        """The recommendations that factorize something, each once though several tolerances gave it."""
         found: list[Recommendation] = []
         for row in self.recommendations:
             known = any(row.rules == other.rules for other in found)
@@ -99,17 +99,17 @@ class Measured:
         return curve[kept - 1] if kept else None
 
     def curve(self, layer: str, *cuts: str) -> tuple[Single, ...]:
-        """The truncations of a layer at these cuts; () where none was measured."""
+        """Returns the truncations of a layer at these cuts; () where none was measured."""
         return self.singles.get((layer, cuts, ""), ())
 
     def tolerated_bond(self, layer: Layer, cut: str) -> int | None:
-        """The smallest measured bond dimension such that it and every larger one stay within the tolerance; None where not measured."""
+        """Returns the smallest measured bond dimension such that it and all larger ones are tolerated; None where none was measured."""
         curve = self.curve(layer.name, cut)
         found = self.tolerated(curve)
         return found.bonds[0] if found else layer.bonds[cut] if curve else None
 
     def tolerated_eps(self, layer: str, *cuts: str) -> float | None:
-        """The norm loss there; 0 where the smallest measured one is too much, None where none was measured."""
+        """Returns the norm loss there; 0 where the smallest measured one is too much, None where none was measured."""
         curve = self.curve(layer, *cuts)
         found = self.tolerated(curve)
         return found.eps if found else 0.0 if curve else None
@@ -120,20 +120,20 @@ class Measured:
         return found is not None and found.bonds == (1,)
 
     def cuts(self) -> tuple[str, ...]:
-        """The single cuts that were measured, in the order of `tnlayers.cuts.cuts_of`."""
+        """Returns the single cuts that were measured, in the order of `tnlayers.cuts.cuts_of`."""
         found = {cuts[0] for _, cuts, control in self.singles if len(cuts) == 1 and not control}
         widest = max((layer.shape for layer in self.layers), key=len, default=(1, 1))
         return tuple(cut for cut in cuts_of(widest) if cut in found)
 
     def sets(self) -> tuple[tuple[str, ...], ...]:
-        """The several cuts at once that were measured on single layers."""
+        """Returns the sets of several cuts that were measured on single layers."""
         found = {cuts for _, cuts, control in self.singles if len(cuts) > 1 and not control}
         known = [cuts for cuts in CUT_SETS.values() if cuts in found]
         return (*known, *sorted(found.difference(known)))
 
 
 def points(fraction: float, digits: int = 1) -> str:
-    """A difference of accuracies, as in "1.2 points"."""
+    """Writes a difference of accuracies, as in "1.2 points"."""
     text = f"{round(100 * fraction, digits):g}"
     return f"{text} point{'' if text == '1' else 's'}"
 

@@ -17,7 +17,7 @@ _NONE, _GROUPED = "no factorization that saves is tolerated", "a study factorize
 
 
 def cuts_of_method(method: Factorization, weight_shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The cut of the weight that each bond of a method is, in the order of its ranks; of no use where a mode has size 1."""
+    """Names the cut of the weight that each bond of a method makes, in the order of its ranks; no mode of the weight may have size 1."""
     network, sizes = method.network(weight_shape), method.mode_sizes(weight_shape)
     modes = dict(zip("oihw", network.modes, strict=False))
     found = []
@@ -29,7 +29,7 @@ def cuts_of_method(method: Factorization, weight_shape: tuple[int, ...]) -> tupl
 
 
 def _product(weight_shape: tuple[int, ...]) -> TT:
-    """Two cores, of which the first has all inputs and the other all outputs: a product of two matrices, inputs first."""
+    """Makes a product of two matrices, inputs first: two cores, of which one has all inputs and the other all outputs."""
     return TT(1, in_shape=(weight_shape[1], 1), out_shape=(1, weight_shape[0]))
 
 
@@ -41,7 +41,7 @@ LINEAR = cuts_of_method(_product((2, 2)), (2, 2))
 
 
 def spec_of(module: nn.Module, cuts: tuple[str, ...], bonds: tuple[int, ...]) -> LayerSpec | None:
-    """The factorization of a layer whose weight has these bond dimensions at these cuts; None if no method makes them low rank."""
+    """Factorizes a layer whose weight has these bond dimensions at these cuts; None if no method makes them low rank."""
     geometry = Geometry.of(module)
     method: Factorization | None
     if not geometry.axes:

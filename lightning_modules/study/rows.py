@@ -93,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study(Row):
-    """The first row: of what the others are.
+    """The first row, which says what the others are of.
 
     Attributes:
         net: its name.
@@ -233,7 +233,7 @@ def row_to_plain(row: Row) -> dict[str, Any]:
 
 
 def row_from_plain(plain: dict[str, Any]) -> Row:
-    """The row of a mapping as JSON gives it: lists become tuples.
+    """Makes the row of a mapping as JSON gives it: lists become tuples.
 
     Raises:
         ValueError: no such kind, or fields that are not this kind's.

@@ -16,7 +16,7 @@ __all__ = ["Score", "score", "scores_of_layer", "weights"]
 
 @dataclass
 class Score:
-    """Sums over pictures so far."""
+    """What a net has got right and lost on the pictures that it was given so far."""
 
     correct: int = 0
     total_loss: float = 0.0
@@ -32,7 +32,7 @@ class Score:
         return self.total_loss / self.pictures
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """(n, classes) and (n,); nan is wrong. Summed on the CPU, because not every device has float64."""
+        """Adds logits (n, classes) and labels (n,); nan is wrong. The sums are on the CPU, because not every device has float64."""
         logits, labels = logits.cpu().double(), labels.cpu()
         self.correct += int(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
         self.total_loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -41,7 +41,7 @@ class Score:
 
 @torch.no_grad()
 def score(net: nn.Module, batches: Iterable[Batch]) -> Score:
-    """Of the net as it is, in evaluation mode."""
+    """Evaluates a net that is in evaluation mode."""
     found = Score()
     for pictures, labels in batches:
         found.add(net(pictures), labels)
@@ -57,7 +57,7 @@ def scores_of_layer(
     batches: Iterable[Batch],
     tick: Callable[[], None],
 ) -> list[Score]:
-    """Of the net with each of the candidates as one layer's weight; what lies before the layer is computed once a batch.
+    """Evaluates a net with each of the candidates as one layer's weight; what lies before the layer is computed once a batch.
 
     Args:
         forward: of the net.
@@ -78,7 +78,7 @@ def scores_of_layer(
 
 @contextmanager
 def weights(replaced: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Within it, layers have other weights; after it, their own again."""
+    """Gives layers other weights until the block ends, and then their own again."""
     own = {module: _weight(module).clone() for module in replaced}
     try:
         _write(replaced)

@@ -44,7 +44,7 @@ class FromLayer:
             self._interpreter = None
 
     def before(self, layer: str, x: Tensor) -> State:
-        """What the net makes of the pictures before it first uses a layer's weight, itself or in a module around it.
+        """Computes what the net makes of the pictures before it first uses a layer's weight, itself or in a module around it.
 
         Args:
             layer: its name.
@@ -63,7 +63,7 @@ class FromLayer:
         raise UserError(f"the net does not use the weight of {layer!r}")
 
     def after(self, state: State) -> Tensor:
-        """(n, classes) outputs of the rest of the net, with its layers as they are now; the state can be used again."""
+        """Computes the outputs (n, classes) of the rest of the net, with its layers as they are now; the state can be used again."""
         if self._interpreter is None:
             assert isinstance(state, Tensor)
             return self._net(state)
@@ -74,7 +74,7 @@ class FromLayer:
 
 
 def _parameters(run: fx.Interpreter, node: fx.Node) -> Iterable[Any]:
-    """What a node may take from the net: the parameters of the module that it calls, or a tensor on its own."""
+    """Returns what a node may take from the net: the parameters of the module that it calls, or a tensor on its own."""
     if node.op == "call_module":
         return run.fetch_attr(str(node.target)).parameters()
     return [run.fetch_attr(str(node.target))] if node.op == "get_attr" else []

@@ -2,31 +2,27 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.study.rows import CONTROLS, CUT_SETS
+from lightning_modules.study.rows import CONTROLS, CUT_SETS, Single
 from tnlayers.cuts import NormLoss, Split, norm_loss, random_weight, splits, truncate_cuts
 from tnlayers.errors import UserError
 
 __all__ = ["Kernel", "Trial"]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A truncation of one layer, or its control; see `Single`."""
+class Trial(NamedTuple):
+    """A truncation of one layer, or its control: the key of a `Single`."""
 
+    kind: str
     layer: str
     cuts: tuple[str, ...]
     bonds: tuple[int, ...]
-    control: str = ""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return ("single", self.layer, self.cuts, self.bonds, self.control)
+    control: str
 
 
 class Kernel:
@@ -52,36 +48,35 @@ class Kernel:
         return splits(self.weight)
 
     def cut_sets(self) -> list[tuple[str, ...]]:
-        """Every cut alone, then those sets of several that this weight has."""
+        """Lists every cut alone, then those sets of several that this weight has."""
         return [*((cut,) for cut in self.splits), *(cuts for cuts in CUT_SETS.values() if self.has(cuts))]
 
     def has(self, cuts: Sequence[str]) -> bool:
         return set(cuts) <= self.splits.keys()
 
     def bonds(self, cuts: Sequence[str], eps: float) -> tuple[int, ...]:
-        """For each cut the smallest bond dimension that loses at most `eps` there."""
+        """Finds for each cut the smallest bond dimension that loses at most `eps` there."""
         return tuple(self.splits[cut].bond(eps) for cut in cuts)
 
     def whole(self, cuts: Sequence[str]) -> tuple[int, ...]:
         return tuple(len(self.splits[cut].values) for cut in cuts)
 
     def trials(self, losses: Sequence[float]) -> list[Trial]:
-        """Each once, with the controls of the first cut; those that truncate nothing are left out."""
-        found: dict[tuple[tuple[str, ...], tuple[int, ...], str], None] = {}
+        """Lists every truncation once, with the controls of the first cut; those that truncate nothing are left out."""
+        found: dict[Trial, None] = {}
         for cuts in self.cut_sets():
-            for eps in losses:
-                bonds = self.bonds(cuts, eps)
+            for bonds in (self.bonds(cuts, eps) for eps in losses):
                 if bonds != self.whole(cuts):
                     controls = CONTROLS if cuts == self.cut_sets()[0] else ()
-                    found |= {(cuts, bonds, control): None for control in ("", *controls)}
-        return [Trial(self.name, *what) for what in found]
+                    found |= {Trial(Single.kind, self.name, cuts, bonds, control): None for control in ("", *controls)}
+        return list(found)
 
     def truncated(self, cuts: Sequence[str], bonds: Sequence[int]) -> Tensor:
         first, *others = zip(cuts, bonds, strict=True)
         return truncate_cuts(self.splits[first[0]].truncated(first[1]), others)
 
     def attempt(self, trial: Trial, seed: int) -> tuple[Tensor, NormLoss]:
-        """The weight that a trial puts in place of the layer's, and what of its norm is lost.
+        """Gives the weight that a trial puts in place of the layer's, and what of its norm is lost.
 
         A random weight is truncated like the layer's own and loses as much.
         """
@@ -90,7 +85,7 @@ class Kernel:
             return truncated, norm_loss(self.weight, truncated)
         (cut,), (bond,) = trial.cuts, trial.bonds
         values, shape = self.splits[cut].values, self.weight.shape
-        generator = torch.Generator().manual_seed(_seed(seed, *map(str, trial.key)))
+        generator = torch.Generator().manual_seed(_seed(seed, *map(str, trial)))
         if trial.control == "random weight":
             drawn = random_weight(shape, cut, values[:bond], generator).to(self.weight)
             return drawn, norm_loss(self.weight, truncated)
@@ -99,5 +94,5 @@ class Kernel:
 
 
 def _seed(*parts: object) -> int:
-    """A seed that depends on what it is for alone, so that a study that goes on draws what it would have drawn."""
+    """Makes a seed of what it is for alone, so that a study that goes on draws what it would have drawn."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])

@@ -72,7 +72,7 @@ def retrain(
 
 
 def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epochs: int) -> dict[str, Any]:
-    """What the outcome of `retrain` depends on beside the net, the number of epochs and the seed, as plain values.
+    """Lists what the outcome of `retrain` depends on beside the net, the number of epochs and the seed, as plain values.
 
     Raises:
         ValueError: a scheduler that waits for a validation, of which there is none.
@@ -95,7 +95,7 @@ def training_options(model: ImageClassifier, data: ImageData, like: Trainer, epo
 
 
 def _rates(optimizer: Optimizer, scheduler: LRScheduler, epochs: int) -> tuple[float, ...]:
-    """The learning rate of each epoch."""
+    """Finds the learning rate of each epoch."""
     rates = []
     for _ in range(epochs):
         rates.append(optimizer.param_groups[0]["lr"])

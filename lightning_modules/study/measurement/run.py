@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.locks import try_lock
 from lightning_modules.study.journal import Journal
 from lightning_modules.study.measured import points
-from lightning_modules.study.measurement.kernels import Trial
 from lightning_modules.study.measurement.subject import Subject
 from lightning_modules.study.methods import LINEAR, REALISED
 from lightning_modules.study.rows import Row
@@ -42,7 +42,7 @@ class _Work:
 
     name: str
     keys: Sequence[Key]
-    measure: Callable[[Sequence[Key], Tick], Iterable[Row]]
+    measure: Callable[[Sequence[Any], Tick], Iterable[Row]]
     cost: float = 1
     steps: int = 1
 
@@ -86,14 +86,14 @@ def _run(subject: Subject, journal: Journal, progress: Progress) -> list[Row]:
 
 
 def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
-    """All parts in their order: layers one by one, all together, retraining, and what follows from them."""
+    """Lists all parts in their order: layers one by one, all together, retraining, and what follows from them."""
     protocol = subject.protocol
     for name in subject.kernels:
         yield _Work("spectra", [("layer", name)], _one(partial(subject.layer, name)), cost=0)
     for name, kernel in subject.kernels.items():
         if trials := kernel.trials(protocol.losses):
-            keys, steps = [trial.key for trial in trials], subject.num_steps(name, len(trials))
-            yield _Work(name, keys, partial(_singles, subject, name, trials), len(trials) * subject.shares[name], steps)
+            cost, steps = len(trials) * subject.shares[name], subject.num_steps(name, len(trials))
+            yield _Work(name, trials, partial(subject.singles, name), cost, steps)
     for cuts, eps in product(subject.cut_sets, protocol.losses):
         name = f"all layers, {' '.join(cuts)} at up to {eps:g}"
         yield _Work(name, [("joint", cuts, eps)], _one(partial(subject.joint, cuts, eps)))
@@ -113,9 +113,5 @@ def _works(subject: Subject, journal: Journal) -> Iterator[_Work]:
 
 
 def _one(measure: Callable[[Tick], Row]) -> Callable[[Sequence[Key], Tick], Iterable[Row]]:
-    """What gives a single row."""
+    """Makes a `measure` of what gives a single row."""
     return lambda missing, tick: [measure(tick)]
-
-
-def _singles(subject: Subject, name: str, trials: Sequence[Trial], missing: Sequence[Key], tick: Tick) -> Iterable[Row]:
-    return subject.singles(name, [trial for trial in trials if trial.key in missing], tick)

@@ -103,7 +103,7 @@ class Subject:
         self._dense = score(self._net, self._batches())
 
     def num_steps(self, name: str, trials: int) -> int:
-        """How often that many truncations of a layer tick: once for each batch of pictures that each group of them sees."""
+        """Counts how often so many truncations of a layer tick: once for each batch of pictures that each group of them sees."""
         return math.ceil(self._dense.pictures / self._data.batch_size) * math.ceil(trials / self._group(name))
 
     @property
@@ -130,7 +130,7 @@ class Subject:
         return list(dict.fromkeys(cuts for kernel in self.kernels.values() for cuts in kernel.cut_sets()))
 
     def study(self) -> Study:
-        """What the other rows are of."""
+        """Describes what the other rows are of."""
         dense = self._dense
         return Study(
             net=str(self._model.hparams["net"]),
@@ -146,7 +146,7 @@ class Subject:
         )
 
     def layer(self, name: str, tick: Tick) -> Layer:
-        """The layer before anything is truncated."""
+        """Describes a layer before anything is truncated."""
         kernel = self.kernels[name]
         tick()
         return Layer(
@@ -179,11 +179,11 @@ class Subject:
         scores = scores_of_layer(self._forward, name, self.modules[name], candidates, self._batches(), tick)
         found = dict(zip(distinct, scores, strict=True))
         for trial, lost, digest in attempts:
-            what = (trial.layer, trial.cuts, trial.bonds, trial.control)
-            yield Single(*what, lost.eps, lost.delta, found[digest].accuracy, found[digest].loss)
+            result = found[digest]
+            yield Single(*trial[1:], lost.eps, lost.delta, result.accuracy, result.loss)
 
     def joint(self, cuts: tuple[str, ...], target: float, tick: Tick) -> Joint:
-        """All layers that have these cuts truncated there, to the smallest bond dimensions that lose at most `target`."""
+        """Truncates all layers that have these cuts, to the smallest bond dimensions that lose at most `target` there."""
         bonds = self._bonds(cuts, target)
         truncated = self._truncated(cuts, bonds)
         with weights({self.modules[name]: weight for name, weight in truncated.items()}):

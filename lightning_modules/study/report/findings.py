@@ -92,13 +92,13 @@ class Findings:
         return math.floor(study.protocol.tolerance * study.pictures + 1e-9)
 
     def label(self, *cuts: str) -> str:
-        """The name of a set of cuts, or both sides of a cut, as in "o|ihw"."""
+        """Names a set of cuts, or both sides of a cut, as in "o|ihw"."""
         if len(cuts) > 1:
             return next((name for name, members in CUT_SETS.items() if members == cuts), "+".join(cuts))
         return cut_label(cuts[0], max((of.shape for of in self.measured.layers if cuts[0] in of.bonds), key=len))
 
     def layers_with(self, cuts: Sequence[str]) -> str:
-        """What the layers that have these cuts are called: a linear has but one cut."""
+        """Says what the layers that have these cuts are called: a linear has but one cut."""
         return "layers" if all(set(cuts) <= layer.bonds.keys() for layer in self.measured.layers) else "convolutions"
 
     # ---- one layer and one cut at a time
@@ -186,7 +186,7 @@ class Findings:
         return list(dict.fromkeys(cuts for _, cuts, control in self.measured.singles if control))
 
     def control(self, name: str) -> Control | None:
-        """A control beside the truncations; only of what takes something from the norm."""
+        """Compares a control with the truncations, of which those count that take something from the norm."""
         measured, pairs = self.measured, list[tuple[Single, Single]]()
         for (layer, cuts, control), curve in measured.singles.items():
             if control == name:
@@ -234,7 +234,7 @@ class Findings:
         return max(len(row.accuracy) for row in self.broken) - 1
 
     def effect(self, accuracy: float) -> str:
-        """What was done to the accuracy of the dense net, in words."""
+        """Says in words what was done to the accuracy of the dense net."""
         lost = self.measured.lost(accuracy)
         if abs(lost) < 0.0005:
             return "as accurate as the dense net"
@@ -242,7 +242,7 @@ class Findings:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's, ties at their mean rank; None where one side is constant."""
+    """Computes Spearman's correlation, ties at their mean rank; None where one side is constant."""
     if len(set(x)) == 1 or len(set(y)) == 1:
         return None
     found: Any = spearmanr(x, y)

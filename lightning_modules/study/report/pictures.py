@@ -24,7 +24,7 @@ _LARGE = "largest norm loss tolerated"
 
 
 def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
-    """Section -> file name -> figure; several pages are numbered."""
+    """Draws section -> file name -> figure; several pages are numbered."""
     sections = {
         "single": _truncations(of, [(cut,) for cut in of.measured.cuts()]),
         "bonds": _bonds(of),
@@ -42,7 +42,7 @@ def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
 
 
 def _truncations(of: Findings, cuts: Sequence[tuple[str, ...]]) -> list[Figure]:
-    """Accuracy against norm loss, a panel for each layer and a line for each of `cuts`."""
+    """Draws accuracy against norm loss, a panel for each layer and a line for each of `cuts`."""
     panels = {}
     for layer in of.measured.layers:
         curves = [(at, of.measured.curve(layer.name, *at)) for at in cuts]
@@ -51,7 +51,7 @@ def _truncations(of: Findings, cuts: Sequence[tuple[str, ...]]) -> list[Figure]:
 
 
 def _bonds(of: Findings) -> list[Figure]:
-    """The bond dimension that each cut needs."""
+    """Draws the bond dimension that each cut needs."""
     cuts, rows = of.measured.cuts(), {}
     for layer in of.measured.layers:
         needed = {cut: of.measured.tolerated_bond(layer, cut) for cut in cuts}
@@ -63,7 +63,7 @@ def _bonds(of: Findings) -> list[Figure]:
 
 
 def _depth(of: Findings) -> list[Figure]:
-    """The norm loss tolerated, over the layers in order, and the means that the trend is of."""
+    """Draws the norm loss tolerated, over the layers in order, and the means that the trend is of."""
     trend, measured = of.depth, of.measured
     if trend is None:
         return []
@@ -82,7 +82,7 @@ def _depth(of: Findings) -> list[Figure]:
 
 
 def _controls(of: Findings) -> list[Figure]:
-    """Truncations against their controls."""
+    """Draws truncations against their controls."""
     panels, singles = {}, of.measured.singles
     for layer in of.measured.layers:
         controlled = dict.fromkeys(cuts for name, cuts, control in singles if name == layer.name and control)
@@ -103,7 +103,7 @@ def _joint(of: Findings) -> list[Figure]:
 
 
 def _retrained(of: Findings) -> list[Figure]:
-    """Accuracy against epochs, a panel for each joint truncation."""
+    """Draws accuracy against epochs, a panel for each joint truncation."""
     panels: dict[str, list[Line]] = {}
     for row in of.measured.retrained if of.retrained else ():
         panels.setdefault(f"{of.label(*row.cuts)}, up to {row.target:g} a cut", []).append(_path(row))
@@ -111,7 +111,7 @@ def _retrained(of: Findings) -> list[Figure]:
 
 
 def _spectra(of: Findings) -> list[Figure]:
-    """The exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
+    """Draws the exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
     layers = of.measured.layers
     cuts = list(dict.fromkeys(cut for layer in layers for cut in layer.entropy if layer.bonds[cut] > 1))
     rows: dict[str, list[Cell | None]] = {layer.name: [] for layer in layers}
@@ -138,7 +138,7 @@ def _line(of: Findings, cuts: tuple[str, ...], curve: Sequence[Single] | Sequenc
 
 
 def _points(of: Findings, curve: Sequence[Single] | Sequence[Joint]) -> tuple[tuple[float, float], ...]:
-    """The points from the dense net on; but a random weight is not the dense net's even where nothing is truncated."""
+    """Lists points from the dense net on; but a random weight is not the dense net's even where nothing is truncated."""
     random = isinstance(curve[0], Single) and curve[0].control == "random weight"
     start = [] if random else [(0.0, 100 * of.measured.study.accuracy)]
     return (*start, *((row.eps, 100 * row.accuracy) for row in curve))

@@ -57,14 +57,14 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """The sentences that the report opens with."""
+    """Returns the sentences that the report opens with."""
     of = Findings(Measured.of(rows))
     return _templates().get_template("sentences.jinja").make_module({"of": of}).opening  # type: ignore[attr-defined]
 
 
 @cache
 def _templates() -> Environment:
-    """The templates of this folder, with what they write figures by."""
+    """Finds the templates of this folder, with what they write figures by."""
     found = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=select_autoescape(["html.jinja"]),
@@ -79,7 +79,7 @@ def _templates() -> Environment:
 
 
 def _paragraph(block: str) -> str:
-    """A block of Markdown with each paragraph in one line; lists and tables keep their lines."""
+    """Puts a paragraph of Markdown into one line; lists and tables keep their lines."""
     return block.strip() if block.lstrip().startswith(("- ", "|")) else _one_line(block)
 
 
@@ -92,5 +92,5 @@ def _epochs(count: int) -> str:
 
 
 def _yaml(rule: dict[str, Any]) -> str:
-    """A rule in one line."""
+    """Writes a rule in one line."""
     return yaml.safe_dump(rule, sort_keys=False, default_flow_style=True, width=math.inf).strip()

@@ -14,7 +14,7 @@ _RESTS_ON = {method.name(): cuts for cuts, method in REALISED.items()}
 
 
 def _several(of: Findings) -> str:
-    """The largest norm loss that each layer tolerates at several cuts, and the bond dimensions there."""
+    """Lists the largest norm loss that each layer tolerates at several cuts, and the bond dimensions there."""
     measured, rows = of.measured, []
     for layer in measured.layers:
         curves = [measured.curve(layer.name, *cuts) for cuts in measured.sets()]
@@ -28,7 +28,7 @@ def _several(of: Findings) -> str:
 
 
 def _retrained(of: Findings) -> str:
-    """Each retrained truncation of all layers before and after."""
+    """Lists each retrained truncation of all layers before and after."""
     losses = {(row.cuts, row.target): f"{row.eps:.2f}" for curve in of.measured.joints.values() for row in curve}
     rows = []
     for row in of.measured.retrained:
@@ -40,7 +40,7 @@ def _retrained(of: Findings) -> str:
 
 
 def _together(of: Findings) -> str:
-    """Each way to factorize the whole net."""
+    """Lists the ways to factorize the whole net."""
     measured, rows = of.measured, []
     for row in measured.factorized:
         before, after = row.accuracy[0], row.accuracy[-1]
@@ -53,14 +53,14 @@ def _together(of: Findings) -> str:
 
 
 def _recommended(of: Findings) -> str:
-    """What is recommended for each layer, and the truncation that it rests on."""
+    """Lists what is recommended for each layer, and the truncation that it rests on."""
     found = of.measured.recommendation
     rows = [_chosen(of.measured, rule) for rule in found.rules] if found else []
     return markdown_table(["layer", "method", "rank", "norm loss", "points lost"], rows)
 
 
 def _chosen(measured: Measured, rule: dict[str, Any]) -> list[str]:
-    """A dense layer rests on no truncation."""
+    """Tells on which truncation a rule rests; that of a dense layer rests on none."""
     if rule["method"] == "dense":
         return [rule["pattern"], "dense", "", "", ""]
     ranks = tuple(rule["rank"]) if isinstance(rule["rank"], (list, tuple)) else (rule["rank"],)
@@ -72,7 +72,7 @@ def _chosen(measured: Measured, rule: dict[str, Any]) -> list[str]:
 
 
 def _lost(measured: Measured, accuracy: float) -> str:
-    """The points that are lost of the dense net's accuracy."""
+    """Writes the points that are lost of the dense net's accuracy."""
     return f"{100 * measured.lost(accuracy):.1f}"
 
 
