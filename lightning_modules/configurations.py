@@ -12,13 +12,14 @@ import yaml
 from lightning_modules.shipped_configs import config_path, is_file
 from tnlayers.errors import UserError
 
-__all__ = ["CONFIG", "SECTIONS", "check_yaml", "options_of", "with_config_paths"]
+__all__ = ["COMMANDS", "CONFIG", "SECTIONS", "check_yaml", "options_of", "with_config_paths"]
 
+COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
+"""The commands that take configurations."""
 CONFIG = ("-c", "--config")
 """The two names of the option that takes a configuration."""
 SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
 """The keys that always have options below them."""
-_COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
 _FILES = {name.rpartition(".")[2] for name in SECTIONS}
 """The keys whose value may be another file of options."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -129,7 +130,7 @@ def _check_sections(node: yaml.Node | None, name: str, above: str = "") -> None:
         raise UserError(f"{name} {what}; expected lines such as 'model:' with '  net: cnn4' below, indented")
     for key, value in node.value:
         path = f"{above}{key.value}" if isinstance(key, yaml.ScalarNode) else ""
-        if not above and path in _COMMANDS and isinstance(value, yaml.MappingNode):
+        if not above and path in COMMANDS and isinstance(value, yaml.MappingNode):
             _check_sections(value, name)
         if path == "config" and not value.tag.endswith(":null"):
             raise UserError(

@@ -1,16 +1,15 @@
 """Which LightningModule a command is about: `ImageClassifier`, or one that a user names as `--model my_package.MyModule`."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
-__all__ = ["model_options", "names_model_class"]
+from lightning_modules.configurations import COMMANDS, CONFIG, options_of
 
-_COMMANDS = ("fit", "validate", "test", "predict", "compress", "study")
+__all__ = ["model_options", "names_model_class"]
 
 
 def names_model_class(arguments: Sequence[str]) -> bool:
@@ -18,14 +17,12 @@ def names_model_class(arguments: Sequence[str]) -> bool:
 
     Without one, all options of the model are those of `ImageClassifier`, such as `--model.net resnet20`.
     """
-    for argument, following in pairwise([*arguments, ""]):
-        option, equals, value = argument.partition("=")
-        value = value if equals else following
+    for option, value in options_of(arguments):
         if option == "--model.class_path" or (option == "--model" and _is_class(value, Path())):
             return True
-        if option in ("-c", "--config"):
+        if option in CONFIG:
             content, folder = _read(value, Path()), Path(value).parent
-            parts = [content, *(content.get(command) for command in _COMMANDS)] if isinstance(content, Mapping) else []
+            parts = [content, *(content.get(command) for command in COMMANDS)] if isinstance(content, Mapping) else []
             if any(_is_class(part["model"], folder) for part in parts if isinstance(part, Mapping) and "model" in part):
                 return True
     return False
@@ -46,4 +43,7 @@ def _read(value: str, folder: Path) -> Any:
     """Returns what a YAML file holds, or the options that a text is; any other text stays as it is."""
     if value.startswith("{"):
         return yaml.safe_load(value)
-    return yaml.safe_load((folder / value).read_text("utf-8")) if value.endswith((".yaml", ".yml", ".json")) else value
+    if not value.endswith((".yaml", ".yml", ".json")):
+        return value
+    path = folder / value
+    return yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}  # jsonargparse says that it is missing
