@@ -98,7 +98,15 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, float, float], Non
     On a terminal it moves a bar with the time that is left; elsewhere it prints a line for each new thing, with the percentage.
     """
     if not console.is_terminal:
-        yield _Lines(console)
+        shown = ""
+
+        def show(what: str, done: float, total: float) -> None:
+            nonlocal shown
+            if what != shown:
+                shown = what
+                console.print(f"{done / total:4.0%}  {what}", highlight=False, soft_wrap=True)
+
+        yield show
         return
     columns = (
         BarColumn(),
@@ -110,13 +118,3 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, float, float], Non
     with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=300) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-class _Lines:
-    def __init__(self, console: Console) -> None:
-        self._console, self._last = console, ""
-
-    def __call__(self, what: str, done: float, total: float) -> None:
-        if what != self._last:
-            self._last = what
-            self._console.print(f"{done / total:4.0%}  {what}", highlight=False, soft_wrap=True)
