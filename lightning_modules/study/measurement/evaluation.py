@@ -79,20 +79,18 @@ def scores_of_layer(
 @contextmanager
 def weights(replaced: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Gives layers other weights until the block ends, and then their own again."""
-    own = {module: _weight(module).clone() for module in replaced}
+    tensors = [_weight(module) for module in replaced]
+    own = [tensor.clone() for tensor in tensors]
     try:
-        _write(replaced)
+        for tensor, value in zip(tensors, replaced.values(), strict=True):
+            tensor.copy_(value)
         yield
     finally:
-        _write(own)
-
-
-@torch.no_grad()
-def _write(values: Mapping[nn.Module, Tensor]) -> None:
-    for module, value in values.items():
-        _weight(module).copy_(value)
+        for tensor, value in zip(tensors, own, strict=True):
+            tensor.copy_(value)
 
 
 def _weight(module: nn.Module) -> Tensor:
+    """Returns the weight of a layer, to write to."""
     assert isinstance(module.weight, Tensor)
     return module.weight.detach()

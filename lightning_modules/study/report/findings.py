@@ -111,13 +111,14 @@ class Findings:
         return {at: eps for at in cells if (eps := measured.tolerated_eps(*at)) is not None}
 
     @property
-    def most_tolerant(self) -> tuple[Means, Means]:
-        """(mean norm loss tolerated, name) of the layers and of the cuts, the most tolerant first."""
-        by_layer, by_cut = (
-            [(fmean(eps for at, eps in self.tolerated.items() if at[side] == name), name) for name in set(names)]
-            for side, names in enumerate(zip(*self.tolerated, strict=True))
-        )
-        return sorted(by_layer, reverse=True), sorted(by_cut, reverse=True)
+    def tolerant_layers(self) -> Means:
+        """The norm loss that each layer tolerates in the mean, the least first."""
+        return _means((layer, eps) for (layer, _), eps in self.tolerated.items())
+
+    @property
+    def tolerant_cuts(self) -> Means:
+        """The norm loss that is tolerated at each cut in the mean, the least first."""
+        return _means((cut, eps) for (_, cut), eps in self.tolerated.items())
 
     @property
     def num_bottomless(self) -> int:
@@ -137,13 +138,10 @@ class Findings:
 
     @property
     def bonds_needed(self) -> Means:
-        """(mean fraction of its bond dimension that a cut needs, cut), the least first."""
-        needed: dict[str, list[float]] = {}
-        for layer in self.measured.layers:
-            for cut in self.measured.cuts():
-                if (bond := self.measured.tolerated_bond(layer, cut)) is not None:
-                    needed.setdefault(cut, []).append(bond / layer.bonds[cut])
-        return sorted((fmean(fractions), cut) for cut, fractions in needed.items())
+        """The fraction of its bond dimension that each cut needs in the mean, the least first."""
+        cells = ((layer, cut) for layer in self.measured.layers for cut in self.measured.cuts())
+        needed = ((layer, cut, self.measured.tolerated_bond(layer, cut)) for layer, cut in cells)
+        return _means((cut, bond / layer.bonds[cut]) for layer, cut, bond in needed if bond is not None)
 
     @cached_property
     def depth(self) -> Depth | None:
@@ -239,6 +237,14 @@ class Findings:
         if abs(lost) < 0.0005:
             return "as accurate as the dense net"
         return f"{points(abs(lost))} {'lost' if lost > 0 else 'gained'}"
+
+
+def _means(values: Iterable[tuple[str, float]]) -> Means:
+    """Computes the mean of what each name has; the smallest comes first."""
+    found: dict[str, list[float]] = {}
+    for name, value in values:
+        found.setdefault(name, []).append(value)
+    return sorted((fmean(each), name) for name, each in found.items())
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
