@@ -138,7 +138,7 @@ def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
 
     costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: at(ranks).params]
     present_cost, dense_cost = slot.cost(by_macs=by_macs)
-    lost = _flat_error(slot) if slot.weight is None else _error(slot, slot.weight())
+    lost = _error(slot)
 
     def error(ranks: Ranks) -> float:
         return lost(at(ranks).ranks)
@@ -166,14 +166,12 @@ def _accurate(slot: Slot, rule: RelativeError) -> Choice:
     return Choice(None, reason=f"{rule}: factors that are cheaper than dense reach {reached}")
 
 
-def _flat_error(slot: Slot) -> Callable[[Ranks], float]:
-    full = math.prod(slot.method.max_ranks(slot.geometry.weight_shape))
-    return lambda attained: 1 - math.prod(attained) / full
-
-
-def _error(slot: Slot, weight: Tensor) -> Callable[[Ranks], float]:
+def _error(slot: Slot) -> Callable[[Ranks], float]:
     """Returns a function from attained ranks to the squared relative error over all groups."""
-    check_finite(weight)
+    if slot.weight is None:
+        full = math.prod(slot.method.max_ranks(slot.geometry.weight_shape))
+        return lambda attained: 1 - math.prod(attained) / full
+    check_finite(weight := slot.weight())
     whole = precise(weight)
     parts = (whole / scale_of(whole)).chunk(slot.geometry.groups)
     energies = [float(part.square().sum()) for part in parts]

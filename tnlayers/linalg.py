@@ -73,10 +73,7 @@ def decomposing() -> Iterator[None]:
 def unfold(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """Returns the matrix whose rows run over the given axes and whose columns run over the others, both in order."""
     columns = [axis for axis in range(tensor.dim()) if axis not in rows]
-    height = 1
-    for axis in rows:
-        height *= tensor.shape[axis]
-    return tensor.permute(*rows, *columns).reshape(height, -1)
+    return tensor.permute(*rows, *columns).reshape(math.prod(tensor.shape[axis] for axis in rows), -1)
 
 
 def fold(matrix: Tensor, rows: Sequence[int], shape: Sequence[int]) -> Tensor:

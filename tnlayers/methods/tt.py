@@ -40,6 +40,8 @@ class Tensorized(Factorization):
 
     cores: ClassVar[int] = 3
     """The number of modes by default."""
+    window: ClassVar[str] = ""
+    """The indices of the weight that are not split, which have a core in front."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +70,9 @@ class Tensorized(Factorization):
         if len(out_shape) != len(in_shape) or len(in_shape) < 2:
             raise UserError(f"in_shape {in_shape} and out_shape {out_shape} need the same number of modes, two or more")
         return out_shape, in_shape
+
+    def network(self, weight_shape: tuple[int, ...]) -> Network:
+        return _train(len(self.shapes(weight_shape)[0]), self.window)
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
         out_shape, in_shape = self.shapes(weight_shape)
@@ -101,17 +106,16 @@ class TT(Tensorized):
     replaces: ClassVar[tuple[str, ...]] = ("Linear",)
     source: ClassVar[str] = "Novikov et al. 2015, arXiv 1509.06569, section 4"
 
-    def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _network(len(self.shapes(weight_shape)[0]))
-
 
 @lru_cache
-def _network(count: int) -> Network:
+def _train(count: int, window: str) -> Network:
+    """Returns the train of so many pairs of modes, after a core for the window where there is one."""
     modes = range(1, count + 1)
-    bonds = ["", *(f"r{n}" for n in modes[:-1]), ""]
+    bonds = ["r0" if window else "", *(f"r{n}" for n in modes[:-1]), ""]
     cores = {f"core{n}": f"{bonds[n - 1]} i{n} o{n} {bonds[n]}".strip() for n in modes}
-    fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
-    return Network(cores, weight=f"({fused[0]}) ({fused[1]})")
+    spatial = {"spatial": f"{window} r0"} if window else {}
+    outputs, inputs = (" ".join(f"{end}{n}" for n in modes) for end in "oi")
+    return Network(spatial | cores, weight=f"({outputs}) ({inputs}) {window}".strip())
 
 
 @lru_cache

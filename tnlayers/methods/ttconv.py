@@ -6,12 +6,10 @@ TT-SVD, Oseledets (2011), algorithm 1.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 from tnlayers.layers import FactorizedConv2d
 from tnlayers.methods.tt import Tensorized
-from tnlayers.network import Network
 
 __all__ = ["TTConv", "TTConv2d"]
 
@@ -27,18 +25,7 @@ class TTConv(Tensorized):
 
     replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
     source: ClassVar[str] = "Garipov et al. 2016, arXiv 1611.03214"
-
-    def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _network(len(self.shapes(weight_shape)[0]))
-
-
-@lru_cache
-def _network(count: int) -> Network:
-    modes = range(1, count + 1)
-    ends = [*(f"r{n}" for n in modes[:-1]), ""]
-    cores = {f"core{n}": f"r{n - 1} i{n} o{n} {ends[n - 1]}".strip() for n in modes}
-    fused = [" ".join(f"{end}{n}" for n in modes) for end in "oi"]
-    return Network({"spatial": "h w r0", **cores}, weight=f"({fused[0]}) ({fused[1]}) h w")
+    window: ClassVar[str] = "h w"
 
 
 class TTConv2d(FactorizedConv2d):
