@@ -425,7 +425,7 @@ def test_degenerate_weights(dense: Path, tmp_path: Path) -> None:
     nn.init.zeros_(net.get_submodule("conv2").weight)  # type: ignore[arg-type]
     torch.save(net.state_dict(), tmp_path / "zeros.pt")
     subject = Subject(ImageClassifier(), data, trainer, tmp_path / "zeros.pt", Protocol(pictures=64, layers="conv2"))
-    joint = subject.joint(("o", "i"), 0.3)
+    joint = subject.joint(("o", "i"), 0.3, lambda: None)
     assert (joint.bonds, joint.eps, joint.delta) == ({"conv2": (1, 1)}, 0, 0)
     net.get_submodule("conv3").weight.data[0, 0] = torch.nan  # type: ignore[index, union-attr]
     torch.save(net.state_dict(), tmp_path / "nan.pt")
