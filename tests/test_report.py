@@ -20,6 +20,7 @@ from lightning_modules.plots import plot_accuracy, plot_layers
 from lightning_modules.report import Report
 from tests.processes import HANGING
 from tnlayers import Summary, rules_from_plain, summarize, tensorize
+from tnlayers.markdown import markdown_table
 
 RULES = [
     {"pattern": "conv1", "method": "dense", "reason": "it is small"},
@@ -64,6 +65,11 @@ def test_json_adds_up_and_agrees(summary: Summary, tmp_path: Path) -> None:
         assert totals[key] == sum(layer[key] for layer in layers) + norms
     assert totals["params_kept"] == totals["params"] / totals["dense_params"]
     assert torch.__version__.startswith(plain["environment"]["torch"])
+
+
+def test_markdown_table() -> None:
+    text = markdown_table(["name", "a|b"], [["x|y", 1]], numbers=[1])
+    assert text == "| name | a\\|b |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
 def test_markdown_agrees(summary: Summary, tmp_path: Path) -> None:
