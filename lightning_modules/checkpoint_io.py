@@ -40,5 +40,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = lambda storage, loc: storage, weights_only: Any = None
     ) -> dict[str, Any]:
-        """Tensors and plain values only, whatever `weights_only` is."""
+        """Loads tensors and plain values only, whatever `weights_only` is."""
         return super().load_checkpoint(path, map_location, weights_only=True)

@@ -104,7 +104,7 @@ class ImageClassifier(TensorizedCheckpoint):
 
     @property
     def example_input(self) -> Tensor:
-        """Zeros (n, channels, height, width) of a usual batch, on the module's device, in its precision."""
+        """Returns zeros (n, channels, height, width) of a usual batch, on the module's device and in its precision."""
         return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
 
     def load(self, path: str | Path) -> LoadReport:
@@ -113,7 +113,7 @@ class ImageClassifier(TensorizedCheckpoint):
         return load_checkpoint(path, self.net)
 
     def validation_accuracy(self, net: nn.Module) -> float:
-        """The fraction of the validation pictures that a copy of the net gets right."""
+        """Returns the fraction of the validation pictures that a copy of the net gets right."""
         right = total = 0
         for pictures, labels in self.trainer.datamodule.validation_batches():  # type: ignore[attr-defined]
             x = pictures.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
@@ -122,11 +122,11 @@ class ImageClassifier(TensorizedCheckpoint):
         return right / total
 
     def resolve(self, init: Init) -> list[Rule]:
-        """The rules with integer ranks for the net as it is."""
+        """Returns the rules with integer ranks for the net as it is."""
         return resolve(self.net, self.rules, self.example_input, init=init)
 
     def setup(self, stage: str) -> None:
-        """Once, before anything runs: weights and rules, unless a checkpoint is about to bring both."""
+        """Loads weights and applies the rules, once, before anything runs; a checkpoint that is to come brings both."""
         if stage == "fit" and self.rules and not self._prepared:
             _check_averages(self.trainer)
         if not self._prepared and not self.awaits_checkpoint:
@@ -175,7 +175,7 @@ class ImageClassifier(TensorizedCheckpoint):
         return loss
 
     def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
-        """T^2 KL(teacher || student) at temperature T; the square keeps the gradients' scale (Hinton et al., section 2)."""
+        """Returns T^2 KL(teacher || student) at temperature T; the square keeps the gradients' scale (Hinton et al., section 2)."""
         temperature = self.hparams["temperature"]
         with torch.no_grad():
             theirs = self._teacher[0](x.to(self.dtype, memory_format=torch.channels_last)).to(logits.dtype)
@@ -234,17 +234,16 @@ class ImageClassifier(TensorizedCheckpoint):
         trainer, path = trainer_of(self), checkpoint_path(self)
         if trainer and trainer.state.fn == TrainerFn.FITTING and isinstance(checkpoint.get("seed"), int):
             torch.manual_seed(checkpoint["seed"])  # the run goes on as it began, whatever the seed of its second half
-        structure, hparams = checkpoint.get("tensorization"), checkpoint.get("hyper_parameters")
-        if structure and not structure["layers"] and any(rule.factorization for rule in self.rules):
-            if not isinstance(hparams, dict) or not hparams.get("rules"):
-                start = f"--model.init_from {path}"
-                raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: {start}")
+        hparams, structure = checkpoint.get("hyper_parameters"), checkpoint.get("tensorization")
+        had_rules = isinstance(hparams, dict) and hparams.get("rules")
+        if structure and not structure["layers"] and not had_rules and any(rule.factorization for rule in self.rules):
+            raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: --model.init_from {path}")
         state, _ = fitting_state(checkpoint, self.net, path)
         checkpoint["state_dict"] = {f"net.{key}": value for key, value in (self.net.state_dict() | state).items()}
 
 
 def _check_eps(optimizer: torch.optim.Optimizer) -> None:
-    """Adam and its kin divide by eps where a gradient's square is too small for the dtype, and then by zero if eps is too."""
+    """Checks eps, by which Adam and its kin divide where a gradient's square is too small for the dtype: it must not be zero there."""
     for group in optimizer.param_groups:
         eps = group.get("eps")
         for dtype in {parameter.dtype for parameter in group["params"]}:
@@ -257,7 +256,7 @@ def _check_eps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_averages(trainer: Trainer) -> None:
-    """Lightning's averages copy the net before the module's own `setup`, where layers are factorized."""
+    """Refuses Lightning's averages, which copy the net before the module's own `setup`, where layers are factorized."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).setup in (WeightAveraging.setup, StochasticWeightAveraging.setup):
             raise UserError(
@@ -266,7 +265,7 @@ def _check_averages(trainer: Trainer) -> None:
 
 
 def load_net(path: str | Path) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The net of a file that `fit`, `compress` or `export` wrote, and the (channels, height, width) of its pictures.
+    """Builds the net of a file that `fit`, `compress` or `export` wrote; returns it and the (channels, height, width) of its pictures.
 
     Raises:
         CheckpointError: another file.

@@ -31,7 +31,7 @@ _CALIBRATION_BATCHES = 16
 
 @dataclass(frozen=True)
 class Compression:
-    """What `compress` did: the rules with integer ranks, and the figures."""
+    """The result of `compress`: the rules with integer ranks, and the figures."""
 
     rules: list[Rule]
     report: Report
@@ -74,7 +74,7 @@ def compress(
     notes = [f"from        {checkpoint}: {loaded}"]
     verb = "re-estimated on training pictures" if recalibrated else "kept: new ones did not bring the outputs nearer"
     notes.append(f"BatchNorm   statistics {verb}")
-    # As the classifier runs it.
+    # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
@@ -86,12 +86,12 @@ def compress(
 
 
 def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:
-    """The fraction of the test pictures that the model gets right."""
+    """Returns the fraction of the test pictures that the model gets right."""
     return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
 
 
 def calibration_batches(data: ImageData) -> list[Tensor]:
-    """Training pictures to estimate statistics from, fewer where there are few; one alone has no variance."""
+    """Returns training pictures to estimate statistics from, fewer where there are few; one alone has no variance."""
     return data.calibration_batches(max(1, min(_CALIBRATION_BATCHES, data.num_train // 2)))
 
 
@@ -122,7 +122,7 @@ def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Te
 
 
 def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> float:
-    """How near the outputs are: minus the mean KL divergence of the dense net's probabilities from the net's."""
+    """Returns how near the outputs are: minus the mean KL divergence of the dense net's probabilities from the net's."""
     net.eval()
     dense.eval()
     like = next(net.parameters())
@@ -136,7 +136,7 @@ def _agreement(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> f
 
 
 def layer_metrics(summary: Summary) -> dict[str, float]:
-    """What is kept in all, and each factorized layer's ranks and error, by the names under which they are logged."""
+    """Returns what is kept in all, and each factorized layer's ranks and error, by the names under which they are logged."""
     totals = summary.totals
     metrics = {"compress/params_kept": totals.params_kept, "compress/macs_kept": totals.macs_kept}
     for layer in summary.layers:
@@ -147,7 +147,7 @@ def layer_metrics(summary: Summary) -> dict[str, float]:
 
 
 def log_report(trainer: Trainer, report: Report, folder: Path) -> None:
-    """The figures to every logger; the table and the plots in `folder` too where a logger takes them. For the first process."""
+    """Hands the figures to every logger, and the table and the plots in `folder` to those that take them. For the first process."""
     metrics = layer_metrics(report.summary)
     metrics |= {f"compress/accuracy_{stage.replace(' ', '_')}": value for stage, value in report.accuracy.items()}
     for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Where runs are logged: CSV that goes on, W&B that never stands in the way, and what all of them are given alike.
+"""The loggers of runs: CSV that goes on, W&B that never stands in the way, and what all loggers are given alike.
 
 A run's folder is <save_dir>/<name>/<version>/ with every logger; the checkpoints are in it.
 """
@@ -10,7 +10,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -34,7 +33,7 @@ _CONNECT_SECONDS = 3.0
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's folder, for the first process alone: the others do not know which version it is."""
+    """Returns the run's folder, in the first process alone: the others do not know which version it is."""
     if not trainer.loggers:
         return Path(trainer.default_root_dir)
     logger = trainer.loggers[0]
@@ -43,7 +42,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def log_config(logger: Logger, name: str, text: str) -> None:
-    """A configuration in YAML, where a logger shows such things."""
+    """Hands a configuration in YAML to a logger that shows such things."""
     if isinstance(logger, WandbLogger):
         logger.experiment.config.update({name: yaml.safe_load(text)}, allow_val_change=True)
     elif isinstance(logger, TensorBoardLogger):
@@ -51,7 +50,7 @@ def log_config(logger: Logger, name: str, text: str) -> None:
 
 
 def log_table(logger: Logger, name: str, headings: list[str], rows: list[list[str]], step: int) -> None:
-    """A table, where a logger shows such things."""
+    """Hands a table to a logger that shows such things."""
     if isinstance(logger, WandbLogger):
         logger.log_table(name, columns=headings, data=rows, step=step)
     elif isinstance(logger, TensorBoardLogger):
@@ -59,7 +58,7 @@ def log_table(logger: Logger, name: str, headings: list[str], rows: list[list[st
 
 
 def log_pictures(logger: Logger, name: str, paths: list[Path], step: int) -> None:
-    """Picture files, where a logger shows such things."""
+    """Hands picture files to a logger that shows such things."""
     if isinstance(logger, WandbLogger):
         logger.log_image(name, [str(path) for path in paths], step=step)
     elif isinstance(logger, TensorBoardLogger):
@@ -70,7 +69,7 @@ def log_pictures(logger: Logger, name: str, paths: list[Path], step: int) -> Non
 
 
 class CSV(CSVLogger):
-    """Lightning's `CSVLogger`, which goes on with the metrics.csv of its version instead of deleting it."""
+    """Logs like Lightning's `CSVLogger`, but goes on with the metrics.csv of its version instead of deleting it."""
 
     @property
     @rank_zero_experiment
@@ -86,7 +85,7 @@ class CSV(CSVLogger):
 
 
 class _Rows(ExperimentWriter):
-    """metrics.csv: rows are appended; where there is more to change, the file is replaced by a whole one.
+    """Writes metrics.csv: it appends rows, and replaces the file by a whole one where there is more to change.
 
     A disk that is full leaves the rows that are there.
     """
@@ -98,7 +97,7 @@ class _Rows(ExperimentWriter):
             self._write(rows, self.metrics_keys)  # an unfinished one is gone
 
     def _check_log_dir_exists(self) -> None:
-        """What is there stays."""
+        """Leaves what is there, which Lightning would delete."""
 
     def rewind(self, step: int) -> None:
         rows = self._read()
@@ -109,7 +108,7 @@ class _Rows(ExperimentWriter):
             self.metrics_keys = []
 
     def save(self) -> None:
-        """The rows that were logged since the last time, under more headings where they have some."""
+        """Writes the rows that were logged since the last time, under more headings where they have some."""
         names = sorted({*self.metrics_keys, *chain(*self.metrics)})
         if not self.metrics:
             return
@@ -120,7 +119,7 @@ class _Rows(ExperimentWriter):
         self.metrics, self.metrics_keys = [], names
 
     def _read(self) -> list[dict[str, str]]:
-        """The rows; not one that a killed process has left unfinished."""
+        """Returns the rows, without one that a killed process has left unfinished."""
         path = Path(self.metrics_file_path)
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return list(csv.DictReader(line for line in lines if line.endswith("\n")))
@@ -137,7 +136,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], names: list[str]) -> str:
 
 
 class WandB(WandbLogger):
-    """Lightning's `WandbLogger`, offline where W&B cannot be reached.
+    """Logs like Lightning's `WandbLogger`, and offline where W&B cannot be reached.
 
     Args:
         project: the W&B project.
@@ -158,11 +157,9 @@ class WandB(WandbLogger):
         **kwargs: Any,
     ) -> None:
         mode = os.environ.get("WANDB_MODE")
-        if offline is None and mode is None:
-            reason = _unreachable()
-            offline = bool(reason)
-            if reason:
-                _say_offline(reason, save_dir)
+        if offline is None and mode is None and (reason := _unreachable()):
+            offline, sync = True, f"wandb sync {save_dir}/wandb/offline-run-*"
+            rank_zero_only(_log.warning)("W&B is offline (%s); upload later with: %s", reason, sync)
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         # The mode goes to wandb.init alone: WandbLogger(offline=True) would set an environment variable for the process.
         settings = kwargs if mode is not None else {"mode": "offline" if offline else "online", **kwargs}
@@ -172,37 +169,24 @@ class WandB(WandbLogger):
 
 
 def _flushing_often() -> dict[str, float]:
-    """W&B's file lacks the last second of a killed process then, rather than the last fifteen."""
+    """Lets W&B's file lack the last second of a killed process, rather than the last fifteen."""
     import wandb
 
     name = "x_transaction_log_flush_interval"  # not in every version
     return {name: 1.0} if name in wandb.Settings.model_fields else {}
 
 
-@rank_zero_only
-def _say_offline(reason: str, save_dir: str) -> None:
-    _log.warning("W&B is offline (%s); upload later with: wandb sync %s/wandb/offline-run-*", reason, save_dir)
-
-
 def _unreachable() -> str:
-    """Why W&B cannot be used online; empty if it can."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    if not os.environ.get("WANDB_API_KEY") and not _key_in_netrc(host):
+    """Says why W&B cannot be used online; empty if it can."""
+    from requests.utils import get_netrc_auth  # wandb brings it along
+
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not os.environ.get("WANDB_API_KEY") and not get_netrc_auth(address):
         return "no API key; `wandb login` sets one"
+    url = urlparse(address)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
             return ""
     except OSError as error:
         return f"{host} cannot be reached: {error}"
-
-
-def _key_in_netrc(host: str) -> bool:
-    """Whether `wandb login` has left a key where it leaves it."""
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc(Path(path).expanduser()).authenticators(host):
-                return True
-        except (OSError, NetrcParseError):
-            continue
-    return False

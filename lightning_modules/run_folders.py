@@ -1,4 +1,4 @@
-"""`--ckpt_path last`: the newest checkpoint among the runs of a name, and the run that it belongs to.
+"""The folders of runs: which one a run writes to, and from which one `--ckpt_path last` takes its checkpoint.
 
 A run's checkpoints are in <save_dir>/<name>/<version>/checkpoints, in <default_root_dir>/checkpoints where nothing is
 logged, or where `model_checkpoint.dirpath` says.
@@ -21,7 +21,7 @@ from tnlayers import CheckpointError
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError, shortened
 
-__all__ = ["begin_run", "check_new", "check_own", "check_writable", "continue_last", "newest_checkpoint"]
+__all__ = ["begin_run", "newest_checkpoint"]
 
 _NET = ("net", "net_options", "rules")
 _ROOT = "--trainer.default_root_dir"
@@ -34,13 +34,20 @@ class _Saved:
     """A checkpoint that can be read; those of more steps come later."""
 
     path: Path
-    step: int
-    versions: dict[str, Any]
-    net: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.content["global_step"])
 
     @property
     def order(self) -> tuple[int, bool, float]:
         return self.step, self.path.name == "last.ckpt", self.path.stat().st_mtime
+
+    def values(self, name: str) -> dict[Any, Any]:
+        """Returns a mapping of the file, which may be anything; empty where it is none."""
+        found = self.content.get(name)
+        return found if isinstance(found, dict) else {}
 
 
 def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
@@ -53,30 +60,33 @@ def begin_run(config: Namespace, held: ExitStack, *, training: bool) -> None:
         FolderInUse: another job has one of them.
         UserError: as the functions below.
     """
-    check_writable(config)
+    _check_writable(config)
     first = is_first_process() and not config.trainer.fast_dev_run
     last, home = config.get("ckpt_path") == "last", _home(config)
     own = training and (last or bool(config.model_checkpoint.dirpath) or not _loggers(config))
     if first and own:
         held.enter_context(claimed(home, _ROOT))
     if last:
-        continue_last(config, training=training)
+        _continue_last(config, training=training)
     elif config.get("ckpt_path") not in (None, "best", "hpc"):
-        check_own(config.ckpt_path)
+        _check_own(config.ckpt_path)
     if first:
-        _claim_versions(config, held, {os.path.realpath(home)} if own else set())
-    if training and not config.get("ckpt_path") and not last:
-        check_new(config)
+        new = training and not last and not config.get("ckpt_path")
+        _claim_versions(config, held, {os.path.realpath(home)} if own else set(), new=new)
 
 
 def is_first_process() -> bool:
-    """Before the trainer knows: of Lightning's own several nodes the first process of each would hold itself for the first."""
+    """Tells before the trainer knows; of Lightning's several nodes the first process of each would hold itself for the first."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     return rank_zero_only.rank == 0 and node in ("", "0")  # type: ignore[attr-defined]
 
 
-def _claim_versions(config: Namespace, held: ExitStack, taken: set[str]) -> None:
-    """Each logger's folder; a new run gets a number that no other one has, even one that starts at the same moment."""
+def _claim_versions(config: Namespace, held: ExitStack, taken: set[str], *, new: bool) -> None:
+    """Takes each logger's folder; a new run gets a number that no other one has, even one that starts at the same moment.
+
+    Raises:
+        UserError: a new run would write over another one.
+    """
     for logger in _loggers(config):
         given, name = logger.init_args, _logger_home(config, logger)
         version = given.get("version")
@@ -85,6 +95,10 @@ def _claim_versions(config: Namespace, held: ExitStack, taken: set[str]) -> None
             given.version = int(folder.name.removeprefix("version_"))
         elif version is not None:
             folder = _version_folder(name, version)
+            if new and version != "" and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*.ckpt"))):
+                raise UserError(
+                    f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version"
+                )
             if os.path.realpath(folder) not in taken:
                 held.enter_context(claimed(folder, _ROOT))
         else:
@@ -93,14 +107,14 @@ def _claim_versions(config: Namespace, held: ExitStack, taken: set[str]) -> None
 
 
 def _new_versions(home: Path) -> Iterator[Path]:
-    """version_<n> for the numbers after the last one that is there; what was only locked may be free again."""
+    """Returns version_<n> for the numbers after the last one that is there; what was only locked may be free again."""
     there = (path for path in home.glob("version_*") if not is_abandoned(path))
     found = [re.fullmatch(r"version_(\d+)", path.name) for path in there]
     start = max((int(each[1]) for each in found if each), default=-1) + 1
     return (home / f"version_{number}" for number in count(start))
 
 
-def continue_last(config: Namespace, *, training: bool) -> None:
+def _continue_last(config: Namespace, *, training: bool) -> None:
     """Puts a path in the place of `last`; a training goes on in the folder of its run, with the same loggers' versions.
 
     Where there is no checkpoint yet a training starts from the beginning, so that a job's command is always the same.
@@ -119,7 +133,7 @@ def continue_last(config: Namespace, *, training: bool) -> None:
             _check_same_net(found, config)
         for place, logger in enumerate(_loggers(config)):
             folder = found.path.parents[1].name if place == 0 and not config.model_checkpoint.dirpath else None
-            version = found.versions.get(logger.class_path.rpartition(".")[2], folder)
+            version = found.values("logger_versions").get(logger.class_path.rpartition(".")[2], folder)
             if isinstance(version, int) or (isinstance(version, str) and re.fullmatch(r"[\w.-]*\w[\w.-]*", version)):
                 logger.init_args.version = version
             if logger.class_path.endswith("TensorBoardLogger"):
@@ -129,10 +143,11 @@ def continue_last(config: Namespace, *, training: bool) -> None:
 
 
 def _check_same_net(found: _Saved, config: Namespace) -> None:
-    """A folder may hold runs of several experiments; the newest is not always the one that was meant."""
-    for key, theirs in found.net.items():
-        ours = config.model.get(key)
-        if (ours or None) != (theirs or None):
+    """Checks that the newest run is the one that was meant: a folder may hold runs of several experiments."""
+    hparams = found.values("hyper_parameters")
+    for key in _NET:
+        ours, theirs = config.model.get(key), hparams.get(key)
+        if key in hparams and (ours or None) != (theirs or None):
             theirs = shortened(str(theirs), 300)
             raise UserError(
                 f"--ckpt_path last: the newest run, {found.path.parents[1]}, has {key} {theirs} and not {ours}; give the path of the "
@@ -141,7 +156,7 @@ def _check_same_net(found: _Saved, config: Namespace) -> None:
 
 
 def newest_checkpoint(folders: list[Path]) -> _Saved | None:
-    """Of the folder that was written to last, the checkpoint of the most steps; None where there is none.
+    """Returns the checkpoint of the most steps in the folder that was written to last; None where there is none.
 
     Raises:
         CheckpointError: there are some, and none can be read.
@@ -153,12 +168,8 @@ def newest_checkpoint(folders: list[Path]) -> _Saved | None:
         saved = []
         for path in sorted(files):
             try:
-                content = check_own(path)
-                versions, hparams = (content.get(key) for key in ("logger_versions", "hyper_parameters"))
-                net = {key: hparams[key] for key in _NET if key in hparams} if isinstance(hparams, dict) else {}
-                versions = versions if isinstance(versions, dict) else {}
-                saved.append(_Saved(path, int(content["global_step"]), versions, net))
-            except (CheckpointError, ValueError) as error:
+                saved.append(_Saved(path, _check_own(path)))
+            except UserError as error:
                 problems.append(str(error))
         if saved:
             best = max(saved, key=lambda each: each.order)
@@ -170,51 +181,33 @@ def newest_checkpoint(folders: list[Path]) -> _Saved | None:
     return None
 
 
-def check_own(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint of a training.
+def _check_own(path: str | Path) -> dict[str, Any]:
+    """Returns the contents of a checkpoint of a training.
 
     Raises:
         CheckpointError: the file cannot be read.
         UserError: it is of something else.
     """
     content = read_checkpoint(path)
-    if not content.keys() >= _OURS:
+    if not content.keys() >= _OURS or not isinstance(content["global_step"], int):
         raise UserError(f"{path} holds no run of tnlayers; load its weights with --model.init_from {path} instead")
     return content
 
 
-def check_new(config: Namespace) -> None:
-    """Whether a run whose version is given is a new one.
-
-    Raises:
-        UserError: it holds a run, which would be written over.
-    """
-    for logger in _loggers(config):
-        version = logger.init_args.get("version")
-        if version is None or version == "":
-            continue
-        folder = _version_folder(_home(config), version)
-        if (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*.ckpt")):
-            raise UserError(f"{folder} holds a run already; go on with it by --ckpt_path last, or give another version")
-
-
-def check_writable(config: Namespace) -> None:
-    """Whether the run's folder can be made.
+def _check_writable(config: Namespace) -> None:
+    """Makes the run's folder.
 
     Raises:
         UserError: it cannot, or nothing can be written there.
     """
     home = _home(config)
-    place = next(path for path in (home, *home.absolute().parents) if os.path.exists(path))
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        problem = "may not be written to" if place.is_dir() else "is no folder"
-        raise UserError(f"the run cannot be kept in {home}: {place} {problem}; give another --trainer.default_root_dir")
     try:
         home.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(home, os.W_OK | os.X_OK) else "it may not be written to"
     except OSError as error:
-        raise UserError(
-            f"the run cannot be kept in {home}: {error.strerror}; give another --trainer.default_root_dir"
-        ) from None
+        reason = str(error.strerror)
+    if reason:
+        raise UserError(f"the run cannot be kept in {home}: {reason}; give another --trainer.default_root_dir")
 
 
 def _loggers(config: Namespace) -> list[Namespace]:
@@ -223,7 +216,7 @@ def _loggers(config: Namespace) -> list[Namespace]:
 
 
 def _home(config: Namespace) -> Path:
-    """What holds the folders of the runs of this name, or of the only one."""
+    """Returns the folder that holds those of the runs of this name, or of the only one."""
     root = config.trainer.default_root_dir or "."
     if config.model_checkpoint.dirpath:
         return Path(config.model_checkpoint.dirpath)
@@ -233,7 +226,7 @@ def _home(config: Namespace) -> Path:
 
 
 def _logger_home(config: Namespace, logger: Namespace) -> Path:
-    """What holds the folders of a logger's runs."""
+    """Returns the folder that holds those of a logger's runs."""
     given, root = logger.init_args, config.trainer.default_root_dir or "."
     return Path(given.get("save_dir") or root, given.get("project") or given.get("name") or "")
 
@@ -243,7 +236,7 @@ def _version_folder(home: Path, version: int | str) -> Path:
 
 
 def _folders(config: Namespace) -> list[Path]:
-    """What may hold checkpoints."""
+    """Returns the folders that may hold checkpoints."""
     home = _home(config)
     if config.model_checkpoint.dirpath:
         return [home]

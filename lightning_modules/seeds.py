@@ -17,7 +17,7 @@ __all__ = ["batch_seed", "drawing", "generator_states", "seed_at", "set_generato
 
 
 def seed_at(*place: int) -> int:
-    """A seed for a place in the run, from the process's own (`seed_everything`)."""
+    """Makes a seed for a place in the run from the process's own (`seed_everything`)."""
     seed = torch.initial_seed()
     for number in place:
         seed = (seed * 1_000_003 + number + 1) % 2**63
@@ -25,7 +25,7 @@ def seed_at(*place: int) -> int:
 
 
 def batch_seed(trainer: Trainer, *use: int) -> int:
-    """A seed for what this process draws for the batch that it trains on now; another one for each `use`."""
+    """Makes a seed for what this process draws for the batch that it trains on now, another one for each `use`."""
     batches_before = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
     return seed_at(batches_before, trainer.global_rank, *use)
 
@@ -39,7 +39,7 @@ def drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of this process's generators in torch, on the CPU and GPUs, in numpy and in Python, as plain values."""
+    """Returns the states of this process's generators in torch, on the CPU and GPUs, in numpy and in Python, as plain values."""
     numpy = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),

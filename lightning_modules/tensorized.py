@@ -35,7 +35,7 @@ __all__ = [
 
 
 def tensorized_net(module: LightningModule) -> nn.Module:
-    """The module that holds the factorized layers; the names of layers are those that they have in it.
+    """Returns the module that holds the factorized layers; the names of layers are those that they have in it.
 
     Raises:
         UserError: the module names a submodule that it does not have.
@@ -51,12 +51,12 @@ def tensorized_net(module: LightningModule) -> nn.Module:
 
 
 def factorized_layers(net: nn.Module) -> dict[str, FactorizedLayer]:
-    """The factorized layers of a net by name."""
+    """Returns the factorized layers of a net by name."""
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, FactorizedLayer)}
 
 
 def example_input(module: LightningModule) -> Example:
-    """What `tensorized_net` takes, on the module's device and in its precision.
+    """Returns what `tensorized_net` takes, on the module's device and in its precision.
 
     Raises:
         UserError: the module has no example.
@@ -75,19 +75,19 @@ def example_input(module: LightningModule) -> Example:
 
 
 def budget_rules(module: LightningModule) -> list[Rule]:
-    """The rules that say which dense layers a budget counts, none by default."""
+    """Returns the rules that say which dense layers a budget counts, none by default."""
     rules = getattr(module, "rules", None)
     return [rule for rule in rules if isinstance(rule, Rule)] if isinstance(rules, list | tuple) else []
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A copy of a net. Results of a step that a LightningModule keeps as attributes, which torch cannot copy, are shared."""
+    """Copies a net. Results of a step that a LightningModule keeps as attributes, which torch cannot copy, are shared."""
     kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(net, {id(value): value for value in kept if not value.is_leaf})
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The module's trainer, None for a module that no trainer has been given yet."""
+    """Returns the module's trainer; None for a module that has none yet."""
     try:
         return module.trainer
     except RuntimeError:
@@ -95,7 +95,7 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 
 def checkpoint_path(module: LightningModule) -> str:
-    """The checkpoint that a trainer restores the module from, for messages."""
+    """Names the checkpoint that a trainer restores the module from, for messages."""
     trainer = trainer_of(module)
     return str((trainer and trainer.ckpt_path) or "the checkpoint")
 

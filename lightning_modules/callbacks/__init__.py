@@ -1,4 +1,4 @@
-"""What happens when during a run: truncations, interruptions, averages, and what is written."""
+"""Callbacks: truncations, interruptions, averages, and what is written during a run."""
 
 from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.ema import EMA

@@ -1,4 +1,4 @@
-"""A run's factorized layers over time: ranks, what is kept, effective ranks, and a report of every truncation."""
+"""The log of a run's factorized layers: ranks, what is kept, effective ranks, and a report of every truncation."""
 
 import json
 
@@ -36,10 +36,13 @@ class CompressionLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = -1
-        metrics = self._measured(trainer, pl_module)
+        metrics, layers = self._measured(trainer, pl_module), factorized_layers(tensorized_net(pl_module))
+        errors = {f"compress/{name}/error": layer.decomposition_error for name, layer in layers.items()}
         if trainer.is_global_zero and metrics and trainer.global_step == 0:
             for logger in trainer.loggers:
-                logger.log_metrics(metrics | _conversion_errors(pl_module), step=0)
+                logger.log_metrics(
+                    metrics | {name: error for name, error in errors.items() if error is not None}, step=0
+                )
                 logger.save()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,19 +96,14 @@ class CompressionLog(Callback):
         return self._metrics
 
 
-def _conversion_errors(module: LightningModule) -> dict[str, float]:
-    errors = {name: layer.decomposition_error for name, layer in factorized_layers(tensorized_net(module)).items()}
-    return {f"compress/{name}/error": error for name, error in errors.items() if error is not None}
-
-
 def _unfolded(layer: nn.Module) -> Tensor:
-    """float64 (outputs, rest)."""
+    """Returns the weight as float64 (outputs, rest)."""
     with torch.no_grad():
         return precise(layer.weight).flatten(1)  # type: ignore[arg-type]
 
 
 def _spectra(reference: nn.Module, net: nn.Module, summary: Summary) -> list[Spectrum]:
-    """The spectra of the layers whose rank changed; those with the largest error come first."""
+    """Returns the spectra of the layers whose rank changed, those with the largest error first."""
     errors = {layer.name: layer.error or 0.0 for layer in summary.layers}
     spectra = []
     for name, layer in factorized_layers(net).items():

@@ -1,4 +1,4 @@
-"""Training a part of a net: the rest stays as it is."""
+"""The callback that trains a part of a net and leaves the rest as it is."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase

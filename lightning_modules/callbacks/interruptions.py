@@ -22,7 +22,7 @@ __all__ = ["Interruptible", "RunCheckpoint"]
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint` for runs that are stopped and go on in the same folder.
+    """Saves like Lightning's `ModelCheckpoint`, for runs that are stopped and go on in the same folder.
 
     With `save_on_exception` it writes last.ckpt where a signal ends training, between two steps. Any other exception
     may come in the middle of one (Ctrl-C, memory that runs out) and saves nothing: it could not be resumed exactly.

@@ -1,4 +1,4 @@
-"""Truncation during training: when ranks fall, and everything that has to follow."""
+"""The callback that truncates during training: when ranks fall, and what has to follow."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -91,7 +91,7 @@ class RankSchedule(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What cannot be done is said before training rather than when its epoch comes."""
+        """Says what cannot be done before training, rather than when its epoch comes."""
         for epoch, step in self.steps.items():
             if epoch in self.applied or epoch < trainer.current_epoch:
                 if self.applied.get(epoch) != str(step):
@@ -107,7 +107,7 @@ class RankSchedule(Callback):
         self._heed(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A run that goes on from the end of an epoch may have no `on_train_epoch_start`."""
+        """Does the same: a run that goes on from the end of an epoch may have no `on_train_epoch_start`."""
         self._heed(trainer, pl_module)
 
     def _heed(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""What a rank schedule truncates to: its entries, and the ranks that each resolves to when its epoch comes."""
+"""The entries of a rank schedule, and the ranks that each resolves to when its epoch comes."""
 
 import math
 import re
@@ -29,7 +29,7 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class AccuracyDrop:
-    """As few parameters as cost at most this much validation accuracy (0.01: one point) right after the truncation."""
+    """Asks for as few parameters as cost at most this much validation accuracy (0.01: one point) right after the truncation."""
 
     drop: float
 
@@ -45,7 +45,7 @@ class AccuracyDrop:
 
 @dataclass(frozen=True)
 class Step:
-    """One truncation: what to, and over how many epochs, this one included, it is still to be reached."""
+    """One truncation: a rank, and over how many epochs, this one included, it is still to be reached."""
 
     rank: Rank | AccuracyDrop
     epochs: int = 1
@@ -57,12 +57,13 @@ class Step:
         """Checks what can be known before its epoch comes.
 
         Raises:
-            UserError: layers that cannot be truncated so, or no validation to judge by.
+            UserError: layers that cannot be truncated so, no validation to judge by, or no example.
         """
         rank, net = self.rank, tensorized_net(module)
         if isinstance(rank, AccuracyDrop):
             _accuracy(module, net)
             rank = ParamsKept(1.0)
+        example_input(module)
         check_truncation(net, rank, pattern=pattern, rules=budget_rules(module))
 
     def resolve(self, module: LightningModule, pattern: str) -> list[Rule]:
@@ -122,7 +123,7 @@ def _rank(value: int | str) -> Rank | AccuracyDrop:
 
 
 def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rule]:
-    """The truncation to the fewest parameters, by bisection, that costs at most `drop` of the validation accuracy."""
+    """Finds, by bisection, the truncation to the fewest parameters that costs at most `drop` of the validation accuracy."""
     net, example = tensorized_net(module), example_input(module)
     which: dict[str, Any] = {"pattern": pattern, "rules": budget_rules(module)}
     before = right_after = _accuracy(module, net)
@@ -147,7 +148,7 @@ def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rul
 
 
 def _accuracy(module: LightningModule, net: nn.Module) -> float:
-    """What the module says of a copy of its net.
+    """Asks the module how good a copy of its net is.
 
     Raises:
         UserError: it cannot say anything.

@@ -1,4 +1,4 @@
-"""What follows when parameters of a network are replaced during training: all that holds the old ones, or measures by them."""
+"""The followers of a network's parameters, when these are replaced during training: optimizers, replicas, averages and records."""
 
 import copy
 import hashlib
@@ -34,7 +34,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def keeps_whole_parameters(strategy: Strategy) -> bool:
-    """Whether every process holds all the parameters, as plain tensors. DeepSpeed's strategy is a DDP by inheritance alone."""
+    """Tells whether every process holds all the parameters, as plain tensors. DeepSpeed's strategy is a DDP by inheritance alone."""
     whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
     return whole and not isinstance(strategy, DeepSpeedStrategy)
 
