@@ -37,7 +37,8 @@ ONE_BATCH = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val")]
 STUDIED = ["--protocol.losses=[0.5]", "--protocol.retrain=[0.5]", "--protocol.epochs=0", "--protocol.layers=conv[34]"]
 FEW = {
     "compress": SMALLER,
-    "fit": [*SMALLER, *ONE_BATCH, "--trainer.max_epochs", "5"],
+    "report": ["--batch", "1"],
+    "fit": [*SMALLER, *ONE_BATCH, "--trainer.max_epochs", "2"],
     "study": [*SMALLER, *STUDIED],
 }
 # Commands of which only the options are checked: what is in them, and why they are not run.
@@ -50,6 +51,7 @@ PARSED = {
     "cifar10_resnet20_study": "studies 20 layers",
     "--out runs/look": "studies 20 layers",
     "compress.md: compress -c data/folders": "is what the README runs",
+    "cifar10_resnet20_stages": "truncates ResNet-20 five times; tests/test_rank_schedule.py has such runs",
     "--out runs/further": "measures ResNet-20 once more",
 }
 # These go on from what one of those would have written.
@@ -87,14 +89,17 @@ def here(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for path in stand_ins.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 def run_python(page: Path) -> dict[str, Any]:
     """Runs a page's Python, in order and in one namespace; returns the names."""
-    names: dict[str, Any] = {"__name__": "channelsvd"}  # the file that one of the pages tells its readers to write
+    names: dict[str, Any] = {"__name__": "channelsvd"}  # the module that one of the pages tells its readers to write
     for language, text in blocks(page):
         if language == "python":
+            if file := re.match(r'"""(\w+\.py)', text):
+                Path(file[1]).write_text(text)
             # The stand-in of mine.pt is of a smaller network, which the commands are given.
             exec(text.replace('"mine.pt"', '"saved.pt"').replace("torch.zeros(128,", "torch.zeros(8,"), names)
     return names
@@ -123,6 +128,8 @@ def run_tnlayers(page: Path, arguments: list[str]) -> None:
     if arguments[-1] == "--print_config":
         return parse(arguments)
     few = [] if "--help" in arguments else FEW.get(arguments[0], [])
+    if "--model" in arguments:  # a class of the page's own, and its data
+        few = [*QUIET, *ONE_BATCH]
     assert tnlayers(*[SMALL.get(argument, argument) for argument in arguments], *few) == 0, line
 
 
@@ -174,11 +181,11 @@ def test_the_main_job(here: Path, resnet20_checkpoint: Path, capsys: pytest.Capt
     assert type(names["dense_conv"]) is nn.Conv2d
 
 
-def test_truncating_without_lightning() -> None:
+def test_truncating_without_lightning(here: Path) -> None:
     assert fraction_kept(run_python(DOCS / "rank-schedule.md")["net"], ParamsKept) <= 0.3
 
 
-def test_a_method_is_one_file() -> None:
+def test_a_method_is_one_file(here: Path) -> None:
     """The closed form is the optimum: its error is what the SVD of the same unfolding discards."""
     method: Callable[[int], Factorization] = run_python(DOCS / "add-a-method.md")["ChannelSVD"]
     weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
@@ -220,6 +227,21 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name} names {path}"
     for module in re.findall(r"`(?:python -m )((?:benchmarks|results)\.\w+)", text):
         assert importlib.util.find_spec(module), f"{page.name} names {module}"
+
+
+def test_options_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["fit", "--help"],
+        ["study", "--help"],
+        ["fit", "--data.help=lightning_modules.data.CIFAR10"],
+        ["fit", "--model.optimizer.help=torch.optim.AdamW"],
+    ):
+        parse(arguments)
+    known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+    for page in PAGES:
+        spans = " ".join(re.findall(r"`[^`]*`", BLOCK.sub("", page.read_text(encoding="utf-8"))))
+        named = set(re.findall(r"--\w+\.[\w.]*\w|--ckpt_path|--checkpoint|--out", spans))
+        assert named <= known, f"{page.name} names {named - known}"
 
 
 @pytest.mark.slow
