@@ -23,7 +23,7 @@ from lightning_modules import plots
 from lightning_modules.callbacks import compression_log
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.interrupts import interruptible
-from lightning_modules.resume import newest_checkpoint
+from lightning_modules.run_folders import newest_checkpoint
 from tests.commands import DIGITS, QUIET, output_to, tnlayers
 from tests.killed_commands import RULES, STEPS
 from tests.processes import Forks, finish, start
@@ -57,13 +57,14 @@ def reached(folder: Path, epoch: int) -> bool:
 SAVE = """
 import resource, signal, sys, torch
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from tnlayers.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 content = {"x": torch.ones(10_000)}
 for size in map(int, sys.argv[2:]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         AtomicCheckpointIO().save_checkpoint(content, sys.argv[1])
-    except OSError as error:
+    except UserError as error:
         print(error)
 """
 
