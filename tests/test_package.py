@@ -54,15 +54,16 @@ def test_help_needs_no_torch() -> None:
 
 
 FLOORS = [
-    "network", "plan", "cost", "linalg", "cuts", "ranks", "geometry", "method", "spec", "budget", "merged",
-    "factorized", "layers", "joint", "methods", "table", "rules", "tracing", "surgery", "truncation", "saved_layers",
-    "checkpoints",
+    "errors", "files", "markdown", "network", "plan", "cost", "linalg", "cuts", "ranks", "geometry", "method", "spec", "budget", "merged",
+    "factorized", "layers", "joint", "methods", "table", "rules", "tracing", "surgery", "truncation", "summary",
+    "state_dicts", "fitting", "saved_layers", "checkpoints",
 ]
 """The modules of tnlayers, the ground floor first."""
 
 
 def test_imports_run_downward_only() -> None:
     """The ground floor knows nothing of what stands on it."""
+    assert set(FLOORS) == {path.stem for path in (ROOT / "tnlayers").iterdir()} - {"__init__", "__pycache__"}
     for floor, name in enumerate(FLOORS):
         above = _imports(name) & set(FLOORS[floor + 1 :])
         assert not above, f"{name} imports {above}"
@@ -76,6 +77,16 @@ def test_at_most_three_layers_of_imports_lie_between_a_method_and_tensorize() ->
         layer[name] = 1 + max((layer[other] for other in _imports(name) & layer.keys()), default=0)
         assert "methods" not in _imports(name) - {name}
     assert layer["surgery"] - layer["methods"] - 1 <= 3
+
+
+@pytest.mark.parametrize("package", ["tnlayers", "lightning_modules"])
+def test_files_and_functions_are_read_at_a_glance(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
 
 
 def _imports(name: str) -> set[str]:
