@@ -29,7 +29,7 @@ from tnlayers import CheckpointError, LoadReport, load_checkpoint, resolve, rule
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError, as_checkpoint_error
 from tnlayers.factorized import Init
-from tnlayers.fitting import fitting_state
+from tnlayers.matching import matching_state
 from tnlayers.rules import Rule
 from tnlayers.saved_layers import check_plain
 
@@ -112,7 +112,7 @@ class ImageClassifier(TensorizedCheckpoint):
         self._prepared = True
         return load_checkpoint(path, self.net)
 
-    def validation_accuracy(self, net: nn.Module) -> float:
+    def accuracy_of(self, net: nn.Module) -> float:
         """Returns the fraction of the validation pictures that a copy of the net gets right."""
         right = total = 0
         for pictures, labels in self.trainer.datamodule.validation_batches():  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ class ImageClassifier(TensorizedCheckpoint):
         had_rules = isinstance(hparams, dict) and hparams.get("rules")
         if structure and not structure["layers"] and not had_rules and any(rule.factorization for rule in self.rules):
             raise CheckpointError(f"{path} is of a dense net; to factorize it start from it: --model.init_from {path}")
-        state, _ = fitting_state(checkpoint, self.net, path)
+        state, _ = matching_state(checkpoint, self.net, path)
         checkpoint["state_dict"] = {f"net.{key}": value for key, value in (self.net.state_dict() | state).items()}
 
 

@@ -29,3 +29,20 @@ def test_what_a_file_makes_an_error_say_is_bounded() -> None:
         raise UserError("x" * 10**6)
     assert str(raised.value).startswith("net.ckpt: layers[0]: xxx")
     assert len(str(raised.value)) < 500
+    assert isinstance(raised.value.__cause__, UserError)
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError])
+def test_a_bug_is_not_told_as_the_fault_of_a_file(kind: type[Exception]) -> None:
+    with pytest.raises(kind) as raised, as_checkpoint_error("net.ckpt"), about("layers[0]"):
+        raise kind("a bug")
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("error", [UserError("rank 0"), ZeroDivisionError("rank 0")])
+def test_notes_of_other_libraries_stay_notes(error: Exception) -> None:
+    error.add_note("see the log")
+    with pytest.raises(type(error)) as raised, about("conv1"):
+        raise error
+    assert message(raised.value) == "conv1: rank 0"
+    assert "see the log" in raised.value.__notes__

@@ -3,8 +3,8 @@
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.fitting import LoadReport
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
+from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
 from tnlayers.methods.cp import CP, CPConv2d

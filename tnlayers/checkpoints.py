@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
 from tnlayers.files import write_files
-from tnlayers.fitting import LoadReport, fitting_state
+from tnlayers.matching import LoadReport, matching_state
 from tnlayers.saved_layers import check_plain, restructure, structure_of
 from tnlayers.surgery import replace_layers
 
@@ -91,13 +91,13 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
         for layer in replaced.values():  # the file may lack some of their weights
             layer.reset_parameters()  # type: ignore[operator]
     try:
-        state, report = fitting_state(content, model, path, strict=strict)
+        state, report = matching_state(content, model, path, strict=strict)
         model.load_state_dict(state, strict=False)
     except (CheckpointError, RuntimeError) as error:
         replace_layers(model, {new: old for old, new in replaced.items()})
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {shortened(str(error), 220)}") from None
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {shortened(str(error), 220)}") from error
     return report
 
 
@@ -159,6 +159,8 @@ def _described(tensors: Mapping[str, Tensor], description: str, path: Path) -> d
             about = json.loads(description)
         except RecursionError:
             raise UserError("it is nested too deeply") from None
+        except ValueError as error:
+            raise UserError(str(error)) from error
         check_plain(about)
         shared = about.get("shared", {}) if isinstance(about, dict) else None
         if not isinstance(shared, dict) or not all(isinstance(key, str) and key in tensors for key in shared.values()):

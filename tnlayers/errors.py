@@ -14,10 +14,6 @@ class UserError(ValueError):
     The command line shows it in one line and ends with exit code 2. Any other exception is a bug, and keeps its traceback.
     """
 
-    def add_note(self, note: str, /) -> None:
-        """Puts the note in front of the message, which says what it is about and stays one line."""
-        self.args = (f"{note}: {self}",)
-
 
 class UnsupportedLayer(UserError):
     """A dense layer that a method cannot replace; the message names the argument."""
@@ -27,33 +23,48 @@ class CheckpointError(UserError):
     """A file that cannot be read, or does not fit the model; the message says which keys and why."""
 
 
+class _Place(str):
+    """A note on what an error is about, as told from the notes that other libraries add."""
+
+
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Errors that leave this block say what they are about: a layer, a rule, an epoch."""
+    """Adds what the block works on (a layer, a rule, an epoch) to every error that leaves it.
+
+    A user's error begins with it; a bug keeps its own words and gets a note.
+    """
     try:
         yield
+    except UserError as error:
+        error.args = (f"{what}: {error}",)
+        raise
     except Exception as error:
-        error.add_note(what)
+        error.add_note(_Place(what))
         raise
 
 
 @contextmanager
-def as_checkpoint_error(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Turns errors that leave this block into those of a checkpoint, in a message of bounded length."""
+def as_checkpoint_error(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Turns errors that leave this block into those of a checkpoint, in a message of bounded length.
+
+    Args:
+        what: what the message begins with.
+        kind: the errors that are the file's fault. All others, such as those of a bug of ours, pass.
+    """
     try:
         yield
     except kind as error:
-        raise CheckpointError(f"{what}: {shortened(str(error), _LENGTH)}") from None
+        raise CheckpointError(f"{what}: {shortened(str(error), _LENGTH)}") from error
 
 
 def message(error: BaseException) -> str:
     """Returns an error as one line: what it is about, then what it says, or its type where it says nothing."""
-    notes = reversed(getattr(error, "__notes__", []))
-    return " ".join(": ".join([*notes, str(error) or type(error).__name__]).split())
+    places = [note for note in reversed(getattr(error, "__notes__", [])) if isinstance(note, _Place)]
+    return " ".join(": ".join([*places, str(error) or type(error).__name__]).split())
 
 
 def shortened(text: str, most: int) -> str:
-    """Returns a text for messages: what a file brings may be long, and may hold what a terminal takes for commands."""
+    """Returns a text for messages: what a file brings may be long, and may hold what a terminal would obey."""
     text = text[: most + 1]
     shown = text if text.isprintable() else repr(text)[1:-1]
     return shown if len(shown) <= most else f"{shown[:most]}..."

@@ -31,8 +31,8 @@ class Merged:
         weights: the merged weight of each step of the plan.
         factors: the parameters that they were made of.
         stepped: whether an optimizer of one of the factors has taken a step since.
-        checked: whether an eager call in evaluation made them; a mode is often followed by writes through `.data`, such as
-            those that exchange weights for their moving averages.
+        checked: whether they were made by a forward call. Those made by `eval()` are merged once more, since callers often
+            write through `.data` right after it, such as to exchange weights for their moving averages.
     """
 
     def __init__(self, weights: list[Tensor], factors: Sequence[nn.Parameter], *, checked: bool) -> None:

@@ -25,6 +25,7 @@ __all__ = ["check_plain", "restructure", "structure_of"]
 _VERSION = 1
 _DEPTH = 8
 _VALUES = 100_000
+_BITS = 64
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
 
 
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
-    """Returns what a rule makes of a layer. Ranks above what it attains cannot have been written, and could ask for all memory."""
+    """Returns what a rule makes of a layer. Refuses unattainable ranks: we never write them, and they could exhaust memory."""
     method, geometry = rule.factorization, Geometry.of(layer)
     assert method is not None
     with about(rule.pattern):
@@ -139,10 +140,10 @@ def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
 
 
 def check_plain(value: object) -> None:
-    """Refuses all but strings, numbers, lists and mappings, few enough to be looked through and shown.
+    """Refuses all but strings, numbers, lists and mappings, few and small enough to be looked through and shown.
 
     Raises:
-        ValueError: other values, or too many of them.
+        UserError: other values, or too many of them.
     """
     waiting, seen = [(value, 0)], 0
     while waiting:
@@ -156,5 +157,7 @@ def check_plain(value: object) -> None:
                 raise UserError("it has keys that are not strings")
         elif isinstance(item, list | tuple):
             waiting.extend((part, depth + 1) for part in item)
+        elif isinstance(item, int) and item.bit_length() > _BITS:
+            raise UserError(f"it holds a number of more than {_BITS} bits")
         elif not isinstance(item, str | int | float | None):
             raise UserError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")

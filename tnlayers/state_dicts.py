@@ -7,18 +7,15 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["USUAL_KEYS", "Copy", "convertible", "find_copies", "needed", "prefixes"]
+__all__ = ["USUAL_KEYS", "Copy", "find_copies", "needed", "prefixes"]
 
 _PREFIX = re.compile(r"(?:(?:module|model|net|_orig_mod|ema_model|ema)\.)*")
 USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
-_COUNTER = "num_batches_tracked"
 _DEPTH = 4
 _PARTS = 8
 
@@ -32,7 +29,7 @@ class Copy:
         prefix: what stands before the model's own keys in it.
         state: the state dict.
         found: how many of the model's keys are there.
-        whole: whether that is all of them.
+        whole: True if that is all of them.
     """
 
     keys: tuple[str, ...]
@@ -46,23 +43,24 @@ class Copy:
 
     @property
     def averaged(self) -> bool:
-        """Whether it is of averages, by its names."""
+        """True if a key or prefix marks this copy as averaged weights."""
         return not {*self.keys, *self.prefix.split(".")}.isdisjoint(_AVERAGED)
 
     @property
     def usual(self) -> bool:
-        """Whether it is where weights usually are."""
+        """True if it is where weights usually are."""
         return {*self.keys} <= {*USUAL_KEYS, *_AVERAGED} and _PREFIX.fullmatch(self.prefix) is not None
 
-    def like(self, other: "Copy") -> bool:
-        """Tells whether nothing but their names tells the two apart."""
-        return self.whole and other.whole and (self.averaged, self.usual) == (other.averaged, other.usual)
+    @property
+    def preference(self) -> tuple[bool, bool]:
+        """Sorts copies with the same keys by their names: plain weights and usual places come first."""
+        return self.averaged, not self.usual
 
 
 def find_copies(content: Mapping[Any, Any], own: Mapping[str, Tensor]) -> list[Copy]:
-    """Finds the copies in the usual places, and any other that is whole. The best is the first.
+    """Finds the copies in the usual places, and any other that is whole. The best comes first.
 
-    That is the one with the most of the model's keys; of equals a plain one rather than averages, and one in a usual place.
+    The best has the most of the model's keys; of equals it is the one that `Copy.preference` puts first.
     """
     every = sum(map(needed, own))
     copies = [
@@ -73,9 +71,9 @@ def find_copies(content: Mapping[Any, Any], own: Mapping[str, Tensor]) -> list[C
     return sorted((copy for copy in copies if copy.usual or copy.whole), key=_order)
 
 
-def _order(copy: Copy) -> tuple[int, int, bool, bool, int]:
-    size = 0 if copy.found else len(copy.state)  # of state dicts of other models, the largest is to be told of
-    return -copy.found, -size, copy.averaged, not copy.usual, len(copy.prefix)
+def _order(copy: Copy) -> tuple[int, int, tuple[bool, bool], int]:
+    size = 0 if copy.found else len(copy.state)  # of state dicts of other models, the message tells of the largest
+    return -copy.found, -size, copy.preference, len(copy.prefix)
 
 
 def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -107,18 +105,6 @@ def prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[
     return found
 
 
-@cache
-def convertible(dtype: torch.dtype) -> bool:
-    """Tells whether torch can make other numbers of these; of some packed ones it cannot."""
-    if not dtype.is_floating_point:
-        return True
-    try:
-        torch.empty(1, dtype=dtype).to(torch.float32)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
-
-
 def needed(key: str) -> bool:
-    """Tells whether a model's entry has to be in a file, which may lack BatchNorm's counters."""
-    return not key.endswith(_COUNTER)
+    """Tells whether a file must have this entry of a model; it may lack BatchNorm's counters."""
+    return not key.endswith("num_batches_tracked")
