@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from lightning_modules.interrupts import TERMINATED, interruptible
+from lightning_modules.ctrl_c import TERMINATED, interruptible
 
 __all__ = ["main"]
 
@@ -105,13 +105,13 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _told_in_one_line(error: BaseException | None) -> str | None:
-    """Returns the line for the user where an error, or one of its causes, is a user's; None where it is a bug."""
+    """Returns the line for the user where an error, or one that it was raised from, is a user's; None where it is a bug."""
     from tnlayers.errors import UserError, message
 
     chain: list[BaseException] = []
     while error is not None:
         chain.append(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__  # not its context: code that handles an error may have a bug of its own
     told: list[BaseException] = [link for link in chain if isinstance(link, UserError)]
     told = told or [link for link in chain if _is_of_use(link)]
     if not told:

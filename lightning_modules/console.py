@@ -39,10 +39,11 @@ def shown_path(path: str | Path) -> str:
 
 @contextmanager
 def only_what_matters() -> Iterator[None]:
-    """Within this block the layers tell of their progress, warnings are one line each, and harmless ones are left out."""
+    """Shows tnlayers' own log, prints each warning on one line, hides harmless ones."""
     logger, handler = logging.getLogger("tnlayers"), logging.StreamHandler()
+    advertising = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, propagate = logger.level, logger.propagate
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertising)
+    advertising.addFilter(_is_no_advertising)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -53,6 +54,7 @@ def only_what_matters() -> Iterator[None]:
             warnings.showwarning = _show_in_one_line
             yield
     finally:
+        advertising.removeFilter(_is_no_advertising)
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate

@@ -1,4 +1,7 @@
-"""Errors of libraries that a user's options have caused, told as errors of the user."""
+"""Errors that a user's options have caused in libraries and classes, told as errors of the user.
+
+No other file reads the frames of a traceback.
+"""
 
 import traceback
 from typing import Any
@@ -18,28 +21,31 @@ _NEVER_OURS = (
 def made_of_options(kind: type, *args: Any, **options: Any) -> Any:
     """Makes an object of a class that a configuration names.
 
-    Libraries refuse options by whatever kind of error they come upon. A class of ours, or of a user's own, does it by a ValueError;
-    what else leaves its constructor is a bug there.
+    Libraries refuse options by whatever kind of error they come upon. A class of ours, or of a user's own, does it by a ValueError,
+    which may come from a bug of its own too, so the line that raised it is named; what else leaves its constructor is a bug there.
 
     Raises:
         UserError: the class does not take the options.
     """
-    package = kind.__module__.partition(".")[0]
-    refused = Exception if package in LIBRARIES else ValueError
+    library = kind.__module__.partition(".")[0] in LIBRARIES
+    refused = Exception if library else ValueError
     try:
         return kind(*args, **options)
     except UserError:
         raise
     except refused as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise UserError(f"{kind.__name__} cannot be made with the options {given}: {error}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if library else f" ({last.filename}, line {last.lineno})"
+        raise UserError(f"{kind.__name__} cannot be made with the options {given}: {error}{where}") from error
 
 
 def refusal_in_a_run(error: BaseException) -> UserError | None:
-    """Returns what to tell the user where a library refused, in the middle of a run, what options have made of it.
+    """Returns the message for an error that a library raised because of its options; None for any other error.
 
     That is so where nothing but libraries lies between the trainer and the line that raised the error: a scheduler divides by a
-    step of zero, a callback asks for what the module lacks. Errors about tensors may be anybody's, whoever raises them.
+    step of zero, a callback asks for what the module lacks. Errors about tensors may be anybody's, whoever raises them. Libraries
+    raise errors of any kind for this, so the frames alone tell theirs from a bug in code that they call.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__")) for frame in frames]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,7 +24,7 @@ from lightning_modules.callbacks import (
     RunConfig,
 )
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.configurations import check_yaml, with_config_paths
+from lightning_modules.configurations import read_yaml, with_config_paths
 from lightning_modules.console import only_what_matters, say, shown_path
 from lightning_modules.data import ImageData
 from lightning_modules.folders import whole_folder
@@ -36,7 +36,7 @@ from lightning_modules.shipped_configs import config_names
 from lightning_modules.study import study_folder
 from lightning_modules.trainer import CompressionTrainer
 from lightning_modules.user_methods import import_methods
-from tnlayers import CheckpointError, Rule
+from tnlayers import Rule
 from tnlayers.checkpoints import read_checkpoint
 from tnlayers.errors import UserError
 from tnlayers.files import beside, write_files
@@ -46,21 +46,6 @@ __all__ = ["TensorCLI", "run"]
 _SOME_EPOCHS = " --trainer.max_epochs 15"
 
 
-class Restoration(Callback):
-    """Knows which checkpoint a run's state is being restored from, between its first hook then and the first one after it."""
-
-    path: str | None = None
-
-    def on_load_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        self.path = str(trainer.ckpt_path)
-
-    def on_sanity_check_start(self, *_: Any) -> None:
-        self.path = None
-
-    def on_train_start(self, *_: Any) -> None:
-        self.path = None
-
-
 class TensorCLI(LightningCLI):
     """LightningCLI with `compress` and `study`; it takes no options from checkpoints, and none that are abbreviated."""
 
@@ -68,21 +53,14 @@ class TensorCLI(LightningCLI):
         """Runs a command, which has what it writes to for itself from before it writes there until it ends.
 
         Raises:
-            UserError: of a library's error as well, where options or the contents of a checkpoint have caused it.
+            UserError: of a library's error as well, where options have caused it.
         """
-        self._restoration = Restoration()
         with ExitStack() as self._held:
             try:
                 super().__init__(*args, **kwargs)
             except (UserError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if path := self._restoration.path or ("loading state_dict" in str(error) and self.trainer.ckpt_path):
-                    fix = f"start from its weights instead: --model.init_from {path}"
-                    raise CheckpointError(
-                        f"{path} cannot be resumed ({type(error).__name__}: {error}); "
-                        f"{fix if self.model_class else 'begin anew without --ckpt_path'}"
-                    ) from error
                 if refusal := refusal_in_a_run(error):
                     raise refusal from error
                 raise
@@ -90,7 +68,6 @@ class TensorCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer, whose run keeps the configuration as it was given: `last`, not the path that this is now."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, self._restoration)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
                 callback.config = self._given
@@ -249,8 +226,7 @@ def _ends(trainer: dict[str, Any]) -> bool:
 def run(arguments: list[str]) -> int:
     """Runs one Lightning command; returns the exit code."""
     arguments = with_config_paths(arguments)
-    check_yaml(arguments)
-    ours = not names_model_class(arguments)
+    ours = not names_model_class(arguments, read_yaml(arguments))
     with only_what_matters():
         try:
             TensorCLI(

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 from filelock import lock_descriptor
 
@@ -33,11 +35,22 @@ def try_lock(path: Path) -> Iterator[IO[str] | None]:
             locked = lock_descriptor(file.fileno(), blocking=False)
         except OSError:  # a file system without locks
             locked = True
-        if locked and hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                after_in_child=file.close
-            )  # the workers that load data outlive a killed process by seconds
+        if locked:
+            _locked_files().add(file)
         yield file if locked else None
+
+
+@cache
+def _locked_files() -> WeakSet[IO[str]]:
+    """Returns the set of the files that this process has locked, which forks of it close.
+
+    The workers that load data outlive a killed process by seconds, and would keep its locks. Python never forgets a function
+    that is to run after a fork, so one serves all the locks.
+    """
+    files: WeakSet[IO[str]] = WeakSet()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: [file.close() for file in files])
+    return files
 
 
 @contextmanager

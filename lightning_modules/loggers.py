@@ -163,9 +163,9 @@ class WandB(WandbLogger):
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         # The mode goes to wandb.init alone: WandbLogger(offline=True) would set an environment variable for the process.
         settings = kwargs if mode is not None else {"mode": "offline" if offline else "online", **kwargs}
+        settings = {"settings": _flushing_often(), **settings}
         super().__init__(project=project, name=name, save_dir=save_dir, version=version, **settings)
-        self._wandb_init.setdefault("settings", _flushing_often())
-        self._wandb_init.pop("anonymous", None)  # wandb warns of it whatever it is
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it whatever it is, and Lightning always gives it
 
 
 def _flushing_often() -> dict[str, float]:

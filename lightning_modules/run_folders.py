@@ -6,7 +6,7 @@ logged, or where `model_checkpoint.dirpath` says.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -155,8 +155,14 @@ def _check_same_net(found: _Saved, config: Namespace) -> None:
             )
 
 
-def newest_checkpoint(folders: list[Path]) -> _Saved | None:
+def newest_checkpoint(
+    folders: list[Path], usable: Callable[[dict[str, Any]], bool] = lambda content: True
+) -> _Saved | None:
     """Returns the checkpoint of the most steps in the folder that was written to last; None where there is none.
+
+    Args:
+        folders: may hold checkpoints.
+        usable: leaves out those whose contents will not do.
 
     Raises:
         CheckpointError: there are some, and none can be read.
@@ -168,9 +174,11 @@ def newest_checkpoint(folders: list[Path]) -> _Saved | None:
         saved = []
         for path in sorted(files):
             try:
-                saved.append(_Saved(path, _check_own(path)))
+                found = _Saved(path, _check_own(path))
             except UserError as error:
                 problems.append(str(error))
+            else:
+                saved += [found] if usable(found.content) else []
         if saved:
             best = max(saved, key=lambda each: each.order)
             if problems:

@@ -7,11 +7,12 @@ Any LightningModule will do: each question has a default. A module answers one i
 - `example_input`: what that module takes, a tensor or a tuple of tensors, with the batch that plans are chosen for. By default
   it is Lightning's `example_input_array`.
 - `rules`: the list of `tnlayers.Rule` by which it was tensorized. A later budget then counts the layers that they left dense too.
-- `validation_accuracy(net)`: a number from 0 to 1 that says how good a copy of that module is on validation data. `AccuracyDrop`
+- `accuracy_of(net)`: a method that returns a number from 0 to 1, how good a copy of that module is on validation data. `AccuracyDrop`
   asks for it.
 """
 
 import copy
+import inspect
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -40,7 +41,7 @@ def tensorized_net(module: LightningModule) -> nn.Module:
     Raises:
         UserError: the module names a submodule that it does not have.
     """
-    name = getattr(module, "tensorized", "")
+    name = _said(module, "tensorized", "")
     try:
         return module.get_submodule(name)
     except AttributeError:
@@ -61,7 +62,7 @@ def example_input(module: LightningModule) -> Example:
     Raises:
         UserError: the module has no example.
     """
-    given = getattr(module, "example_input", None)
+    given = _said(module, "example_input", None)
     given = module.example_input_array if given is None else given
     values = given if isinstance(given, tuple) else (given,)
     if not all(isinstance(value, Tensor) for value in values):
@@ -76,8 +77,14 @@ def example_input(module: LightningModule) -> Example:
 
 def budget_rules(module: LightningModule) -> list[Rule]:
     """Returns the rules that say which dense layers a budget counts, none by default."""
-    rules = getattr(module, "rules", None)
+    rules = _said(module, "rules", None)
     return [rule for rule in rules if isinstance(rule, Rule)] if isinstance(rules, list | tuple) else []
+
+
+def _said(module: LightningModule, name: str, default: Any) -> Any:
+    """Returns the attribute; a property is called itself, since `nn.Module` takes one that raises an AttributeError for missing."""
+    found = inspect.getattr_static(type(module), name, None)
+    return found.__get__(module) if isinstance(found, property) else getattr(module, name, default)
 
 
 def copied(net: nn.Module) -> nn.Module:
@@ -107,6 +114,7 @@ class TensorizedCheckpoint(LightningModule):
     truncated, whatever the module's constructor and `setup` make of it. Nothing that a file names is imported.
 
     It stands first among the bases: `class MyModule(TensorizedCheckpoint, TheirModule)` adds it to a class of somebody else's.
+    A class that defines `on_save_checkpoint` or `on_load_checkpoint` itself calls those of `super()` there.
     A callback cannot do this: Lightning asks callbacks only after it has loaded the weights, and not at all in
     `load_from_checkpoint`.
     """

@@ -16,6 +16,7 @@ from lightning_modules.compression import compress
 from lightning_modules.console import progress_bar, say
 from lightning_modules.data import ImageData
 from lightning_modules.processes import check_processes
+from lightning_modules.restoring import Restoring
 from lightning_modules.study import JOURNAL, Protocol, Subject, log_study, read_rows, run_study, summary, write_report
 from tnlayers import Rule
 from tnlayers.errors import UserError
@@ -24,7 +25,7 @@ __all__ = ["CompressionTrainer"]
 
 
 class CompressionTrainer(Trainer):
-    """Lightning's trainer, which writes checkpoints whole or not at all, compresses and studies.
+    """Lightning's trainer, which writes checkpoints whole or not at all, says which one does not fit, compresses and studies.
 
     The signatures of `compress` and `study` are those commands' options.
     """
@@ -63,6 +64,7 @@ class CompressionTrainer(Trainer):
             super().__init__(*args, **numbers, **kwargs)
         except Exception as error:  # devices that are no number, a precision that needs a library, two progress bars
             raise UserError(f"the trainer cannot be made of its options (--trainer): {error}") from error
+        self._checkpoint_connector = Restoring(self)
         plugins = kwargs.get("plugins") or ()
         given = any(isinstance(each, CheckpointIO) for each in (plugins if isinstance(plugins, list) else [plugins]))
         if keeps_whole_parameters(self.strategy) and not given:

@@ -89,7 +89,7 @@ class UNet(TensorizedCheckpoint):
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).sigmoid()
 
-    def validation_accuracy(self, net: nn.Module) -> float:
+    def accuracy_of(self, net: nn.Module) -> float:
         """The overlap of the discs that are found with those that are there."""
         pictures, masks = shapes(16, 1).tensors
         found = net(pictures) > 0

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import pickle
 import re
@@ -19,12 +20,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_modules import load_net
-from lightning_modules.configurations import SECTIONS, check_yaml
+from lightning_modules.configurations import SECTIONS, read_yaml
+from lightning_modules.console import only_what_matters
 from lightning_modules.data import Digits
 from tests.commands import CONFIGS, DIGITS, QUIET, metric, output_to, tnlayers, weights
 from tests.odd_commands import broken_law, draw
 from tests.processes import HANGING
-from tnlayers import methods_table
+from tnlayers import UserError, methods_table
 
 COMMANDS = [
     "quickstart",
@@ -181,7 +183,7 @@ CASES += [
      ["'torchvision/googlenet'", "GoogLeNetOutputs", "aux_logits: false"]),
     ("eps of zero", [*FIT, "--trainer.precision", "16-true"], ["AdamW's eps 1e-08", "float16", "--trainer.precision 16-mixed"]),
     ("net's option of a wrong type", [*FIT, "--model.net_options", "{widths: [a, b, c, d]}"], ["widths is ['a', 'b'"]),
-    ("class of a user's", [*FIT, "--trainer.callbacks+=tests.test_cli.Particular"], ["Particular", "number=1", "give 2"]),
+    ("class of a user's", [*FIT, "--trainer.callbacks+=tests.test_cli.Particular"], ["Particular", "number=1: give 2 (", "test_cli.py, "]),
     ("scheduler's step", [*FIT, "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
      "--model.lr_scheduler.step_size", "0"], ["StepLR", "integer modulo by zero"]),
     ("sparse optimizer", [*FIT, "--model.optimizer", "torch.optim.SparseAdam"], ["SparseAdam", "dense gradients"]),
@@ -192,6 +194,7 @@ CASES += [
     ("no memory", [*FIT, "--model.net_options", "{hidden: 1000000000000}"], ["'cnn4'", "hidden"]),
     ("no outputs", [*FIT, "--model.net_options", "{hidden: 0}"], ["'cnn4'", "hidden is 0"]),
     ("the data's classes", [*FIT, "--model.net_options", "{num_classes: 3}"], ["net_options", "'num_classes'"]),
+    ("broken YAML in an argument", [*FIT, "--model", "{net: ["], ["model", "{net: ["]),
     ("same key in an argument", [*FIT, "--model.net_options", "{hidden: 3, hidden: 4}"], ["'hidden'", "twice"]),
 ]  # fmt: skip
 # The ways in which a checkpoint can reach a command.
@@ -379,6 +382,8 @@ CONFIGURATIONS: list[tuple[str, list[str]]] = [
     ("model:\n  optimizer:\n", ["line 2: 'model.optimizer' is empty"]),
     ("model:\n  net: cnn4\n  net: resnet20\n", ["line 3", "'net'", "twice", "line 2"]),
     ("model:\n  rules:\n  - {pattern: conv2, pattern: conv3}\n", ["line 3", "'pattern'"]),
+    ("seed_everything: 2001-99-99\n", ["is not valid YAML", "month"]),
+    ("model: {[1]: 2}\n", ["is not valid YAML", "unhashable key"]),
     ("model: {}\nmodel: {}\n", ["line 2", "'model'"]),
     *(
         (f"seed_everything: 1\nconfig: {value}\n", ["line 2", "-c of its own"])
@@ -410,7 +415,7 @@ def test_only_files_of_options_are_read_as_such(tmp_path: Path, capsys: pytest.C
     """Data of a user's own may be in files of the same kinds."""
     (tmp_path / "rows.json").write_text('{"a": 1, "a": 2}\n{"a": 3}\n')
     (tmp_path / "config.yaml").write_text(f"trainer:\n  default_root_dir: {tmp_path}/rows.json\n")
-    check_yaml(["fit", "-c", str(tmp_path / "config.yaml"), "--data.annotations", str(tmp_path / "rows.json")])
+    read_yaml(["fit", "-c", str(tmp_path / "config.yaml"), "--data.annotations", str(tmp_path / "rows.json")])
 
 
 def test_a_whole_epoch_between_validations_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -535,6 +540,26 @@ def test_a_bug_keeps_its_traceback(
     monkeypatch.setattr(name, None)
     with pytest.raises(Exception, match="'NoneType' object"):
         tnlayers(*(argument.replace("@", str(tmp_path)) for argument in VALIDATE), *options)
+
+
+def test_a_bug_where_an_error_of_the_users_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(arguments: list[str]) -> int:
+        try:
+            raise UserError("a rank of 0")
+        except UserError:
+            raise KeyError("bug")  # noqa: B904
+
+    monkeypatch.setattr("lightning_modules.commands.run", handle)
+    with pytest.raises(KeyError, match="bug"):
+        tnlayers("methods")
+
+
+def test_a_command_leaves_libraries_logs_as_they_were() -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = list(logger.filters)
+    with only_what_matters():
+        assert logger.filters != before
+    assert logger.filters == before
 
 
 # ---- from a dense checkpoint to predictions

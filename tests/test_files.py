@@ -35,6 +35,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "logs/version_0/checkpoints/last.ckpt"
 
 
+def test_locks_leave_nothing_for_later_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: list[object] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
+    for name in "abc":
+        with try_lock(tmp_path / name) as file:
+            assert file is not None
+    assert len(hooks) <= 1  # none where an earlier test has come first
+
+
 def compress(dense: Path, out: Path) -> list[str]:
     return ["compress", *DIGITS, *RULES, *QUIET, "--checkpoint", str(dense), "--out", str(out)]
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from lightning_modules import plots
 from lightning_modules.callbacks import compression_log
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.interrupts import interruptible
+from lightning_modules.ctrl_c import interruptible
 from lightning_modules.run_folders import newest_checkpoint
 from tests.commands import DIGITS, QUIET, output_to, tnlayers
 from tests.killed_commands import RULES, STEPS

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lightning_modules.callbacks.compression_log import CompressionLog
+from lightning_modules.callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import Digits
 from lightning_modules.loggers import CSV
@@ -103,14 +104,16 @@ def test_csv_from_the_beginning(tmp_path: Path) -> None:
 # ---- the factorized layers
 
 
-def fitted(folder: Path, rules: list[dict[str, Any]], logger: Any, **options: Any) -> ImageClassifier:
+def fitted(
+    folder: Path, rules: list[dict[str, Any]], logger: Any, *callbacks: Callback, **options: Any
+) -> ImageClassifier:
     """A classifier that was trained for two short epochs, with the log among its callbacks."""
     data, model = Digits(batch_size=64), ImageClassifier(rules=rules, **options)
     trainer = Trainer(
         max_epochs=2,
         limit_train_batches=3,
         logger=logger,
-        callbacks=[CompressionLog()],
+        callbacks=[CompressionLog(), *callbacks],
         accelerator="cpu",
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -127,6 +130,20 @@ def spread(layer: FactorizedLayer) -> float:
     values = np.linalg.svd(layer.weight.detach().double().flatten(1).numpy(), compute_uv=False)
     shares = values[values > 0] ** 2 / (values**2).sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_an_epoch_ends_with_the_weights_that_train_on(tmp_path: Path) -> None:
+    """Validation has averaged ones, which follow the log's callback here."""
+
+    class Live(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            self.spread = spread(pl_module.net.conv3)
+
+    live = Live()
+    fitted(tmp_path, RULES, CSV(tmp_path, name="run"), EMA(decay=0.5), live)
+    *_, averaged, last = [float(row[name]) for row in rows(tmp_path) if row[name := "compress/conv3/effective_rank"]]
+    assert last == pytest.approx(live.spread, rel=1e-6)
+    assert averaged != pytest.approx(live.spread, rel=1e-6)
 
 
 @pytest.mark.parametrize("logger", [CSV, CSVLogger])

@@ -3,6 +3,7 @@
 import copy
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.callbacks import EMA, CompressionLog, Freeze, RankSchedule
 from lightning_modules.callbacks.rank_steps import steps_of
@@ -21,7 +23,7 @@ from tests.own_module import EPOCHS, RANKS, STEPS, Rivals, UNet, shapes
 from tests.processes import Forks, Watch, finish, start
 from tests.test_wandb import read_file
 from tests.tolerances import EXACT
-from tnlayers import CheckpointError, FactorizedLayer, Rule, Tucker, rules_of, tensorize, to_dense
+from tnlayers import CheckpointError, FactorizedLayer, Rule, Tucker, UserError, rules_of, tensorize, to_dense, truncate
 
 KILLED = 2 * STEPS + 2  # the second epoch's checkpoint is there by then, and some steps of the third are logged
 
@@ -217,7 +219,7 @@ class Plain(LightningModule):
         (
             {"example_input": torch.zeros(1, 1, 9, 9)},
             [RankSchedule({1: "AccuracyDrop(0.1)"})],
-            r"Plain does not say: define validation_accuracy\(self, net\)",
+            r"Plain does not say: define accuracy_of\(self, net\)",
         ),
         ({}, [Freeze(["nothing"])], "no module is called 'nothing'; expected one of convs, convs.0"),
     ],
@@ -247,6 +249,19 @@ def test_checkpoints_that_do_not_say_are_told(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="'elsewhere' matches no layer"):
         type(module).load_from_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_an_error_in_a_property_is_not_taken_for_a_default() -> None:
+    kind = type("Propertied", (Plain,), {"example_input": property(lambda self: self.width)})
+    with pytest.raises(AttributeError, match="no attribute 'width'"):
+        example_input(kind(example_input_array=torch.zeros(1, 1, 9, 9)))
+
+
+def test_a_metric_is_not_asked_for_a_nets_accuracy() -> None:
+    (step,) = steps_of({0: "AccuracyDrop(0.1)"}).values()
+    module = Plain(example_input=torch.zeros(1, 1, 9, 9), validation_accuracy=MulticlassAccuracy(2))
+    with pytest.raises(UserError, match=r"define accuracy_of\(self, net\)"):
+        step.check(module, "*")
 
 
 def test_examples_come_in_the_modules_precision() -> None:
@@ -288,6 +303,31 @@ def test_optimizers_may_hold_what_is_not_the_modules() -> None:
     assert optimizers[1].param_groups[0]["param_names"] == list(after)
 
 
+ORDERS: dict[str, Callable[[nn.Module, nn.Module], list[list[nn.Parameter]]]] = {
+    "the module's": lambda net, loss: [list(net.parameters())],
+    "layers from last to first": lambda net, loss: [[each for layer in reversed(net) for each in layer.parameters()]],  # type: ignore[call-overload]
+    "a loss first": lambda net, loss: [[*loss.parameters(), *net.parameters()]],
+    "biases apart": lambda net, loss: [
+        [each for each in net.parameters() if each.dim() > 1],
+        [each for each in net.parameters() if each.dim() == 1],
+    ],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_optimizers_keep_the_order_of_whoever_made_them(order: str) -> None:
+    """A checkpoint tells an optimizer's parameters by their places, in the order of one that is made anew when it is restored."""
+    net, loss = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), nn.Linear(3, 2)
+    tensorize(net, [Rule("[01]", Tucker(3))])
+    optimizer = torch.optim.SGD([{"params": group} for group in ORDERS[order](net, loss)], lr=0.1)
+    before = dict(net.named_parameters())
+    tensorize(net, [Rule("2", Tucker(2))])
+    truncate(net, [Rule("0", Tucker((2, 2)))])
+    follow_optimizers([optimizer], before, dict(net.named_parameters()), set())
+    made = [[id(each) for each in group["params"]] for group in optimizer.param_groups]
+    assert made == [list(map(id, group)) for group in ORDERS[order](net, loss)]
+
+
 @pytest.mark.parametrize("command", ["compress", "study"])
 def test_jobs_of_image_classifiers_say_so(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = ["--model", "tests.own_module.UNet", "--data", "tests.own_module.Discs", "--checkpoint", "x.pt", *QUIET]
@@ -318,12 +358,48 @@ def test_a_checkpoint_of_another_module_is_one_line(tmp_path: Path, capsys: pyte
     )
 
 
+@pytest.mark.parametrize(("command", "hook"), [("test", "test_step"), ("fit", "configure_optimizers")])
+def test_a_bug_in_a_hook_is_no_fault_of_the_checkpoint(
+    command: str, hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("loading state_dict of a teacher")
+
+    job = ["--model=tests.own_module.UNet", "--data=tests.own_module.Discs", *QUIET]
+    job += ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_train_batches", "1"]
+    assert tnlayers("fit", *job, "--trainer.max_epochs", "1") == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    monkeypatch.setattr(UNet, hook, fails)
+    with pytest.raises(RuntimeError, match="loading state_dict of a teacher"):
+        tnlayers(command, *job, "--trainer.max_epochs", "2", "--ckpt_path", last)
+
+
+@pytest.mark.parametrize("accuracy", [87.0, float("nan"), -0.1])
+def test_an_accuracy_is_a_fraction(accuracy: float) -> None:
+    (step,) = steps_of({0: "AccuracyDrop(0.1)"}).values()
+    module = Plain(example_input=torch.zeros(1, 1, 9, 9), accuracy_of=lambda net: accuracy)
+    with pytest.raises(UserError, match=r"Plain\.accuracy_of returned .*; expected a fraction from 0 to 1"):
+        step.resolve(module, "*")
+
+
+def test_a_buffer_may_be_infinite_and_lbfgs_is_refused() -> None:
+    module = Plain(example_input=torch.zeros(1, 1, 9, 9))
+    module.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(2, 1, 9, 9)))
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 2}
+    Trainer(callbacks=[RankSchedule({1: 2})], **options).fit(module, batches)
+    assert {layer.ranks for layer in module.modules() if isinstance(layer, FactorizedLayer)} == {(2, 1), (2, 2)}
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="RankSchedule cannot change ranks under LBFGS"):
+        Trainer(callbacks=[RankSchedule({1: 2})], **options).fit(module, batches)
+
+
 def test_a_step_asks_the_module(tmp_path: Path) -> None:
     """A drop that allows everything goes as far as the search does, and one that allows nothing nowhere."""
     module = UNet()
-    module.validation_accuracy = lambda net: 0.5  # type: ignore[method-assign]
+    module.accuracy_of = lambda net: 0.5  # type: ignore[method-assign]
     (step,) = steps_of({0: "AccuracyDrop(0.1)"}).values()
     assert {rule.factorization.rank for rule in step.resolve(module, "*")} == {(1, 1)}  # type: ignore[union-attr]
     scores = iter([0.9] + [0.1] * 20)
-    module.validation_accuracy = lambda net: next(scores)  # type: ignore[method-assign]
+    module.accuracy_of = lambda net: next(scores)  # type: ignore[method-assign]
     assert step.resolve(module, "*") == []

@@ -299,6 +299,15 @@ def test_the_last_good_checkpoint_is_named(rank: Any, tmp_path: Path) -> None:
     assert "\n" not in str(said.value)
 
 
+def test_an_error_without_words_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("lightning_modules.callbacks.rank_steps.resolve_truncation", silent)
+    with pytest.raises(AssertionError):
+        fitted(tmp_path, RankSchedule({1: 4}), epochs=2)
+
+
 def test_where_no_good_checkpoint_was_kept_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"are not finite .* no checkpoint whose weights are finite was kept, so begin anew"

@@ -6,7 +6,7 @@ edited, saved and applied again. The plain form names methods that the program h
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from tnlayers.errors import UserError, about
 from tnlayers.method import Factorization, known_methods
 from tnlayers.plan import PlanChoice, check_plan
-from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule, RelativeError
+from tnlayers.ranks import MacsKept, ParamsKept, RankRule, RelativeError
 
 __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
@@ -98,8 +98,10 @@ class Rule:
         plan = values.pop("plan", "auto")
         try:
             factorization = method(**values)
-        except (TypeError, ValueError) as error:  # from a method of the user's own it may be of either kind
-            raise UserError(str(error)) from None
+        except UserError:
+            raise
+        except ValueError as error:  # of a method of the user's own
+            raise UserError(str(error)) from error
         return Rule(pattern, factorization, reason, plan)
 
 
@@ -118,19 +120,24 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
     return rules
 
 
-def rank_from_text(value: Any) -> Rank:
+def rank_from_text(value: Any, **more: Callable[[float], Any]) -> Any:
     """Returns a rank that may be written as text, such as "MacsKept(0.5)".
 
+    Args:
+        value: the text, or a rank already.
+        more: what else takes a number, by name.
+
     Raises:
-        ValueError: a text that is no rank rule.
+        UserError: a text that is no rank rule.
     """
     if not isinstance(value, str):
         return value
+    rules: dict[str, Callable[[float], Any]] = {**_RANK_RULES, **more}
     match = _RANK_TEXT.fullmatch(value)
-    rule = _RANK_RULES.get(match[1]) if match else None
+    rule = rules.get(match[1]) if match else None
     if match is None or rule is None:
         raise UserError(
-            f"rank {value!r} is not understood; expected an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
+            f"rank {value!r} is not understood; expected an int, a list of ints, or one of {', '.join(rules)}, such as MacsKept(0.5)"
         )
     try:
         number = float(match[2])

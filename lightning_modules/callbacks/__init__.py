@@ -3,8 +3,8 @@
 from lightning_modules.callbacks.compression_log import CompressionLog
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.callbacks.freeze import Freeze
-from lightning_modules.callbacks.interruptions import Interruptible, RunCheckpoint
 from lightning_modules.callbacks.rank_schedule import RankSchedule
+from lightning_modules.callbacks.stopping import Interruptible, RunCheckpoint
 from lightning_modules.callbacks.writers import PredictionWriter, RunConfig
 
 __all__ = [

@@ -32,11 +32,9 @@ class CompressionLog(Callback):
     def __init__(self) -> None:
         self._ranks: dict[str, object] = {}
         self._kept: dict[str, float] = {}
-        self._step, self._metrics = -1, dict[str, float]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = -1
-        metrics, layers = self._measured(trainer, pl_module), factorized_layers(tensorized_net(pl_module))
+        metrics, layers = self._measured(pl_module), factorized_layers(tensorized_net(pl_module))
         errors = {f"compress/{name}/error": layer.decomposition_error for name, layer in layers.items()}
         if trainer.is_global_zero and metrics and trainer.global_step == 0:
             for logger in trainer.loggers:
@@ -47,10 +45,10 @@ class CompressionLog(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            pl_module.log_dict(self._measured(trainer, pl_module))
+            pl_module.log_dict(self._measured(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self._measured(trainer, pl_module))
+        pl_module.log_dict(self._measured(pl_module))
 
     def truncated(self, trainer: Trainer, module: LightningModule, reference: nn.Module, epoch: int) -> None:
         """Reports a truncation: files in truncations/epoch=<epoch>/ of the run's folder, and the same to the loggers.
@@ -66,7 +64,8 @@ class CompressionLog(Callback):
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer) / "truncations" / f"epoch={epoch}"
-        net, title = tensorized_net(module), getattr(module.hparams, "net", type(module).__name__)
+        net, named = tensorized_net(module), module.hparams.get("net")
+        title = named if isinstance(named, str) else type(module).__name__
         summary = summarize(net, example_input(module), reference=reference, measure=False)
         note = "error       of this truncation: against the weights right before it"
         report = Report(f"{title} truncated at epoch {epoch}", summary, {}, (note,))
@@ -80,20 +79,17 @@ class CompressionLog(Callback):
         write_files(folder, files)
         log_report(trainer, report, folder)
 
-    def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    def _measured(self, module: LightningModule) -> dict[str, float]:
         net = tensorized_net(module)
         if not (layers := factorized_layers(net)):
             return {}
-        if trainer.global_step == self._step:  # validation and the epoch end at the same weights
-            return self._metrics
         ranks = {name: layer.ranks for name, layer in layers.items()}
         if ranks != self._ranks:  # else nothing that is counted has changed
             self._ranks = dict(ranks)
             counts = layer_metrics(summarize(net, example_input(module), measure=False))
             self._kept = {name: value for name, value in counts.items() if not name.endswith("/error")}
         spread = {f"compress/{name}/effective_rank": effective_rank(_unfolded(layer)) for name, layer in layers.items()}
-        self._step, self._metrics = trainer.global_step, self._kept | spread
-        return self._metrics
+        return self._kept | spread
 
 
 def _unfolded(layer: nn.Module) -> Tensor:

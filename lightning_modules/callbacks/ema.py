@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from tnlayers import FactorizedLayer
+from tnlayers.errors import as_checkpoint_error
 
 __all__ = ["EMA"]
 
@@ -31,7 +32,8 @@ class EMA(EMAWeightAveraging):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
         if self._restored:
-            super().on_load_checkpoint(trainer, pl_module, self._restored)
+            with as_checkpoint_error("the checkpoint has averages that do not fit; begin anew without them", Exception):
+                super().on_load_checkpoint(trainer, pl_module, self._restored)
             self._restored = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

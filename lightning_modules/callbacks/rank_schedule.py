@@ -1,6 +1,6 @@
 """The callback that truncates during training: when ranks fall, and what has to follow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_modules.callbacks.replaced_parameters import (
     follow_strategy,
     reset_scores,
 )
+from lightning_modules.run_folders import newest_checkpoint
 from lightning_modules.tensorized import (
     TensorizedCheckpoint,
     budget_rules,
@@ -29,8 +30,7 @@ from lightning_modules.tensorized import (
     tensorized_net,
 )
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
-from tnlayers.checkpoints import read_checkpoint
-from tnlayers.errors import UserError, about, as_checkpoint_error, shortened
+from tnlayers.errors import UserError, about, as_checkpoint_error, message, shortened
 
 __all__ = ["RankSchedule"]
 
@@ -92,6 +92,11 @@ class RankSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what cannot be done before training, rather than when its epoch comes."""
+        if self.steps and any(isinstance(each, torch.optim.LBFGS) for each in trainer.optimizers):
+            raise UserError(
+                "RankSchedule cannot change ranks under LBFGS, which keeps one vector of all parameters; train with another optimizer, "
+                "or truncate between runs"
+            )
         for epoch, step in self.steps.items():
             if epoch in self.applied or epoch < trainer.current_epoch:
                 if self.applied.get(epoch) != str(step):
@@ -132,8 +137,8 @@ class RankSchedule(Callback):
                     rules = [rule.to_plain() for rule in step.resolve(module, self.pattern)]
             except Exception as error:  # whatever it is, the other processes must not wait for rules
                 problem = error
-        rules, said = trainer.strategy.broadcast((rules, str(problem) if problem else ""))
-        if said:
+        rules, said = trainer.strategy.broadcast((rules, message(problem) if problem else None))
+        if said is not None:
             raise problem or UserError(said)
         return rules_from_plain(rules)
 
@@ -144,26 +149,30 @@ def _check_finite(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         UserError: it has; the message names a layer and the newest checkpoint from before.
     """
-    spoilt = _not_finite(tensorized_net(module).state_dict())
+    net = tensorized_net(module)
+    spoilt = _not_finite(dict(net.named_parameters()))  # a buffer may be infinite from the start, as masks are
     if spoilt is None:
         return
+    buffers = [name for name, _ in module.named_buffers()]
     found = {getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks}
     folders = [Path(folder) for folder in found if folder]
-    paths = sorted(
-        (path for folder in folders for path in folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime
-    )
-    for path in reversed(paths):
-        with suppress(CheckpointError):
-            state = read_checkpoint(path).get("state_dict")
-            if isinstance(state, Mapping) and _not_finite(state) is None:
-                fix = f"go on from {path}, the newest checkpoint whose weights are finite"
-                break
-    else:
-        fix = "no checkpoint whose weights are finite was kept, so begin anew"
+    good, fix = None, "no checkpoint whose weights are finite was kept, so begin anew"
+    with suppress(CheckpointError):
+        good = newest_checkpoint(folders, lambda checkpoint: _has_finite_weights(checkpoint, buffers))
+    if good:
+        fix = f"go on from {good.path}, the newest checkpoint whose weights are finite"
     layer, _, weight = spoilt.partition(".factors.") if ".factors." in spoilt else spoilt.rpartition(".")
     raise UserError(
-        f"{layer}: the values of its {weight} are not finite any more, the training has diverged; {fix}, with a smaller learning rate"
+        f"{layer or type(net).__name__}: the values of its {weight} are not finite any more, the training has diverged; {fix}, with "
+        "a smaller learning rate"
     )
+
+
+def _has_finite_weights(checkpoint: dict[str, Any], buffers: Sequence[str]) -> bool:
+    state = checkpoint["state_dict"]
+    if not isinstance(state, Mapping):
+        return False
+    return _not_finite({key: value for key, value in state.items() if key not in buffers}) is None
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,6 @@ from tnlayers.truncation import check_truncation
 __all__ = ["AccuracyDrop", "Step", "steps_of"]
 
 _RANGE = re.compile(r"\s*(\d+)\s*-\s*(\d+)\s*")
-_DROP = re.compile(r"\s*AccuracyDrop\s*\(\s*([^()\s]+)\s*\)\s*")
 _PROBES = 8  # halvings of the range of fractions below: the fraction is found to within 3 %
 _LEAST = 1e-3
 
@@ -91,7 +90,7 @@ def steps_of(ranks: Mapping[int | str, int | str]) -> dict[int, Step]:
             rank = _rank(value)
             if last > first and not isinstance(rank, (ParamsKept, MacsKept)):
                 raise UserError("a range of epochs goes down to a budget: ParamsKept or MacsKept")
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"RankSchedule, ranks {{{key}: {value}}}: {error}") from None
         for epoch in range(first, last + 1):
             if epoch in steps:
@@ -113,13 +112,8 @@ def _epochs(key: int | str) -> tuple[int, int]:
 
 
 def _rank(value: int | str) -> Rank | AccuracyDrop:
-    match = _DROP.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return check_rank(rank_from_text(value))
-    try:
-        return AccuracyDrop(float(match[1]))
-    except ValueError as error:
-        raise UserError(f"{value!r}: {error}") from None
+    rank = rank_from_text(value, AccuracyDrop=AccuracyDrop)
+    return rank if isinstance(rank, AccuracyDrop) else check_rank(rank)
 
 
 def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rule]:
@@ -133,7 +127,7 @@ def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rul
         middle = (low + high) / 2
         try:
             rules = resolve_truncation(net, ParamsKept(math.exp(middle)), example, **which)
-        except ValueError:  # not even rank 1 is as small
+        except UserError:  # not even rank 1 is as small
             low = middle
             continue
         smaller = copied(net)
@@ -151,13 +145,18 @@ def _accuracy(module: LightningModule, net: nn.Module) -> float:
     """Asks the module how good a copy of its net is.
 
     Raises:
-        UserError: it cannot say anything.
+        UserError: it cannot say anything, or says another thing than a fraction.
     """
-    judge = getattr(module, "validation_accuracy", None)
+    judge = getattr(module, "accuracy_of", None)
     if judge is None:
         raise UserError(
             f"AccuracyDrop asks how good a truncated net is, and {type(module).__name__} does not say: define "
-            "validation_accuracy(self, net) in it, from 0 to 1, or give ParamsKept, MacsKept or RelativeError"
+            "accuracy_of(self, net) in it, from 0 to 1, or give ParamsKept, MacsKept or RelativeError"
         )
     with evaluating(net), torch.compiler.set_stance("force_eager"):
-        return float(judge(net))
+        accuracy = float(judge(net))
+    if not 0 <= accuracy <= 1:
+        raise UserError(
+            f"{type(module).__name__}.accuracy_of returned {accuracy}; expected a fraction from 0 to 1, such as 0.87"
+        )
+    return accuracy

@@ -64,9 +64,9 @@ def follow_optimizers(
 ) -> None:
     """Puts the new parameters into the places of the old ones, in the same optimizers.
 
-    Factors take the place of the dense weight that they make. The state of what changed (moments, momentum) is dropped: it
-    is about a basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer. What is
-    no parameter of the module (a loss may have its own) stays where it is, after the others.
+    Factors take the place of the dense weight that they make. The order is the one in which the optimizer would be made anew,
+    since a checkpoint tells its parameters by their places. The state of what changed (moments, momentum) is dropped: it is about a
+    basis that is no longer there. Everything else keeps its state, and schedulers keep their optimizer.
 
     Args:
         optimizers: changed in place.
@@ -77,21 +77,44 @@ def follow_optimizers(
     names: dict[Any, str] = {parameter: name for name, parameter in before.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            held = {names[parameter] for parameter in group["params"] if parameter in names}
-            now = {name: parameter for name, parameter in after.items() if {name, _weight_of(name)} & held}
-            others = [parameter for parameter in group["params"] if parameter not in names]
-            group["params"][:] = [*now.values(), *others]  # in place, for optimizers that keep the list
-            if "param_names" in group and not others:
-                group["param_names"] = list(now)
+            now = _in_place(group["params"], group.get("param_names"), names, after)
+            group["params"][:] = [parameter for _, parameter in now]  # in place, for optimizers that keep the list
+            if "param_names" in group:
+                group["param_names"] = [name for name, _ in now]
         state = {name: optimizer.state.pop(old) for old, name in names.items() if old in optimizer.state}
         for name in state.keys() & after.keys() - set(changed):
             optimizer.state[after[name]] = state[name]
+
+
+def _in_place(
+    group: Sequence[Any], labels: Sequence[str] | None, names: Mapping[Any, str], after: Mapping[str, nn.Parameter]
+) -> list[tuple[str, Any]]:
+    """Returns (label, parameter) for a group of an optimizer: those of a layer that is factorized now in the layer's own order.
+
+    What is no parameter of the module (a loss may have its own) stays as it is.
+    """
+    held = {names[parameter] for parameter in group if parameter in names}
+    factorized = dict.fromkeys((_layer(name) for name in held - after.keys()), True)
+    now: list[tuple[str, Any]] = []
+    for label, old in zip(labels or [names.get(old, "") for old in group], group, strict=True):
+        name = names.get(old)
+        if name is None or _layer(name) not in factorized:
+            now.append((label, after[name] if name else old))
+        elif factorized[_layer(name)]:  # at the first of the layer's old parameters
+            factorized[_layer(name)] = False
+            new = {each: after[each] for each in after if _layer(each) == _layer(name)}
+            now += [(each, new[each]) for each in new if {each, _weight_of(each)} & held]
+    return now
 
 
 def _weight_of(name: str) -> str:
     """Returns the name of the dense weight that a factor makes, or the name itself."""
     layer, is_factor, _ = name.rpartition(".factors.")
     return f"{layer}.weight" if is_factor else name
+
+
+def _layer(name: str) -> str:
+    return _weight_of(name).rpartition(".")[0]
 
 
 def follow_strategy(trainer: Trainer) -> None:
@@ -142,7 +165,7 @@ def reset_scores(trainer: Trainer) -> None:
     for callback in callbacks_of(trainer):
         if not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
             continue
-        worst = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+        worst = torch.tensor(_worst(callback.mode))
         if isinstance(callback, EarlyStopping):
             callback.wait_count, callback.best_score = 0, worst
         elif callback.monitor is not None:
@@ -151,4 +174,9 @@ def reset_scores(trainer: Trainer) -> None:
             callback.best_model_score = callback.current_score = None
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
-            config.scheduler._reset()
+            config.scheduler.best = _worst(config.scheduler.mode)
+            config.scheduler.num_bad_epochs = config.scheduler.cooldown_counter = 0
+
+
+def _worst(mode: str) -> float:
+    return float("inf" if mode == "min" else "-inf")
