@@ -111,7 +111,7 @@ def _match(
         key for key in taken.state if key.removeprefix(taken.prefix) not in ours and key.rpartition(".")[2] != _MAY_ADD
     ]
     outside = [key for key in more if alone and taken.whole and not key.startswith(taken.prefix)]
-    mismatched = [(key, *map(_text, (theirs[key], ours[key]))) for key in ours if key in theirs and key not in matched]
+    mismatched = [(key, _text(theirs[key]), _text(ours[key])) for key in ours if key in theirs and key not in matched]
     averages = [other for other in others if other.averaged and not taken.averaged]
     report = LoadReport(
         matched=tuple(key for key in ours if key in matched),

@@ -7,6 +7,7 @@ padding) show in no shape of a state dict. A file may be hostile: what it says i
 before all of it fits the model.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,16 @@ _BITS = 64
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
     """Returns the tensorized layers of a model, as strings, numbers and lists."""
-    layers = [rule.to_plain() | {"dense": _dense(model.get_submodule(rule.pattern))} for rule in rules_of(model)]
+    rules = rules_of(model)
+    if lost := {
+        type(rule.factorization).__name__ for rule in rules if type(rule.factorization).__module__ == "__main__"
+    }:
+        warnings.warn(
+            f"{', '.join(sorted(lost))}: a method of __main__ loads only into a program whose __main__ defines it; move it "
+            "to a module of its own and import it",
+            stacklevel=2,
+        )
+    layers = [rule.to_plain() | {"dense": _dense(model.get_submodule(rule.pattern))} for rule in rules]
     return {"version": _VERSION, "layers": layers}
 
 
