@@ -206,6 +206,7 @@ TUCKER = [Rule("0", Tucker((3, 2)))]
         (lambda: nn.Sequential(*net()[:2], nn.Linear(4, 1000)).state_dict(), [],
          "its head '2' has 1000 classes and the model's 2: build the model with num_classes 1000, or load with strict=False"),
         (lambda: nn.Sequential(*net()[:2], nn.Linear(5, 2)).state_dict(), [], "most of it fits: build the model with the options"),
+        (lambda: net().state_dict() | {"2.weight": torch.zeros(2, 4, dtype=torch.int8)}, [], "most of it fits: build the model"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4)).state_dict(), [], "another architecture"),
         (lambda: net().state_dict(), TUCKER, "its layers are dense and the model's are factorized: load it before you tensorize"),
         (lambda: tensorize(net(), TUCKER).state_dict(), [], "holds factorized layers: tensorize the model by the same rules"),
@@ -221,6 +222,17 @@ def test_what_does_not_fit_is_told_apart(state: Any, rules: list[Rule], message:
     with pytest.raises(CheckpointError, match=f"a.pt does not fit Sequential: .*({message})"):
         load_checkpoint(tmp_path / "a.pt", target)
     torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_bug_of_a_method_is_not_told_as_the_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranks_from(*_: Any) -> None:
+        raise ValueError("a bug")
+
+    target = tensorize(net(), TUCKER)
+    torch.save(target.state_dict(), tmp_path / "a.pt")
+    monkeypatch.setattr(Tucker, "ranks_from", ranks_from)
+    with pytest.raises(ValueError, match=r"^a bug$"):
+        load_checkpoint(tmp_path / "a.pt", target)
 
 
 @pytest.mark.filterwarnings("ignore:.*adopted from the loaded state")
