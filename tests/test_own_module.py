@@ -383,7 +383,7 @@ def test_an_accuracy_is_a_fraction(accuracy: float) -> None:
 
 
 def test_a_buffer_may_be_infinite_and_lbfgs_is_refused() -> None:
-    module = Plain(example_input=torch.zeros(1, 1, 9, 9))
+    module = type("Kept", (TensorizedCheckpoint, Plain), {})(example_input=torch.zeros(1, 1, 9, 9))
     module.register_buffer("mask", torch.full((2, 2), -torch.inf))
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(2, 1, 9, 9)))
     options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 2}
