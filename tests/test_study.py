@@ -23,8 +23,9 @@ from lightning_modules.compression import calibration_batches, recalibrate_if_be
 from lightning_modules.data import Digits
 from lightning_modules.data.pictures import Pictures, PictureSet
 from lightning_modules.locks import FolderInUse, try_lock
+from lightning_modules.study.factorizations import LINEAR, REALISED, cuts_of_method, recommend, spec_of
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.journal import Journal, read_rows, study_folder
-from lightning_modules.study.measured import Measured
 from lightning_modules.study.measurement import subject as subjects
 from lightning_modules.study.measurement.evaluation import Score
 from lightning_modules.study.measurement.forward import FromLayer
@@ -32,7 +33,6 @@ from lightning_modules.study.measurement.kernels import Kernel
 from lightning_modules.study.measurement.retraining import training_options
 from lightning_modules.study.measurement.run import run_study
 from lightning_modules.study.measurement.subject import Subject
-from lightning_modules.study.methods import LINEAR, REALISED, cuts_of_method, recommend, spec_of
 from lightning_modules.study.rows import (
     CUT_SETS,
     Joint,
@@ -358,7 +358,7 @@ def test_a_truncation_whose_milder_one_is_not_tolerated_is_not_recommended(
     layer = Layer("layer", tuple(module.weight.shape), module.weight.numel(), 0, {cut: 48}, {})
     accuracies = {20: 0.9, 10: 0.8, 5: 0.9}
     singles = [Single("layer", (cut,), (bond,), "", 1 / bond, 0, of, 0.3) for bond, of in accuracies.items()]
-    (rule,) = recommend(Measured.of([study, layer, *singles]), {"layer": module}, {"layer": [call]}, 0.01)
+    (rule,) = recommend(Findings([study, layer, *singles]), {"layer": module}, {"layer": [call]}, 0.01)
     assert rule.factorization == expected
 
 
@@ -370,14 +370,14 @@ def test_nothing_is_recommended_where_nothing_is_tolerated(rows: list[Row]) -> N
     calls = {name: [Call(1, (8, 8) if "conv" in name else ())] for name in modules}
     singles = [row for row in rows if not isinstance(row, Study)]
     for accuracy, some in ((begun.accuracy, True), (2.0, False)):  # which no row comes near
-        rules = recommend(Measured.of([replace(begun, accuracy=accuracy), *singles]), modules, calls, 0.01)
+        rules = recommend(Findings([replace(begun, accuracy=accuracy), *singles]), modules, calls, 0.01)
         assert any(rule.factorization for rule in rules) == some
 
 
 def test_compress_takes_the_recommendation(whole: Path, dense: Path, rows: list[Row], tmp_path: Path) -> None:
     options = ["-c", whole / "config.yaml", "--checkpoint", dense, "--out", tmp_path / "out", *QUIET]
     assert tnlayers("compress", *options) == 0
-    last, report = Measured.of(rows).recommendation, json.loads((tmp_path / "out/report.json").read_text())
+    last, report = Findings(rows).recommendation, json.loads((tmp_path / "out/report.json").read_text())
     assert last is not None
     asked = {rule["pattern"]: rule["method"] for rule in last.rules}
     assert {layer["name"]: layer["method"] for layer in report["layers"] if layer["name"] in asked} == asked
@@ -448,7 +448,7 @@ def test_no_grouped_convolution_is_factorized_and_the_reason_says_so() -> None:
     module, study = nn.Conv2d(16, 16, 3, groups=2), Study("net", "", "", "", 100, 10, 0.9, 0.3, Protocol(), {})
     layer = Layer("layer", tuple(module.weight.shape), module.weight.numel(), 0, {"ih": 24}, {})
     rows = [study, layer, Single("layer", ("ih",), (1,), "", 0.5, 0, 0.9, 0.3)]
-    (rule,) = recommend(Measured.of(rows), {"layer": module}, {"layer": [Call(1, (8, 8))]}, 0.01)
+    (rule,) = recommend(Findings(rows), {"layer": module}, {"layer": [Call(1, (8, 8))]}, 0.01)
     assert (rule.factorization, rule.reason) == (None, "a study factorizes no grouped convolution")
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from lightning_modules.study.measured import Measured
-from lightning_modules.study.report.findings import Findings, rank_correlation
+from lightning_modules.study.depth import rank_correlation
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.report.pictures import study_pictures
 from lightning_modules.study.report.plots import STYLES, Level, Line, small_multiples
 from lightning_modules.study.report.rendering import summary, write_report
@@ -142,7 +142,7 @@ def test_tolerated_bond(
         single("conv1", "o", (size,), at, accuracy)
         for size, at, accuracy in zip((6, 4, 2), (0.2, 0.5, 0.8), accuracies, strict=True)
     ]
-    measured = Measured.of([STUDY, *LAYERS, *order(rows)])
+    measured = Findings([STUDY, *LAYERS, *order(rows)])
     assert measured.tolerated_bond(LAYERS[0], "o") == bond
     assert measured.tolerated_eps("conv1", "o") == eps
     assert measured.tolerated_bond(LAYERS[0], "i") is None
@@ -223,7 +223,7 @@ def test_rows_without_their_study(tmp_path: Path) -> None:
 
 
 def test_panels_mark_what_is_tolerated() -> None:
-    (figure,) = study_pictures(Findings(Measured.of(BASE)))["single"].values()
+    (figure,) = study_pictures(Findings(BASE))["single"].values()
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title().split()[0] for axes in panels] == list(NAMES)
     marked = [[line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1] for axes in panels]

@@ -17,7 +17,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from lightning_modules.loggers import WandB
-from lightning_modules.study import Measured, read_rows
+from lightning_modules.study import Findings, read_rows
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 from tests.processes import COMMAND, HANGING, Forks, finish, start
 
@@ -150,7 +150,7 @@ def test_study_offline(tmp_path: Path) -> None:
     assert tnlayers("study", *DIGITS, "--checkpoint", checkpoint, "--out", out, *options, *logged_to(logs)) == 0
     config, history = read_run(logs)
     assert config["cli"]["protocol"]["losses"] == [0.5]
-    measured = Measured.of(read_rows(out / "study.jsonl"))
+    measured = Findings(read_rows(out / "study.jsonl"))
     assert measured.recommendation is not None
     assert history["study/accuracy_dense"] == [measured.study.accuracy]
     assert history["study/recommended/params_kept"] == [pytest.approx(measured.recommendation.params_kept)]
@@ -282,3 +282,12 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert config["cli"]["trainer"]["devices"] == "2"
     assert len(history["train/loss"]) == len(set(history["epoch"]))
     assert min(steps_of(files[1])) >= stopped
+
+
+def test_what_is_handed_to_wandb(tmp_path: Path) -> None:
+    """Lightning hands `anonymous` on, of which wandb warns whatever it is; and a killed process loses a second at most."""
+    handed = WandB(save_dir=str(tmp_path), offline=True)._wandb_init
+    assert (handed["mode"], handed.keys() & {"anonymous", "settings"}) == ("offline", {"settings"})
+    assert WandB(save_dir=str(tmp_path), offline=True, settings={"silent": True})._wandb_init["settings"] == {
+        "silent": True
+    }

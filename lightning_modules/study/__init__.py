@@ -3,8 +3,8 @@
 `measurement` measures and `report` tells. Between them stand the rows of a study, which are lines of its journal.
 """
 
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.journal import JOURNAL, read_rows, study_folder
-from lightning_modules.study.measured import Measured
 from lightning_modules.study.measurement.run import run_study
 from lightning_modules.study.measurement.subject import Subject
 from lightning_modules.study.report.log import log_study
@@ -13,7 +13,7 @@ from lightning_modules.study.rows import Protocol
 
 __all__ = [
     "JOURNAL",
-    "Measured",
+    "Findings",
     "Protocol",
     "Subject",
     "log_study",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.locks import try_lock
+from lightning_modules.study.factorizations import LINEAR, REALISED
+from lightning_modules.study.findings import points
 from lightning_modules.study.journal import Journal
-from lightning_modules.study.measured import points
 from lightning_modules.study.measurement.subject import Subject
-from lightning_modules.study.methods import LINEAR, REALISED
 from lightning_modules.study.rows import Row
 from tnlayers.errors import UserError
 

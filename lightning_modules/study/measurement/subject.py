@@ -16,12 +16,12 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import calibration_batches, recalibrate_if_better
 from lightning_modules.data import ImageData
 from lightning_modules.data.pictures import Batch
-from lightning_modules.study.measured import Measured
+from lightning_modules.study.factorizations import recommend, spec_of
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.measurement.evaluation import score, scores_of_layer, weights
 from lightning_modules.study.measurement.forward import FromLayer
 from lightning_modules.study.measurement.kernels import Kernel, Trial
 from lightning_modules.study.measurement.retraining import retrain, training_options
-from lightning_modules.study.methods import recommend, spec_of
 from lightning_modules.study.rows import Joint, Layer, Protocol, Recommendation, Retrained, Row, Single, Study
 from tnlayers import Rule, resolve, rules_of, summarize, tensorize, to_dense
 from tnlayers.cuts import norm_loss
@@ -216,11 +216,11 @@ class Subject:
 
     def recommendation(self, rows: Sequence[Row], tolerance: float, tick: Tick) -> Recommendation:
         """Factorizes the net as truncations that lost at most `tolerance` allow, and trains it unless another tolerance gave the same."""
-        measured = Measured.of(rows)
-        rules = recommend(measured, self.modules, self._calls, tolerance)
+        findings = Findings(rows)
+        rules = recommend(findings, self.modules, self._calls, tolerance)
         resolved = resolve(self._net, rules, self._example)
         plain = tuple(rule.to_plain() for rule in resolved)
-        for known in measured.recommendations:
+        for known in findings.recommendations:
             if json.dumps(known.rules) == json.dumps(plain):
                 return replace(known, tolerance=tolerance)
         net = tensorize(copy.deepcopy(self._net), resolved)

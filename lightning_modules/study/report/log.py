@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from lightning_modules.loggers import log_pictures, log_table
-from lightning_modules.study.measured import Measured
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.rows import Joint, Recommendation, Retrained, Row, Single
 
 __all__ = ["log_study"]
@@ -37,9 +37,9 @@ def log_study(loggers: Iterable[Logger], rows: Sequence[Row], folder: Path) -> N
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, float]:
-    measured = Measured.of(rows)
-    metrics = {"study/accuracy_dense": measured.study.accuracy}
-    if found := measured.recommendation:
+    findings = Findings(rows)
+    metrics = {"study/accuracy_dense": findings.study.accuracy}
+    if found := findings.recommendation:
         metrics |= {
             "study/recommended/accuracy_right_after": found.accuracy[0],
             "study/recommended/accuracy_retrained": found.accuracy[-1],

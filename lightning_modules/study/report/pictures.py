@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from lightning_modules.study.report.findings import Findings
+from lightning_modules.study.findings import Findings
 from lightning_modules.study.report.plots import (
     STYLES,
     Cell,
@@ -26,10 +26,10 @@ _LARGE = "largest norm loss tolerated"
 def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
     """Draws section -> file name -> figure; several pages are numbered."""
     sections = {
-        "single": _truncations(of, [(cut,) for cut in of.measured.cuts()]),
+        "single": _truncations(of, [(cut,) for cut in of.cuts()]),
         "bonds": _bonds(of),
         "depth": _depth(of),
-        "several": _truncations(of, of.measured.sets()),
+        "several": _truncations(of, of.sets()),
         "controls": _controls(of),
         "joint": _joint(of),
         "retrained": _retrained(of),
@@ -44,17 +44,17 @@ def study_pictures(of: Findings) -> dict[str, dict[str, Figure]]:
 def _truncations(of: Findings, cuts: Sequence[tuple[str, ...]]) -> list[Figure]:
     """Draws accuracy against norm loss, a panel for each layer and a line for each of `cuts`."""
     panels = {}
-    for layer in of.measured.layers:
-        curves = [(at, of.measured.curve(layer.name, *at)) for at in cuts]
+    for layer in of.layers:
+        curves = [(at, of.curve(layer.name, *at)) for at in cuts]
         panels[_title(layer)] = [_line(of, at, curve) for at, curve in curves if curve]
     return small_multiples(panels, _NORM_LOSS, _level(of), _LARGE)
 
 
 def _bonds(of: Findings) -> list[Figure]:
     """Draws the bond dimension that each cut needs."""
-    cuts, rows = of.measured.cuts(), {}
-    for layer in of.measured.layers:
-        needed = {cut: of.measured.tolerated_bond(layer, cut) for cut in cuts}
+    cuts, rows = of.cuts(), {}
+    for layer in of.layers:
+        needed = {cut: of.tolerated_bond(layer, cut) for cut in cuts}
         rows[layer.name] = [
             None if bond is None else Cell(bond / layer.bonds[cut], f"{bond}/{layer.bonds[cut]}")
             for cut, bond in needed.items()
@@ -64,15 +64,15 @@ def _bonds(of: Findings) -> list[Figure]:
 
 def _depth(of: Findings) -> list[Figure]:
     """Draws the norm loss tolerated, over the layers in order, and the means that the trend is of."""
-    trend, measured = of.depth, of.measured
+    trend = of.depth
     if trend is None:
         return []
-    names = [layer.name for layer in measured.layers]
+    names = [layer.name for layer in of.layers]
     lines = []
-    for cut in measured.cuts():
+    for cut in of.cuts():
         at = [(place, name) for place, name in enumerate(names) if (name, cut) in of.tolerated]
         points = tuple((float(place), of.tolerated[name, cut]) for place, name in at)
-        hollow = tuple(index for index, (_, name) in enumerate(at) if measured.bottomless(name, cut))
+        hollow = tuple(index for index, (_, name) in enumerate(at) if of.bottomless(name, cut))
         lines.append(Line(of.label(cut), STYLES.get(cut, STYLES[""]), points, hollow=hollow))
     if len(trend.cuts) > 1:
         label = "their mean" if len(trend.cuts) == len(lines) else f"mean of {', '.join(trend.cuts)}"
@@ -83,8 +83,8 @@ def _depth(of: Findings) -> list[Figure]:
 
 def _controls(of: Findings) -> list[Figure]:
     """Draws truncations against their controls."""
-    panels, singles = {}, of.measured.singles
-    for layer in of.measured.layers:
+    panels, singles = {}, of.singles
+    for layer in of.layers:
         controlled = dict.fromkeys(cuts for name, cuts, control in singles if name == layer.name and control)
         panels[_title(layer)] = [
             Line(name or "truncation", STYLES[name or "truncation"], _points(of, curve))
@@ -96,8 +96,8 @@ def _controls(of: Findings) -> list[Figure]:
 
 
 def _joint(of: Findings) -> list[Figure]:
-    joints = of.measured.joints
-    known = dict.fromkeys((*((cut,) for cut in of.measured.cuts()), *CUT_SETS.values(), *joints))
+    joints = of.joints
+    known = dict.fromkeys((*((cut,) for cut in of.cuts()), *CUT_SETS.values(), *joints))
     lines = [_line(of, cuts, joints[cuts]) for cuts in known if cuts in joints]
     return small_multiples({"all layers": lines}, "norm loss of all weights together", _level(of), _LARGE)
 
@@ -105,14 +105,14 @@ def _joint(of: Findings) -> list[Figure]:
 def _retrained(of: Findings) -> list[Figure]:
     """Draws accuracy against epochs, a panel for each joint truncation."""
     panels: dict[str, list[Line]] = {}
-    for row in of.measured.retrained if of.retrained else ():
+    for row in of.retrained if of.trained_on else ():
         panels.setdefault(f"{of.label(*row.cuts)}, up to {row.target:g} a cut", []).append(_path(row))
     return small_multiples(panels, "epochs of retraining", _level(of))
 
 
 def _spectra(of: Findings) -> list[Figure]:
     """Draws the exponential of each cut's entanglement entropy, of the bond dimension at which the cut is whole."""
-    layers = of.measured.layers
+    layers = of.layers
     cuts = list(dict.fromkeys(cut for layer in layers for cut in layer.entropy if layer.bonds[cut] > 1))
     rows: dict[str, list[Cell | None]] = {layer.name: [] for layer in layers}
     for layer in layers:
@@ -123,7 +123,7 @@ def _spectra(of: Findings) -> list[Figure]:
 
 
 def _level(of: Findings) -> Level:
-    study = of.measured.study
+    study = of.study
     return Level(100 * study.accuracy, 100 * study.protocol.tolerance, 100 / study.classes)
 
 
@@ -134,13 +134,13 @@ def _title(layer: Layer) -> str:
 def _line(of: Findings, cuts: tuple[str, ...], curve: Sequence[Single] | Sequence[Joint]) -> Line:
     label = of.label(*cuts)
     style = STYLES.get(cuts[0] if len(cuts) == 1 else label, STYLES[""])
-    return Line(label, style, _points(of, curve), large=of.measured.num_tolerated(curve) or None)
+    return Line(label, style, _points(of, curve), large=of.num_tolerated(curve) or None)
 
 
 def _points(of: Findings, curve: Sequence[Single] | Sequence[Joint]) -> tuple[tuple[float, float], ...]:
     """Lists points from the dense net on; but a random weight is not the dense net's even where nothing is truncated."""
     random = isinstance(curve[0], Single) and curve[0].control == "random weight"
-    start = [] if random else [(0.0, 100 * of.measured.study.accuracy)]
+    start = [] if random else [(0.0, 100 * of.study.accuracy)]
     return (*start, *((row.eps, 100 * row.accuracy) for row in curve))
 
 

@@ -15,8 +15,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from lightning_modules.plots import png
-from lightning_modules.study.measured import Measured, points
-from lightning_modules.study.report.findings import Findings
+from lightning_modules.study.findings import Findings, points
 from lightning_modules.study.report.pictures import study_pictures
 from lightning_modules.study.report.tables import TABLES
 from lightning_modules.study.rows import Row
@@ -40,7 +39,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         ValueError: the rows do not begin with a Study.
         UserError: the files cannot be written, and those that are there stay.
     """
-    of = Findings(Measured.of(rows))
+    of = Findings(rows)
     templates = _templates()
     drawn = study_pictures(of)
     pictures = {name: png(figure, _DPI) for pages in drawn.values() for name, figure in pages.items()}
@@ -49,16 +48,16 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").disable("emphasis").render(text)
     for name, content in pictures.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(content).decode()}"')
-    title, page = f"How compressible is {of.measured.study.net}?", templates.get_template("report.html.jinja")
+    title, page = f"How compressible is {of.study.net}?", templates.get_template("report.html.jinja")
     files = {"report.md": text, "report.html": page.render(title=title, body=Markup(body))}
-    if of.measured.recommendation is not None:
+    if of.recommendation is not None:
         files["rules.yaml"] = templates.get_template("rules.yaml.jinja").render(of=of)
     write_files(folder, {**pictures, **files})
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """Returns the sentences that the report opens with."""
-    of = Findings(Measured.of(rows))
+    of = Findings(rows)
     return _templates().get_template("sentences.jinja").make_module({"of": of}).opening  # type: ignore[attr-defined]
 
 

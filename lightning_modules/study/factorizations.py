@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_modules.study.measured import Measured
+from lightning_modules.study.findings import Findings
 from tnlayers import MPS, TT, Factorization, LowRank, Rule, Tucker
 from tnlayers.cuts import cuts_of
 from tnlayers.geometry import Call, Geometry
@@ -52,24 +52,24 @@ def spec_of(module: nn.Module, cuts: tuple[str, ...], bonds: tuple[int, ...]) ->
 
 
 def recommend(
-    measured: Measured, modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], tolerance: float
+    findings: Findings, modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], tolerance: float
 ) -> list[Rule]:
     """Finds for each layer the factorization with the fewest multiply-accumulates whose truncation, alone, was tolerated.
 
     A layer stays dense where none takes fewer of these and of parameters than it does.
 
     Args:
-        measured: all truncations of single layers.
+        findings: those of all truncations of single layers.
         modules: name -> the dense layer.
         calls: name -> what it is given in one pass.
         tolerance: the loss of accuracy that counts as none, in a truncation and in all milder ones at the same cuts.
     """
     rules = []
-    for layer in measured.layers:
+    for layer in findings.layers:
         module, given, costs = modules[layer.name], calls[layer.name], []
         geometry = Geometry.of(module)
-        for curve in (measured.curve(layer.name, *cuts) for cuts in (*REALISED, LINEAR)):
-            for row in curve[: measured.num_tolerated(curve, tolerance)]:
+        for curve in (findings.curve(layer.name, *cuts) for cuts in (*REALISED, LINEAR)):
+            for row in curve[: findings.num_tolerated(curve, tolerance)]:
                 if spec := spec_of(module, row.cuts, row.bonds):
                     macs = spec.macs(given, spec.best_plan(given, by_macs=True))
                     if macs < geometry.macs(given) and spec.params < geometry.params:
