@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_modules.callbacks import (
     CompressionLog,
@@ -192,7 +193,8 @@ class TensorCLI(LightningCLI):
         if self.trainer.is_global_zero and isinstance(saved, ModelCheckpoint) and saved.last_model_path:
             path = shown_path(saved.last_model_path)
             say(f"checkpoint  {path}")
-            if (config := Path(saved.last_model_path).parents[1] / "config.yaml").is_file():
+            config = Path(saved.last_model_path).parents[1] / "config.yaml"
+            if config.is_file() and is_overridden("test_step", self.model):
                 say(f"test        tnlayers test -c {shown_path(config)} --ckpt_path {path}")
 
     def after_predict(self) -> None:
