@@ -1,6 +1,7 @@
 """The truncation study: which cuts of which layers a trained network can do without, and what retraining brings back.
 
-`measurement` measures and `report` tells. Between them stand the rows of a study, which are lines of its journal.
+`measurement` measures and `report` tells. Between them stand the rows of a study, which are lines
+of its journal, and its findings, which the rows add up to.
 """
 
 from lightning_modules.study.findings import Findings

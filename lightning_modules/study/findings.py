@@ -193,7 +193,7 @@ class Findings:
 
     @property
     def num_missing(self) -> int:
-        """How many layers are not measured yet; in a finished study the norm loss of those that lack is always more."""
+        """How many layers are still to be measured; none are once there is a recommendation."""
         if self.recommendation is not None:
             return 0
         some = sum(any(bond > 1 for bond in layer.bonds.values()) for layer in self.layers)

@@ -1,1 +1,1 @@
-"""How a truncation study is told: findings, sentences, pictures, the files of its report, and loggers."""
+"""How a truncation study is told: sentences, tables, pictures, the files of its report, and loggers."""
