@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.tolerances import EXACT, FLOAT32, FLOAT64
-from tnlayers import MPS, Factorization, LowRank, Tucker
+from tnlayers import MPS, Factorization, LayerSpec, LowRank, Tucker
 from tnlayers.cuts import cut_label, cuts_of, norm_loss, random_weight, split, truncate_cuts
+from tnlayers.geometry import Geometry
 from tnlayers.linalg import effective_rank, entropy
 
 MODES = {2: "oi", 3: "oiw", 4: "oihw", 5: "oidhw"}
@@ -264,7 +265,7 @@ def test_a_bond_above_the_attainable_changes_nothing(weight: Tensor) -> None:
 
 
 def decomposed(method: Factorization, weight: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    factors, _ = method.decompose(weight.double(), ranks)
+    factors, _ = LayerSpec(Geometry(1, tuple(weight.shape)), method.with_rank(ranks)).decompose(weight.double())
     return method.network(tuple(weight.shape)).reconstruct(factors).reshape(weight.shape)
 
 

@@ -21,8 +21,9 @@ from lightning_modules import build_net
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 from tests.processes import HANGING
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import Factorization, ParamsKept, fraction_kept, methods_table, rules_from_plain, summarize
+from tnlayers import Factorization, LayerSpec, ParamsKept, fraction_kept, methods_table, rules_from_plain, summarize
 from tnlayers import __all__ as PUBLIC
+from tnlayers.geometry import Geometry
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -190,9 +191,9 @@ def test_a_method_is_one_file(here: Path) -> None:
     method: Callable[[int], Factorization] = run_python(DOCS / "add-a-method.md")["ChannelSVD"]
     weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
     for rank in (1, 5, 12):
-        _, error = method(rank).decompose(weight, (rank,))
+        factors, error = LayerSpec(Geometry(1, (12, 8, 3, 3)), method(rank)).decompose(weight)
         assert error**2 == pytest.approx(method(rank).error_estimate(weight)((rank,)), abs=1e-12)
-    factors, _ = method(12).decompose(weight, method(12).max_ranks((12, 8, 3, 3)))
+    assert method(12).max_ranks((12, 8, 3, 3)) == (12,)
     torch.testing.assert_close(method(12).network((12, 8, 3, 3)).reconstruct(factors), weight, **FLOAT64)
 
 

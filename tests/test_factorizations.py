@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES
-from tnlayers import CP, Factorization, Tucker
+from tnlayers import CP, Factorization, LayerSpec, Tucker
+from tnlayers.geometry import Geometry
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
 
 SHAPES = {"conv": (12, 8, 3, 2), "pointwise": (7, 5, 1, 1), "prime": (11, 13, 3, 3), "thin": (2, 16, 3, 3)}
@@ -41,8 +42,13 @@ def shape_for(method: Factorization, name: str) -> tuple[int, ...]:
     return shape if "Conv2d" in method.replaces else (shape[0] * shape[2], shape[1] * shape[3])
 
 
+def fitted(method: Factorization, weight: Tensor, ranks: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
+    shape = tuple(weight.shape)
+    return LayerSpec(Geometry(1, shape), method.with_rank(method.clamp(shape, ranks))).decompose(weight)
+
+
 def error_at(method: Factorization, weight: Tensor, ranks: tuple[int, ...]) -> float:
-    return method.decompose(weight, method.clamp(tuple(weight.shape), ranks))[1]
+    return fitted(method, weight, ranks)[1]
 
 
 def ladder(method: Factorization, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -106,7 +112,7 @@ def test_als_improves_on_its_start() -> None:
 def test_results_do_not_depend_on_the_call(method: Factorization) -> None:
     weight = torch.randn(shape_for(method, "conv"), dtype=torch.float64)
     ranks = method.clamp(tuple(weight.shape), (3, 3, 3)[: len(method.max_ranks(tuple(weight.shape)))])
-    first, second = (method.decompose(weight, ranks)[0] for _ in range(2))
+    first, second = (fitted(method, weight, ranks)[0] for _ in range(2))
     for name, factor in first.items():
         torch.testing.assert_close(factor, second[name], rtol=0, atol=0)
 
@@ -126,7 +132,7 @@ def test_the_users_tensorly_backend_and_weight_are_left_alone(method: Factorizat
 def test_a_weight_that_is_not_finite_is_refused(method: Factorization) -> None:
     weight = torch.full(shape_for(method, "conv"), float("nan"), dtype=torch.float64)
     with pytest.raises(ValueError, match="not finite"):
-        method.decompose(weight, method.max_ranks(tuple(weight.shape)))
+        fitted(method, weight, method.max_ranks(tuple(weight.shape)))
 
 
 @every_method

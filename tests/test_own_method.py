@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from tnlayers import (
     Tucker,
     TuckerConv2d,
     UnsupportedLayer,
+    UserError,
     load_checkpoint,
     rules_of,
     tensorize,
 )
 from tnlayers.geometry import Geometry
 from tnlayers.method import known_methods
+from tnlayers.methods.tt import Tensorized
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
@@ -151,6 +154,67 @@ def test_a_layer_with_a_constructor_of_its_own() -> None:
 def test_an_option_that_would_take_another_s_place(option: str) -> None:
     with pytest.raises(TypeError, match=f"an option cannot be called '{option}'"):
         type("Odd", (own_method.Blocks,), {"__annotations__": {option: int}, option: 1})
+
+
+def test_only_what_states_something_of_itself_is_a_method() -> None:
+    assert not {"Tensorized", "Factorization"} & known_methods().keys()
+    with pytest.raises(ValueError, match=r"method 'Tensorized' is not known; expected one of dense, .*Tucker"):
+        Rule.from_plain({"pattern": "*", "method": "Tensorized", "rank": 2})
+
+
+def test_an_author_is_told_what_a_method_lacks() -> None:
+    class Nameless(Tensorized):
+        source = "nowhere"
+
+    class Undecorated(own_method.Blocks):
+        more: int = 2
+
+    for method, message in (
+        (Nameless, "does not state `replaces`"),
+        (Undecorated, "put @dataclass.frozen=True. above"),
+    ):
+        with pytest.raises(TypeError, match=f"{method.__name__} .*{message}"):
+            method(2)
+        with pytest.raises(TypeError, match=f"{method.__name__} .*{message}"):
+            Rule.from_plain({"pattern": "*", "method": method.name(), "rank": 2})
+
+
+def test_an_author_is_told_of_factors_that_the_network_does_not_have() -> None:
+    @dataclass(frozen=True)
+    class Misnamed(own_method.Blocks):
+        def _decompose(self, weight: torch.Tensor, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
+            kernel, matrix = super()._decompose(weight, ranks).values()
+            return {"kernel": kernel, "matrixx": matrix}
+
+    with pytest.raises(TypeError, match=r"Misnamed._decompose gives .*'matrixx'.*; its network at rank \(2,\) has"):
+        tensorize(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), [Rule("*", Misnamed(2))])
+
+
+def test_a_layer_class_of_the_user_is_not_what_rules_build() -> None:
+    class Spy(FactorizedConv2d):
+        method = own_method.Blocks
+
+    net = tensorize(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), [Rule("*", own_method.Blocks(2))])
+    assert type(net[0]) is FactorizedConv2d
+    assert type(Spy(4, 8, 3, rank=2)) is Spy
+
+
+def test_an_error_of_a_method_s_own_keeps_its_cause() -> None:
+    """A value that it refuses is the user's; anything else is a bug, and no message of one line."""
+
+    @dataclass(frozen=True)
+    class Fussy(own_method.Blocks):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.blocks > 8:
+                raise ValueError("too many blocks")
+
+    plain = {"pattern": "*", "method": Fussy.name(), "rank": 2}
+    with pytest.raises(UserError, match="too many blocks") as refused:
+        Rule.from_plain(plain | {"blocks": 9})
+    assert type(refused.value.__cause__) is ValueError
+    with pytest.raises(TypeError, match="'>' not supported"):
+        Rule.from_plain(plain | {"blocks": "two"})
 
 
 @pytest.mark.parametrize("plan", [None, 3, "dens"])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_modules import build_net
 from tests.commands import CONFIGS
-from tnlayers import ADTN, TT, LowRank, LowRankConv2d, TTConv, TTConv2d, rules_from_plain, tensorize
+from tnlayers import ADTN, TT, LayerSpec, LowRank, LowRankConv2d, TTConv, TTConv2d, rules_from_plain, tensorize
+from tnlayers.geometry import Geometry
 
 # Garipov et al.: the modes of 64 and 128 channels, and of the features of the linears; the ranks of their configurations.
 MODES = {64: (4, 4, 4), 128: (4, 8, 4), 8192: (8, 8, 8, 16), 1536: (4, 6, 8, 8), 512: (4, 4, 4, 8)}
@@ -144,7 +145,7 @@ def trained_kernel() -> Tensor:
 def test_tai_optimum(rank: int) -> None:
     """The squared error is that of the discarded singular values, and alternating least squares finds nothing better."""
     weight = trained_kernel()
-    _, error = LowRank(rank).decompose(weight, (rank,))
+    _, error = LayerSpec(Geometry(1, tuple(weight.shape)), LowRank(rank)).decompose(weight)
     matrix = weight.permute(1, 2, 0, 3).reshape(24, 36)
     values = torch.linalg.svdvals(matrix).square()
     squared = error**2 * values.sum()

@@ -15,6 +15,7 @@ from tnlayers import (
     MPS,
     TT,
     FactorizedLayer,
+    LayerSpec,
     MacsKept,
     ParamsKept,
     RelativeError,
@@ -28,6 +29,7 @@ from tnlayers import (
     summarize,
     tensorize,
     to_dense,
+    truncate,
 )
 from tnlayers.surgery import Example
 
@@ -322,3 +324,18 @@ def test_a_weight_that_is_not_finite_is_named(case: Case, value: float) -> None:
     assert list(net.modules()) == before
     tensorize(net, [Rule("*", case.method(case.rank))], init="random")
     assert all(torch.isfinite(parameter).all() for layer in net.values() for parameter in layer.factors.values())
+
+
+def test_a_layer_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converting makes one spec, compiles one plan, and draws nothing at random; truncating makes what it decides on."""
+    specs, plans = [], []
+    settled, compiled = LayerSpec.__post_init__, LayerSpec.compile
+    monkeypatch.setattr(LayerSpec, "__post_init__", lambda spec: (specs.append(spec), settled(spec))[1])
+    monkeypatch.setattr(LayerSpec, "compile", lambda *given: (plans.append(given), compiled(*given))[1])
+    net = nn.Sequential(nn.Conv2d(8, 8, 3))
+    state = torch.get_rng_state()
+    tensorize(net, [Rule("0", Tucker((6, 4)))])
+    assert (len(specs), len(plans)) == (1, 1)
+    torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+    truncate(net, [Rule("0", Tucker((3, 2)))])
+    assert len(plans) == 2

@@ -143,6 +143,13 @@ def test_plans_are_made_anew_for_smaller_ranks() -> None:
     assert len(layer.plan.groups) > 1
 
 
+@pytest.mark.parametrize("example", [None, X], ids=["unknown", "known"])
+def test_a_plan_is_fixed_only_where_it_is_known_how_a_layer_is_used(example: Any) -> None:
+    model = net()
+    truncate(model, resolve_truncation(model, (4, 4), example, pattern="conv2"))
+    assert (layers(model)["conv2"].plan_choice == "auto") == (example is None)
+
+
 def test_budgets_that_are_kept_already_change_nothing() -> None:
     model = net()
     assert resolve_truncation(model, ParamsKept(1.0)) == []
@@ -154,6 +161,7 @@ def test_budgets_that_are_kept_already_change_nothing() -> None:
         (4, "convv*", r"'convv\*' matches no factorized layer; its factorized layers are 'conv2', 'conv3', 'fc'"),
         (ParamsKept(0.0001), "*", "cannot be reached"),
         ((1, 2, 3), "*", r"conv2: rank \(1, 2, 3\) has 3 entries; the layer has \(14, 12\)"),
+        ((15, 2), "conv2", r"conv2: rank \(15, 2\) is above the present \(14, 12\)"),
     ],
 )
 def test_what_cannot_be_done_is_said(rank: object, pattern: str, message: str) -> None:
@@ -185,3 +193,15 @@ def test_a_factor_that_is_not_finite_is_named_and_nothing_truncated(rank: Any) -
             job()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     assert {rule.pattern for rule in resolve_truncation(model, 2, pattern="[!c]*")} == {"fc"}
+
+
+@pytest.mark.parametrize("fraction", [0.45, 0.3, 0.15])
+def test_what_is_kept_is_what_the_budget_says(fraction: float) -> None:
+    """Also where the layers' plans were not those with the fewest multiply-accumulates, which the budget counts."""
+    example = torch.zeros(1, 16, 12, 12)
+    net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 24, 3), nn.Conv2d(24, 8, 1))
+    tensorize(net, [Rule("*", Tucker(8), plan="dense")])
+    assert fraction_kept(net, MacsKept, example) == 1
+    truncate(net, resolve_truncation(net, MacsKept(fraction), example))
+    assert fraction_kept(net, MacsKept, example) <= fraction
+    assert resolve_truncation(net, MacsKept(fraction), example) == []

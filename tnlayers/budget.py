@@ -1,6 +1,7 @@
 """From a rank, an int or a rule, to what becomes of the layers that share it."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +17,7 @@ from tnlayers.plan import Partition, PlanChoice
 from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, check_rank, within_error
 from tnlayers.spec import LayerSpec
 
-__all__ = ["Choice", "Fit", "Slot", "settle"]
+__all__ = ["Choice", "Fit", "Slot", "lowered", "settle"]
 
 Fit = tuple[dict[str, Tensor], float]
 """What `LayerSpec.decompose` returns: the parameters and their relative error."""
@@ -28,7 +29,7 @@ class Slot:
 
     Attributes:
         geometry: of the dense layer.
-        method: what it takes or has, whatever its rank.
+        method: the method to apply, or the one the layer has; its rank is ignored where it is factorized.
         weight: makes the dense weight; None for a layer that is trained from scratch, whose singular values all count alike.
         dtype: of the factors.
         device_type: where it runs.
@@ -86,9 +87,12 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
     Raises:
         ValueError: a budget out of reach, or `RelativeError` without trained weights.
     """
-    by_macs = isinstance(rank, MacsKept)
+    rank, by_macs = check_rank(rank), isinstance(rank, MacsKept)
     if not isinstance(rank, RankRule):
-        choices = [Choice(_explicit(slot, check_rank(rank))) for slot in slots]  # type: ignore[arg-type]
+        choices = [
+            Choice(lowered(slot.present[0], rank) if slot.present else LayerSpec(slot.geometry, slot.method))
+            for slot in slots
+        ]
     elif isinstance(rank, RelativeError):
         if any(slot.weight is None for slot in slots):
             raise UserError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
@@ -112,13 +116,20 @@ def _planned(spec: LayerSpec | None, slot: Slot, plan: PlanChoice, *, by_macs: b
     return spec.best_plan(slot.used, slot.device_type, by_macs=by_macs)
 
 
-def _explicit(slot: Slot, rank: int | Ranks) -> LayerSpec:
-    """Returns what its method says of a dense layer, and a factorized one with each bond lowered to the rank."""
-    if slot.present is None:
-        return LayerSpec(slot.geometry, slot.method)
-    spec, _ = slot.present
-    asked = (rank,) * len(spec.ranks) if isinstance(rank, int) else rank
-    return spec.at(tuple(map(min, asked, spec.ranks)))
+def lowered(spec: LayerSpec, rank: int | Sequence[int]) -> LayerSpec:
+    """Returns a factorized layer's spec at the ranks of a tuple, or with every bond that is above an int lowered to it.
+
+    Raises:
+        UserError: a tuple of another length, or one that would raise a rank; parameters that make other layers too.
+    """
+    if isinstance(rank, int):
+        return spec.at(tuple(min(rank, old) for old in spec.ranks))
+    ranks = tuple(rank)
+    if len(ranks) != len(spec.ranks):
+        raise UserError(f"rank {ranks} has {len(ranks)} entries; the layer has {spec.ranks}")
+    if any(map(operator.gt, ranks, spec.ranks)):
+        raise UserError(f"rank {ranks} is above the present {spec.ranks}; a truncation only lowers it")
+    return LayerSpec(spec.geometry, spec.method.with_rank(ranks))
 
 
 def _highest(slot: Slot) -> LayerSpec:

@@ -14,32 +14,19 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tnlayers.budget import Choice, Fit, Slot, settle
+from tnlayers.budget import Fit, Slot, settle
 from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.geometry import Call, Geometry, arguments
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
 from tnlayers.method import Factorization
 from tnlayers.plan import PlanChoice, check_plan
-from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
+from tnlayers.ranks import Rank, Ranks
 from tnlayers.spec import LayerSpec
 
 __all__ = ["FactorizedLayer", "Fill", "Init", "slot_of"]
 Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
-
-
-def _decided(slot: Slot, dense: nn.Module, plan: PlanChoice) -> tuple[LayerSpec, Choice]:
-    """Returns what becomes of one layer by itself.
-
-    Raises:
-        ValueError: no rank is cheaper than dense.
-    """
-    (choice,) = settle([slot], slot.method.rank, plan)
-    if choice.spec is None:
-        method = type(slot.method).__name__
-        raise UserError(f"no such rank of {method} is cheaper than the dense {dense}; leave it dense ({choice.reason})")
-    return choice.spec, choice
 
 
 class FactorizedLayer(Merging):
@@ -72,24 +59,41 @@ class FactorizedLayer(Merging):
             shown[-1:] = own
         cls.__signature__ = inspect.Signature(shown)
 
-    def _build(self, template: nn.Module, method: Factorization, plan: PlanChoice, device: Any, dtype: Any) -> None:
+    @staticmethod
+    def _settled(slot: Slot, dense: nn.Module, plan: PlanChoice) -> tuple[LayerSpec, PlanChoice, Fit | None]:
+        """Returns what becomes of one layer by itself.
+
+        Raises:
+            UserError: no rank is cheaper than dense.
+        """
+        (choice,) = settle([slot], slot.method.rank, plan)
+        if choice.spec is None:
+            method = type(slot.method).__name__
+            raise UserError(
+                f"no such rank of {method} is cheaper than the dense {dense}; leave it dense ({choice.reason})"
+            )
+        return choice.spec, choice.plan, choice.fit
+
+    def _draw(self, template: nn.Module, method: Factorization, plan: PlanChoice, device: Any, dtype: Any) -> None:
         """Sets everything up from a dense layer without storage, which has checked and normalised the arguments."""
         slot = Slot(Geometry.of(template), method, None, dtype or torch.get_default_dtype())
-        spec, choice = _decided(slot, template, plan)
-        given = arguments(template)
-        given.pop("bias")  # which is a parameter here
+        spec, plan, _ = self._settled(slot, template, plan)
+        self._start(template, spec, plan, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def _start(self, dense: nn.Module, spec: LayerSpec, plan: PlanChoice, **dd: Any) -> None:
+        """Sets everything up in place of a dense layer, with empty parameters."""
+        given = arguments(dense)
+        biased = given.pop("bias")  # which is a parameter here
         for name, value in given.items():
             setattr(self, name, value)
         self.decomposition_error = None
         self.factors = nn.ParameterDict()
-        self.plan_choice = check_plan(choice.plan)
-        dd = {"device": device, "dtype": dtype}
-        self._adopt(spec, **dd)
-        bias = nn.Parameter(torch.empty(template.bias.shape, **dd)) if isinstance(template.bias, Tensor) else None
+        self._become(spec, plan, **dd)
+        bias = nn.Parameter(torch.empty(self.spec.geometry.out_channels, **dd)) if biased else None
         self.register_parameter("bias", bias)
-        self.reset_parameters()
 
-    def _adopt(self, spec: LayerSpec, *, anew: bool = False, **dd: Any) -> None:
+    def _become(self, spec: LayerSpec, plan: PlanChoice, *, anew: bool = False, **dd: Any) -> None:
         """Becomes what a spec says: new, empty factors where a shape changes, or everywhere, and the plan for them."""
         self.spec = spec
         trains = all(factor.requires_grad for factor in self.factors.values())
@@ -103,7 +107,7 @@ class FactorizedLayer(Merging):
             }
         if made or len(kept) < len(self.factors):  # anew: a shallow copy of the layer holds the same one
             self.factors = nn.ParameterDict([(name, (kept | made)[name]) for name in shapes]).train(self.training)
-        self.set_plan(self.plan_choice)
+        self.set_plan(plan)
 
     @property
     def ranks(self) -> Ranks:
@@ -154,8 +158,8 @@ class FactorizedLayer(Merging):
         plan = options.pop("plan", "auto")
         method = cls._method(**options)
         cls._check(dense)
-        spec, choice = _decided(slot_of(dense, method), dense, plan)
-        return cls.from_spec(dense, spec, choice.plan, fit=choice.fit)
+        spec, plan, fit = cls._settled(slot_of(dense, method), dense, plan)
+        return cls.from_spec(dense, spec, plan, fit=fit)
 
     @classmethod
     def _method(cls, **options: Any) -> Factorization:
@@ -205,24 +209,16 @@ class FactorizedLayer(Merging):
         assert isinstance(weight, Tensor)
         if spec.geometry != Geometry.of(dense) or own is not type(spec.method):
             raise UserError(f"{spec} is not of this layer: {cls.__name__} in place of {dense}")
-        method = spec.method if factors else spec.method.alone()
-        undrawn = factors is not None or init == "empty"
-        device = "meta" if undrawn else weight.device
-        options = (
-            {f.name: getattr(method, f.name) for f in fields(method)} if hasattr(cls, "method") else {"method": method}
-        )
-        make: Callable[..., Self] = cls
-        layer = make(**arguments(dense), device=device, dtype=weight.dtype, plan=plan, **options)
-        if undrawn:
-            layer.to_empty(device=weight.device)
-            if factors is not None:
-                layer.factors = factors
-            layer.set_plan(plan)  # on the device where it will run
-            if init != "empty":
-                layer._reset_bias()
-        if init == "decompose":
+        if factors is None and (alone := spec.method.alone()) != spec.method:
+            spec = LayerSpec(spec.geometry, alone)
+        layer = cls._empty(dense, spec, plan, device=weight.device, dtype=weight.dtype)
+        if factors is not None:
+            layer.factors = factors
+        if init == "random":
+            layer.reset_parameters() if factors is None else layer._reset_bias()
+        elif init == "decompose":
             if factors is None:
-                layer.decomposition_error = layer._decompose(weight, fit)
+                layer.decomposition_error = layer._fill(fit or spec.decompose(precise(weight), weight.dtype))
             else:
                 layer.decomposition_error = relative_error(weight, layer._precise_weight())
             if layer.bias is not None:
@@ -233,9 +229,23 @@ class FactorizedLayer(Merging):
             layer.bias.requires_grad_(dense.bias.requires_grad)
         return layer.train(dense.training)
 
-    def _decompose(self, weight: Tensor, fit: Fit | None = None) -> float:
+    @classmethod
+    def _empty(cls, dense: nn.Module, spec: LayerSpec, plan: PlanChoice, **dd: Any) -> Self:
+        """Returns the layer of a spec, whose parameters are to be filled; a constructor of a user's own settles and draws again."""
+        constructor = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if constructor.__module__ == f"{__package__}.layers":
+            layer = cls.__new__(cls)
+            Merging.__init__(layer)
+            layer._start(dense, spec, plan, **dd)
+            return layer
+        method = {f.name: getattr(spec.method, f.name) for f in fields(spec.method)}
+        make: Callable[..., Self] = cls
+        options = method if hasattr(cls, "method") else {"method": spec.method}
+        return make(**arguments(dense), **dd, plan=plan, **options)
+
+    def _fill(self, fit: Fit) -> float:
         """Fills the factors; returns the relative error of what they now are, rounded to their dtype."""
-        fitted, error = fit or self.spec.decompose(precise(weight), self._like["dtype"])
+        fitted, error = fit
         for name, factor in self.factors.items():
             _copy(factor, fitted[name])
         return error
@@ -250,13 +260,14 @@ class FactorizedLayer(Merging):
         dense.weight.requires_grad_(any(factor.requires_grad for factor in self.factors.values()))
         return dense.train(self.training)
 
-    def truncate(self, rank: Rank) -> float:
+    def truncate(self, rank: Rank, plan: PlanChoice | None = None) -> float:
         """Lowers the rank of this layer in place, keeping the closest weight; for a model see `tnlayers.truncate`.
 
         The factors are new Parameters where their shape changes: make the optimizer anew afterwards.
 
         Args:
             rank: the new rank; an int lowers every bond that is above it.
+            plan: how it is computed from then on; None keeps what was chosen.
 
         Returns:
             ||W - W~||_F / ||W||_F against the weight before.
@@ -264,26 +275,18 @@ class FactorizedLayer(Merging):
         Raises:
             ValueError: a rank above the present one, or one that is not valid for the method.
         """
-        spec, rank = self.spec, check_rank(rank)
-        if isinstance(rank, int) and rank <= max(spec.ranks):
-            rank = tuple(min(rank, old) for old in spec.ranks)
-        method = spec.method.with_rank(rank)  # refuses what the method cannot have
-        if isinstance(rank, RankRule):
-            (wanted,) = settle([slot_of(self)], rank, self.plan_choice)
-        else:
-            wanted = Choice(LayerSpec(spec.geometry, method), self.plan_choice)
-        new = wanted.spec or spec  # the layer may be as small as it can be
-        if any(rank > old for rank, old in zip(new.ranks, spec.ranks, strict=True)):
-            raise UserError(
-                f"truncate: rank {new.ranks} is above the present {spec.ranks}; a truncation only lowers it"
-            )
-        if new.ranks == spec.ranks:
+        rank = self.spec.method.with_rank(rank).rank  # refuses what the method cannot have
+        if isinstance(rank, int) and rank > max(self.ranks):
+            rank = (rank,) * len(self.ranks)  # which says that it is too high
+        (choice,) = settle([slot_of(self)], rank, plan or self.plan_choice)
+        if choice.spec in (None, self.spec):  # the layer may be as small as it can be
+            self.set_plan(choice.plan)
             return 0.0
+        assert choice.spec is not None
         weight = self._precise_weight()
-        self.plan_choice = wanted.plan
-        self._adopt(new, **self._like)
+        self._become(choice.spec, choice.plan, **self._like)
         self.decomposition_error = None
-        return self._decompose(weight, wanted.fit)
+        return self._fill(choice.fit or self.spec.decompose(weight, self._like["dtype"]))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes on the ranks that the state brings, so that a truncated layer loads into any definition.
@@ -295,10 +298,10 @@ class FactorizedLayer(Merging):
             key.removeprefix(start): tuple(value.shape) for key, value in state_dict.items() if key.startswith(start)
         }
         self.decomposition_error = None
-        with suppress(ValueError):
+        with suppress(UserError):
             found = self.spec.of_parameters(shapes)
             if found.ranks != self.ranks:
-                self._adopt(found, anew=True, **self._like)
+                self._become(found, self.plan_choice, anew=True, **self._like)
                 warnings.warn(
                     f"{prefix.rstrip('.') or type(self).__name__}: rank {found.ranks} adopted from the loaded state; "
                     "an optimizer made before holds the old factors: make it anew",

@@ -10,7 +10,10 @@ from torch import nn
 
 from tnlayers.plan import Axis
 
-__all__ = ["NOMINAL_CALLS", "Call", "Geometry", "arguments", "dense_type_of"]
+__all__ = ["DENSE", "NOMINAL_CALLS", "Call", "Geometry", "arguments", "dense_type_of"]
+
+DENSE = (nn.Conv2d, nn.Linear)
+"""The torch layers that there are factorized ones for."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,14 @@ class Geometry:
 
     groups: int
     weight_shape: tuple[int, ...]
-    axes: Mapping[str, Axis] = field(hash=False)
-    pad_mode: str
+    axes: Mapping[str, Axis] = field(default_factory=dict, hash=False)
+    pad_mode: str = "constant"
 
     @staticmethod
     def of(layer: Any) -> "Geometry":
         """Returns the geometry of a torch layer, or of the one that a factorized layer stands for."""
         if dense_type_of(layer) is nn.Linear:
-            return Geometry(1, (layer.out_features, layer.in_features), {}, "constant")
+            return Geometry(1, (layer.out_features, layer.in_features))
         given: tuple[int | str, ...] = (layer.padding,) * 2 if isinstance(layer.padding, str) else layer.padding
         paddings = map(_padding, given, layer.kernel_size, layer.dilation)
         return Geometry(
@@ -60,6 +63,11 @@ class Geometry:
     def in_channels(self) -> int:
         """Input channels (features) of all groups."""
         return self.groups * self.weight_shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels (features) of all groups."""
+        return self.groups * self.weight_shape[0]
 
     @property
     def fan_in(self) -> int:

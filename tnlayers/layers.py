@@ -17,8 +17,8 @@ class FactorizedConv2d(FactorizedLayer):
 
     Args:
         plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
-        options: `method`; of a layer that names its method that one's own: `rank` (an int, one int a bond, `ParamsKept`,
-            `MacsKept` or `RelativeError`, the last from dense only), and others, such as `order` of MPS.
+        options: the method, or the method's own options where the class fixes it: `rank` (an int, one int a bond,
+            `ParamsKept`, `MacsKept` or `RelativeError`, the last from dense only), and others, such as `order` of MPS.
 
     Raises:
         ValueError: what nn.Conv2d refuses, a rank below 1, a bare float, a plan that is no partition of the factors.
@@ -48,7 +48,7 @@ class FactorizedConv2d(FactorizedLayer):
         super().__init__()
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         template = nn.Conv2d(*geometry, device="meta")  # type: ignore[arg-type]
-        self._build(template, self._method(**options), plan, device, dtype)
+        self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -84,7 +84,7 @@ class FactorizedLinear(FactorizedLayer):
     ) -> None:
         super().__init__()
         template = nn.Linear(in_features, out_features, bias, device="meta")
-        self._build(template, self._method(**options), plan, device, dtype)
+        self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
@@ -92,20 +92,15 @@ class FactorizedLinear(FactorizedLayer):
 
 
 def layer_type(method: Factorization, dense_type: type[nn.Module]) -> type[FactorizedLayer]:
-    """Returns the layer of a method in place of a torch layer: that which names the method, else the one for all methods.
+    """Returns the layer of a method in place of a torch layer: this package's that names it, else the one for all methods.
 
     Raises:
         UnsupportedLayer: the method replaces no such layers.
     """
     method.check_replaces(dense_type)
-    waiting: list[type[FactorizedLayer]] = [
-        base for base in (FactorizedConv2d, FactorizedLinear) if base.dense_type is dense_type
-    ]
-    for layer in waiting:
-        if getattr(layer, "method", None) is type(method):
-            return layer
-        waiting += layer.__subclasses__()
-    return waiting[0]
+    generic = [layer for layer in (FactorizedConv2d, FactorizedLinear) if layer.dense_type is dense_type]
+    named = [layer for layer in named_layers() if layer.method is type(method) and layer.dense_type is dense_type]
+    return (named + generic)[0]
 
 
 def named_layers() -> list[type[FactorizedLayer]]:

@@ -7,29 +7,18 @@ The parameters of a layer are the network's factors. A method that generates the
 overriding what stands under "parameters" below (`ADTN` does).
 """
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import isabstract
+from inspect import get_annotations, isabstract
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from tnlayers.errors import UnsupportedLayer, UserError
-from tnlayers.linalg import (
-    check_finite,
-    decomposing,
-    left_singular_vectors,
-    precise,
-    relative_error,
-    scale_of,
-    singular_values,
-    tails,
-    unfold,
-)
+from tnlayers.linalg import decomposing, left_singular_vectors, singular_values, tails, unfold
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
@@ -38,7 +27,7 @@ __all__ = ["Factorization", "known_methods"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _OPEN = {"rank", "replaces", "source", "per_group"}
-"""What a method may state of itself."""
+"""Names that a method's class body may annotate although the base class has them."""
 _UNBOUNDED = 1 << 40  # larger than any mode; `Network.clamp` brings it down to the attainable rank
 
 
@@ -63,23 +52,37 @@ class Factorization(ABC):
     """Whether each group of a grouped convolution is fitted by itself."""
 
     def __init_subclass__(cls) -> None:
-        """Options that would take the place of what every method has, or of what a rule says beside them, are refused."""
+        """Refuses an option whose name is taken by the contract or by a rule's own keys."""
         super().__init_subclass__()
-        own = vars(cls).get("__annotations__", {}).keys() - _OPEN
+        own = get_annotations(cls).keys() - _OPEN
         taken = own & {*dir(Factorization), "pattern", "method", "plan", "reason", "dense"}
         if taken:
             raise TypeError(f"{cls.__name__}: an option cannot be called {sorted(taken)[0]!r}; choose another name")
 
     def __post_init__(self) -> None:
+        self.check_stated()
         object.__setattr__(self, "rank", check_rank(self.rank))
+
+    @classmethod
+    def check_stated(cls) -> None:
+        """Refuses a class that does not state what every method has to.
+
+        Raises:
+            TypeError: it lacks `replaces`, `source`, or the decorator that makes its options fields.
+        """
+        missing = [name for name in ("replaces", "source") if not hasattr(cls, name)]
+        if missing:
+            raise TypeError(f"{cls.__name__} does not state `{missing[0]}`, as every method has to")
+        if get_annotations(cls).keys() - _OPEN and "__dataclass_params__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} is no dataclass by itself: put @dataclass(frozen=True) above it")
 
     @abstractmethod
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        """Returns the factors' index strings."""
+        """Returns the factors' index strings, which are the same for every rank."""
 
     @abstractmethod
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        """Fits the factors of an attainable rank that are closest to the weight, or nearly so."""
+        """Returns the factors of these attainable ranks that are closest to the weight, or nearly so, each by its name."""
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
         """Returns the sizes of the weight's indices; a method that tensorizes modes has more of them."""
@@ -134,8 +137,7 @@ class Factorization(ABC):
     @classmethod
     def name(cls) -> str:
         """Returns what rules, configurations and checkpoints call the method: with its module where it is none of this package's."""
-        ours = cls.__module__.startswith("tnlayers.methods.")
-        return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+        return _name_of(cls)
 
     def with_rank(self, rank: Rank) -> Self:
         return replace(self, rank=rank)
@@ -176,44 +178,6 @@ class Factorization(ABC):
 
         return error
 
-    def decompose(
-        self, weight: Tensor, ranks: Ranks, groups: int = 1, dtype: torch.dtype = torch.float64
-    ) -> tuple[dict[str, Tensor], float]:
-        """Fits the parameters, rounded to the dtype; returns them and their relative error, checked on what they then make.
-
-        Args:
-            weight: (o, i, h, w) or (o, i), of all groups, in float64.
-            ranks: attainable ones, of each group.
-            groups: of a grouped convolution; the parameters of more than one have the index g in front.
-            dtype: of the parameters. Where one of them would leave its range they share their norm evenly.
-
-        Raises:
-            UserError: the weight is not finite, or the factors are no better than zeros.
-        """
-        check_finite(weight)
-        scale = scale_of(weight)
-        with decomposing():
-            scaled = weight if scale == 1 else weight / scale
-            parts = [self._decompose(part, ranks) for part in scaled.chunk(groups if self.per_group else 1)]
-            parameters = {
-                name: (torch.stack([part[name] for part in parts]) if len(parts) > 1 else first).contiguous()
-                for name, first in parts[0].items()
-            }
-            if scale != 1:
-                self.scale(parameters, scale)
-            parameters = _rounded(parameters, dtype)
-            shape = (weight.shape[0] // groups, *weight.shape[1:])
-            network = self.network(shape).grouped() if groups > 1 else self.network(shape)
-            exact = {name: precise(value) for name, value in parameters.items()}
-            made = self.factors(exact, network.shapes(self.sizes(shape, ranks) | {"g": groups}))
-            error = relative_error(weight, network.reconstruct(made).reshape(weight.shape))
-        if not error <= 1 + 1e-6 + torch.finfo(dtype).eps:
-            raise UserError(
-                f"{type(self).__name__} at rank {ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}, where zeros "
-                "have 1; take another rank or method"
-            )
-        return parameters, error
-
     # ---- parameters: the factors themselves, unless a method generates those
 
     def alone(self) -> Self:
@@ -251,26 +215,21 @@ class Factorization(ABC):
 
 
 def known_methods() -> dict[str, type[Factorization]]:
-    """Returns by its name every method whose module this program has imported, its own ones too."""
+    """Returns by its name every method whose module this program has imported, its own ones too.
+
+    A class that states nothing of itself is what methods have in common, and no method.
+    """
     waiting, found = [Factorization], {}
     for kind in waiting:
         waiting += kind.__subclasses__()
-        if not isabstract(kind):
-            found[kind.name()] = kind
+        if not isabstract(kind) and (hasattr(kind, "replaces") or hasattr(kind, "source")):
+            found[_name_of(kind)] = kind  # a class that was refused may have another `name`
     return found
 
 
-def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rounds to the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
-
-    The product of the scales is 1, and the weight is linear in each parameter.
-    """
-    largest = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in parameters.items()}
-    low, high = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    if all(low <= size <= high for size in largest.values()) or not all(largest.values()):
-        return {name: value.to(dtype) for name, value in parameters.items()}
-    mean = math.exp(sum(map(math.log, largest.values())) / len(largest))
-    return {name: (value / largest[name] * mean).to(dtype) for name, value in parameters.items()}
+def _name_of(method: type) -> str:
+    ours = method.__module__.startswith("tnlayers.methods.")
+    return method.__name__ if ours else f"{method.__module__}.{method.__qualname__}"
 
 
 def _lost(energy: Tensor) -> Tensor:

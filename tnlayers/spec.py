@@ -11,6 +11,7 @@ from torch import Tensor
 from tnlayers.cost import Machine, cheapest, macs
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
+from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
 from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.plan import Partition, Plan, PlanChoice, partitions
@@ -87,9 +88,49 @@ class LayerSpec:
             raise UserError(f"parameters of the shapes {dict(shapes)} are not those of {found.method}")
         return found
 
-    def decompose(self, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
-        """Fits the parameters closest to a dense weight, in the dtype; returns them and their relative error."""
-        return self.method.decompose(weight, self.ranks, self.geometry.groups, dtype)
+    # ---- its weight
+
+    def reconstruct(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns the dense weight that parameters make, differentiable in them."""
+        return self.network.reconstruct(self.method.factors(parameters, self.factor_shapes))
+
+    def decompose(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], float]:
+        """Fits the parameters, rounded to the dtype; returns them and their relative error, checked on what they then make.
+
+        Args:
+            weight: (o, i, h, w) or (o, i), of all groups, in float64. The parameters of a grouped convolution have the index
+                g in front.
+            dtype: of the parameters. Where one of them would leave its range they share their norm evenly.
+
+        Raises:
+            UserError: the weight is not finite, or the factors are no better than zeros.
+            TypeError: the method gives other parameters than its network has.
+        """
+        check_finite(weight)
+        method, name, scale = self.method, type(self.method).__name__, scale_of(weight)
+        with decomposing():
+            parts = (weight if scale == 1 else weight / scale).chunk(self.geometry.groups if method.per_group else 1)
+            fitted = [method._decompose(part, self.ranks) for part in parts]
+            parameters = {
+                key: (torch.stack([part[key] for part in fitted]) if len(fitted) > 1 else first).contiguous()
+                for key, first in fitted[0].items()
+            }
+            shapes = {key: tuple(value.shape) for key, value in parameters.items()}
+            if shapes != self.parameter_shapes:
+                raise TypeError(
+                    f"{name}._decompose gives {shapes}; its network at rank {self.ranks} has {self.parameter_shapes}"
+                )
+            if scale != 1:
+                method.scale(parameters, scale)
+            parameters = _rounded(parameters, dtype)
+            made = self.reconstruct({key: precise(value) for key, value in parameters.items()})
+            error = relative_error(weight, made.reshape(weight.shape))
+        if not error <= 1 + 1e-6 + torch.finfo(dtype).eps:
+            raise UserError(
+                f"{name} at rank {self.ranks} failed: relative error {error:.3g} on {tuple(weight.shape)}, where zeros "
+                "have 1; take another rank or method"
+            )
+        return parameters, error
 
     # ---- how it is computed
 
@@ -126,3 +167,16 @@ class LayerSpec:
         """
         groups = self.best_plan(device_type=device_type) if plan == "auto" else plan
         return Plan.compile(self.network, self.sizes, groups, self.geometry.axes, self.geometry.pad_mode)
+
+
+def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rounds to the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
+
+    The product of the scales is 1, and the weight is linear in each parameter.
+    """
+    largest = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in parameters.items()}
+    low, high = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    if all(low <= size <= high for size in largest.values()) or not all(largest.values()):
+        return {name: value.to(dtype) for name, value in parameters.items()}
+    mean = math.exp(sum(map(math.log, largest.values())) / len(largest))
+    return {name: (value / largest[name] * mean).to(dtype) for name, value in parameters.items()}

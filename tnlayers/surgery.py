@@ -10,7 +10,7 @@ from torch import nn
 from tnlayers.budget import Choice, settle
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
-from tnlayers.geometry import Call, Geometry
+from tnlayers.geometry import DENSE, Call, Geometry
 from tnlayers.joint import convert_joined, entries_made, generators, join, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
@@ -64,7 +64,7 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
     """Decides by name what becomes of each layer that a rule matches."""
     if init not in ("decompose", "random"):
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
-    dense = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    dense = {name: module for name, module in model.named_modules() if type(module) in DENSE}
     done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     taken = _assign(rules, dense, done)
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
@@ -149,7 +149,7 @@ def _replaces(method: Factorization | None, kind: type[nn.Module]) -> bool:
 def method_for(model: nn.Module, name: str, rules: Sequence[Rule]) -> Factorization | None:
     """Returns what the first rule that matches a dense layer would make of it; None if it has to stay dense."""
     layer = model.get_submodule(name)
-    if type(layer) not in (nn.Conv2d, nn.Linear):
+    if type(layer) not in DENSE:
         return None
     matching = [rule for rule in rules if fits(name, rule.pattern) and _replaces(rule.factorization, type(layer))]
     return matching[0].factorization if matching and not refusal(model, name) else None

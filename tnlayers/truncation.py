@@ -1,13 +1,13 @@
 """Lowering the ranks of a model's layers: ranks are decided first, for all layers together; weights are touched second."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from tnlayers.budget import Slot, settle
+from tnlayers.budget import Slot, lowered, settle
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, slot_of
-from tnlayers.geometry import NOMINAL_CALLS, Geometry
+from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
@@ -28,11 +28,12 @@ def resolve_truncation(
     pattern: str = "*",
     rules: Sequence[Rule] = (),
 ) -> list[Rule]:
-    """Makes one rule for each layer whose rank has to fall: its exact name, integer ranks and plan. The model is not changed.
+    """Makes one rule for each layer that has to change: its exact name, integer ranks and plan. The model is not changed.
 
     A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all layers that are selected,
     whatever their methods; nothing changes where it is kept already. `RelativeError` is against the present weights,
-    layer by layer. An int lowers every bond that is above it.
+    layer by layer. An int lowers every bond that is above it. Plans are made anew: "auto" for a layer of which nothing says how
+    it is used.
 
     Args:
         model: holds factorized layers.
@@ -48,10 +49,13 @@ def resolve_truncation(
     slots = _checked(model, rank, example_input, pattern, rules)
     if not isinstance(rank, RankRule):  # which lowers what there is
         slots = {name: slot for name, slot in slots.items() if slot.present}
+    # Such a budget counts the best plans, so layers whose ranks stay take theirs as well.
+    plans_too = isinstance(rank, MacsKept) and _fraction(slots.values(), by_macs=True) > rank.fraction
     return [
         Rule(name, choice.spec.method, plan=choice.plan)
         for (name, slot), choice in zip(slots.items(), settle(list(slots.values()), rank), strict=True)
-        if choice.spec and not (slot.present and slot.present[0] == choice.spec)
+        if choice.spec
+        and (slot.present is None or slot.present[0] != choice.spec or (plans_too and slot.present[1] != choice.plan))
     ]
 
 
@@ -89,8 +93,7 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
         layer, method = model.get_submodule(rule.pattern), rule.factorization
         assert method is not None
         if isinstance(layer, FactorizedLayer):
-            errors[rule.pattern] = layer.truncate(method.rank)
-            layer.set_plan(rule.plan)
+            errors[rule.pattern] = layer.truncate(method.rank, rule.plan)
         else:
             new = layer_type(method, type(layer)).from_spec(layer, LayerSpec(Geometry.of(layer), method), rule.plan)
             replace_layers(model, {layer: new})
@@ -107,7 +110,11 @@ def fraction_kept(
     rules: Sequence[Rule] = (),
 ) -> float:
     """Returns the fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
-    costs = [slot.cost(by_macs=by is MacsKept) for slot in _select(model, example_input, pattern, rules).values()]
+    return _fraction(_select(model, example_input, pattern, rules).values(), by_macs=by is MacsKept)
+
+
+def _fraction(slots: Iterable[Slot], *, by_macs: bool) -> float:
+    costs = [slot.cost(by_macs=by_macs) for slot in slots]
     return sum(present for present, _ in costs) / sum(dense for _, dense in costs)
 
 
@@ -127,7 +134,7 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
     slots = {}
     for name, method in found.items():
         layer = model.get_submodule(name)
-        calls = calls_of(Geometry.of(layer), inputs[name]) if name in inputs else NOMINAL_CALLS
+        calls = calls_of(Geometry.of(layer), inputs[name]) if name in inputs else None
         slots[name] = slot_of(layer, method, calls)
     return slots
 
@@ -153,6 +160,6 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 
 
 def _check(slot: Slot, rank: Rank) -> None:
-    slot.method.with_rank(rank)
-    if isinstance(rank, (tuple, list)) and slot.present and len(rank) != len(slot.present[0].ranks):
-        raise UserError(f"rank {rank!r} has {len(rank)} entries; the layer has {slot.present[0].ranks}")
+    asked = slot.method.with_rank(rank).rank
+    if slot.present and not isinstance(asked, RankRule):
+        lowered(slot.present[0], asked)
