@@ -103,15 +103,12 @@ class Merging(nn.Module):
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
-            return self._reconstruct({name: precise(value) for name, value in self.factors.items()})
-
-    def _reconstruct(self, parameters: dict[str, Tensor]) -> Tensor:
-        return self.spec.network.reconstruct(self.spec.method.factors(parameters, self.spec.factor_shapes))
+            return self.spec.reconstruct({name: precise(value) for name, value in self.factors.items()})
 
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors make, differentiable in them."""
-        return self._reconstruct(dict(self.factors.items()))
+        return self.spec.reconstruct(dict(self.factors.items()))
 
     def _weights(self) -> list[Tensor]:
         """Returns the plan's merged weights: anew wherever a gradient may flow, else those that are kept."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.geometry import Call, Geometry
+from tnlayers.geometry import DENSE, Call, Geometry
 
 __all__ = ["Example", "calls_of", "countable_layers", "evaluating", "layer_inputs"]
 
@@ -36,7 +36,7 @@ def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, FactorizedLayer)
+        if type(module) in DENSE or isinstance(module, FactorizedLayer)
     }
 
 
