@@ -54,9 +54,34 @@ def test_help_needs_no_torch() -> None:
 
 
 FLOORS = [
-    "errors", "files", "markdown", "network", "plan", "cost", "linalg", "cuts", "ranks", "geometry", "method", "spec", "budget", "merged",
-    "factorized", "layers", "joint", "methods", "table", "rules", "tracing", "surgery", "truncation", "summary",
-    "state_dicts", "matching", "saved_layers", "checkpoints",
+    "errors",
+    "files",
+    "markdown",
+    "network",
+    "plan",
+    "cost",
+    "linalg",
+    "cuts",
+    "ranks",
+    "geometry",
+    "method",
+    "spec",
+    "budget",
+    "merged",
+    "factorized",
+    "layers",
+    "joint",
+    "methods",
+    "table",
+    "rules",
+    "tracing",
+    "surgery",
+    "truncation",
+    "summary",
+    "state_dicts",
+    "matching",
+    "saved_layers",
+    "checkpoints",
 ]
 """The modules of tnlayers, the ground floor first."""
 

@@ -212,7 +212,9 @@ def test_a_description_is_plain_and_old_ones_load(tmp_path: Path) -> None:
 def test_a_method_of_the_program_that_runs_is_said_to_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     made = net(TUCKER)
     monkeypatch.setattr(Tucker, "__module__", "__main__")
-    with pytest.warns(UserWarning, match="^Tucker: a method of __main__ loads only into a program whose __main__ defines"):
+    with pytest.warns(
+        UserWarning, match="^Tucker: a method of __main__ loads only into a program whose __main__ defines"
+    ):
         structure_of(made)
 
 

@@ -187,7 +187,9 @@ def _apply(trainer: Trainer, module: LightningModule, rules: list[Rule]) -> None
     reference, before = copied(net), dict(module.named_parameters())
     errors = truncate(net, rules)
     after = dict(module.named_parameters())
-    truncated = [layer for name, layer in factorized_layers(net).items() if name in errors]
+    present = {name: layer.spec for name, layer in factorized_layers(reference).items()}  # some change their plan alone
+    layers = factorized_layers(net)
+    truncated = [layers[name] for name in errors if present.get(name) != layers[name].spec]
     factors = {factor for layer in truncated for factor in layer.factors.values()}
     follow_optimizers(trainer.optimizers, before, after, {name for name, value in after.items() if value in factors})
     follow_strategy(trainer)
