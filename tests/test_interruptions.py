@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -220,6 +220,14 @@ def test_killed_between_the_last_two_files(often: list[str], name: str, forks: F
 
 
 # ---- Ctrl-C where an exception is lost
+
+
+@pytest.fixture(autouse=True)
+def _heeded() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a shell's background jobs, such as a run of these tests, do not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def lost_in_a_callback() -> None:

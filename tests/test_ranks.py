@@ -13,6 +13,7 @@ from tests.cases import CASES, Case
 from tnlayers import (
     MPS,
     FactorizedLayer,
+    LayerSpec,
     MacsKept,
     MPSConv2d,
     ParamsKept,
@@ -248,14 +249,14 @@ def test_small_errors_are_no_noise(error: float) -> None:
 
 def test_one_decomposition_tells_the_rank_and_makes_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[tuple[int, ...]] = []
-    decompose: Callable[..., object] = Tucker.decompose
+    decompose: Callable[..., object] = LayerSpec.decompose
 
-    def counted(self: Tucker, weight: Tensor, ranks: tuple[int, ...], *given: object) -> object:
-        fits.append(ranks)
-        return decompose(self, weight, ranks, *given)
+    def counted(self: LayerSpec, *given: object) -> object:
+        fits.append(self.ranks)
+        return decompose(self, *given)
 
     dense = TuckerConv2d(16, 16, 3, rank=4).to_dense()
-    monkeypatch.setattr(Tucker, "decompose", counted)
+    monkeypatch.setattr(LayerSpec, "decompose", counted)
     tensorize(nn.Sequential(dense), [Rule("0", Tucker(RelativeError(0.1)))])
     layer = TuckerConv2d.from_dense(dense, rank=RelativeError(0.1))
     assert len(fits) == 2
