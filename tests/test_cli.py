@@ -411,11 +411,12 @@ def test_a_key_twice_in_a_file_that_a_configuration_names(tmp_path: Path, capsys
     assert f"{tmp_path}/model.yaml, line 2: the key 'net'" in message
 
 
-def test_only_files_of_options_are_read_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_files_of_options_are_read_as_such(tmp_path: Path) -> None:
     """Data of a user's own may be in files of the same kinds."""
     (tmp_path / "rows.json").write_text('{"a": 1, "a": 2}\n{"a": 3}\n')
-    (tmp_path / "config.yaml").write_text(f"trainer:\n  default_root_dir: {tmp_path}/rows.json\n")
-    read_yaml(["fit", "-c", str(tmp_path / "config.yaml"), "--data.annotations", str(tmp_path / "rows.json")])
+    (config := tmp_path / "config.yaml").write_text(f"trainer:\n  default_root_dir: {tmp_path}/rows.json\n")
+    found = read_yaml(["fit", "-c", str(config), "--data.annotations", str(tmp_path / "rows.json")])
+    assert found == {str(config): {"trainer": {"default_root_dir": f"{tmp_path}/rows.json"}}}
 
 
 def test_a_whole_epoch_between_validations_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ class Scene:
         with context():
             return self.layer(self.x)
 
-    def check(self) -> None:
+    def assert_present(self) -> None:
         """Against the dense layer of the factors as they are now."""
         expected = self.layer.to_dense()(self.x).detach()
         for context in (torch.no_grad, torch.inference_mode):
@@ -124,8 +124,8 @@ def test_whatever_happens_evaluation_is_of_the_present_factors(case: Case, seed:
     for _ in range(30):
         rng.choice(EVENTS)(scene)
         if rng.random() < 0.5:
-            scene.check()
-    scene.check()
+            scene.assert_present()
+    scene.assert_present()
 
 
 def test_a_look_before_a_fused_step() -> None:
