@@ -56,11 +56,16 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.options)
 
 
 def options_of(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Gives each argument of a command as a value, after the option before it, or that of `--option=value`."""
+    """Gives each argument of a command as a value, after the option before it, or that of `--option=value`, `-c=value`, `-cvalue`."""
     before = ""
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        yield (option, value) if equals and option.startswith("--") else (before, argument)
+        if equals and option.startswith("--"):
+            yield option, value
+        elif argument.startswith(CONFIG[0]) and argument != CONFIG[0]:
+            yield CONFIG[0], argument.removeprefix(CONFIG[0]).removeprefix("=")
+        else:
+            yield before, argument
         before = argument
 
 

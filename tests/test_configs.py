@@ -48,12 +48,14 @@ def test_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_part(content(path), yaml.safe_load(capsys.readouterr().out))
 
 
+@pytest.mark.parametrize(
+    "named", [["-c", "data/digits.yaml", "--config=net/resnet20"], ["-c=data/digits.yaml", "-cnet/resnet20"]]
+)
 def test_found_by_name_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file of the user's comes first."""
     monkeypatch.chdir(tmp_path)
-    named = ["-c", "data/digits.yaml", "--config=net/resnet20"]
     for batch_size in (64, 7):
         with pytest.raises(SystemExit) as exit_:
             tnlayers("fit", *named, "--print_config")

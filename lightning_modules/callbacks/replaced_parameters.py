@@ -94,16 +94,16 @@ def _in_place(
     What is no parameter of the module (a loss may have its own) stays as it is.
     """
     held = {names[parameter] for parameter in group if parameter in names}
-    factorized = dict.fromkeys((_layer(name) for name in held - after.keys()), True)
+    factorized, placed = {_layer(name) for name in held - after.keys()}, set[str]()
     now: list[tuple[str, Any]] = []
     for label, old in zip(labels or [names.get(old, "") for old in group], group, strict=True):
         name = names.get(old)
         if name is None or _layer(name) not in factorized:
             now.append((label, after[name] if name else old))
-        elif factorized[_layer(name)]:  # at the first of the layer's old parameters
-            factorized[_layer(name)] = False
-            new = {each: after[each] for each in after if _layer(each) == _layer(name)}
-            now += [(each, new[each]) for each in new if {each, _weight_of(each)} & held]
+        elif (layer := _layer(name)) not in placed:  # at the first of the layer's old parameters
+            placed.add(layer)
+            mine = [each for each in after if _layer(each) == layer and {each, _weight_of(each)} & held]
+            now += [(each, after[each]) for each in mine]
     return now
 
 
