@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -124,18 +125,18 @@ def _imports(name: str) -> set[str]:
     return {module.removeprefix("tnlayers.").partition(".")[0] for module in found}
 
 
-@pytest.mark.slow
-def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
-    """Built, installed into an environment that sees this one's dependencies but not the checkout, and run."""
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has the wheel and this one's dependencies, and does not see the checkout."""
+    folder = tmp_path_factory.mktemp("installed")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT],
         check=True,
         timeout=HANGING,
     )
-    (wheel,) = tmp_path.glob("tnlayers-*.whl")
-    environment = tmp_path / "environment"
+    (wheel,) = folder.glob("tnlayers-*.whl")
+    environment = folder / "environment"
     venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
     site = next((environment / "lib").glob("python*/site-packages"))
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
@@ -144,11 +145,22 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
     )
     dependencies = next(Path(path) for path in sys.path if path.endswith("site-packages"))
     (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    return environment / "bin" / "python"
+
+
+def _run(python: Path, arguments: Sequence[str | Path], folder: Path) -> str:
+    done = subprocess.run(
+        [python, "-I", *arguments], capture_output=True, text=True, cwd=folder, timeout=HANGING, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_repository(installed: Path, tmp_path: Path) -> None:
     code = "import tnlayers, lightning_modules; print(tnlayers.__file__, lightning_modules.__file__)"
-    where = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=HANGING
-    ).stdout
-    assert all(part.startswith(str(site)) for part in where.split())
+    where = _run(installed, ["-c", code], tmp_path)
+    assert all(part.startswith(str(installed.parents[1])) for part in where.split())
     commands = {
         "quickstart --out run": "written     run/",
         "configs": "  experiment/digits ",
@@ -157,14 +169,16 @@ def test_the_wheel_works_away_from_the_repository(tmp_path: Path) -> None:
         f"study -c experiment/digits_study --checkpoint run/dense.ckpt --out told {QUICK_STUDY}": "written     told/",
     }
     for command, said in commands.items():
-        done = subprocess.run(
-            [python, "-I", "-m", "lightning_modules.cli", *command.split()],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=HANGING,
-        )
-        assert done.returncode == 0, done.stderr
-        assert said in done.stdout
+        assert said in _run(installed, ["-m", "lightning_modules.cli", *command.split()], tmp_path)
     assert (tmp_path / "run/report.md").is_file()
+    assert (tmp_path / "small/model.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_the_wheel_compresses_a_published_network_on_pictures(
+    installed: Path, resnet20_checkpoint: Path, cifar10_png: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "lightning_modules.cli", "compress", "-c", "experiment/cifar10_resnet20"]
+    files = ["--data.root", cifar10_png, "--checkpoint", resnet20_checkpoint, "--out", "small"]
+    assert "dense 91.64%" in _run(installed, [*command, *files], tmp_path)
     assert (tmp_path / "small/model.ckpt").is_file()
