@@ -1,8 +1,8 @@
-"""Convolutions drawn at random, converted and computed by every plan in every layout: forward and all gradients.
+"""Layers of every kind drawn at random, converted and computed by every plan in every layout: forward and all gradients.
 
     python -W ignore -m tests.drawn_layers --cases 20000 --seed 0
 
-The oracle is torch's convolution in float64, in the default layout, of the weight that the factors make.
+The oracle is torch's own layer in float64, in the default layout, with the weight that the factors make.
 """
 
 import argparse
@@ -16,24 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.cases import CASES
-from tnlayers import FactorizedLayer
-from tnlayers.plan import partitions
+from tnlayers import Factorization, FactorizedLayer, Rule, tensorize
+from tnlayers.geometry import DENSE, arguments
+from tnlayers.method import known_methods
 
 __all__ = ["Drawn", "draw", "wrong"]
 
-METHODS = tuple(dict.fromkeys(case.layer for case in CASES if case.is_conv and case.exact and not case.own))
+METHODS = tuple(method for name, method in known_methods().items() if "." not in name and name != "ADTN")
+KINDS = (nn.Conv2d,) * 4 + tuple(kind for kind in DENSE if kind is not nn.Embedding)
 # Of the same computation on absolute values, so that what cancels does not count: a few roundings for each step.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+_MOST_PLANS = 16
 LAYOUTS = ("contiguous", "channels_last")
 ODD_LAYOUTS = ("sliced", "expanded")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A dense convolution, what it becomes, and what it gets."""
+    """A dense layer, what it becomes, and what it gets."""
 
-    method: type[FactorizedLayer]
+    kind: type[nn.Module]
+    method: type[Factorization]
     rank: int
     geometry: Mapping[str, Any]
     dtype: torch.dtype
@@ -45,43 +48,59 @@ class Drawn:
 def draw(rng: random.Random) -> Drawn:
     """Small sizes, ones among them: there strides are ambiguous."""
     while True:
-        groups = rng.choice((1, 1, 1, 2, 3))
-        kernel = (rng.choice((1, 2, 3)), rng.choice((1, 2, 3)))
-        mode = rng.choice(("zeros", "zeros", "zeros", "reflect", "replicate", "circular"))
-        stride = (rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3)))
-        padding: Any = (rng.choice((0, 1, 2)), rng.choice((0, 1, 2)))
-        if max(stride) == 1 and rng.random() < 0.2:
-            padding = rng.choice(("same", "valid"))
-        geometry = {
-            "in_channels": groups * rng.choice((1, 1, 2, 3, 4)),
-            "out_channels": groups * rng.choice((1, 1, 2, 4, 6)),
-            "kernel_size": kernel,
-            "stride": stride,
-            "padding": padding,
-            "dilation": (rng.choice((1, 1, 2)), rng.choice((1, 1, 2))),
-            "groups": groups,
-            "bias": rng.random() < 0.5,
-            "padding_mode": mode,
-        }
-        size = (rng.randint(1, 9), rng.randint(1, 9))
-        batch = rng.choice(((), (1,), (1,), (2,), (3,)))
+        kind = rng.choice(KINDS)
+        geometry = _linear(rng) if kind is nn.Linear else _convolution(rng, kind)
+        if kind is nn.Linear:
+            shape = (*rng.choice(((), (1,), (3,), (2, 3), (0,))), geometry["in_features"])
+        else:
+            size = tuple(rng.randint(1, 9) for _ in geometry["kernel_size"])
+            shape = (*rng.choice(((), (1,), (1,), (2,), (3,))), geometry["in_channels"], *size)
         drawn = Drawn(
-            method=rng.choice(METHODS),
+            kind=kind,
+            method=rng.choice([method for method in METHODS if kind.__name__ in method.replaces]),
             rank=rng.choice((1, 1, 2, 3, 99)),
             geometry=geometry,
             dtype=rng.choice(tuple(TOLERANCES)),
-            shape=(*batch, geometry["in_channels"], *size),
-            channels_last_module=rng.random() < 0.5,
+            shape=shape,
+            channels_last_module=kind is nn.Conv2d and rng.random() < 0.5,
             seed=rng.getrandbits(32),
         )
         if _fits(drawn):
             return drawn
 
 
+def _linear(rng: random.Random) -> dict[str, Any]:
+    sizes = (1, 2, 3, 4, 6, 7, 12)
+    return {"in_features": rng.choice(sizes), "out_features": rng.choice(sizes), "bias": rng.random() < 0.5}
+
+
+def _convolution(rng: random.Random, kind: type[nn.Module]) -> dict[str, Any]:
+    groups, axes = rng.choice((1, 1, 1, 2, 3)), range(int(kind.__name__[-2]))
+
+    def each(*values: int) -> tuple[int, ...]:
+        return tuple(rng.choice(values) for _ in axes)
+
+    geometry: dict[str, Any] = {
+        "in_channels": groups * rng.choice((1, 1, 2, 3, 4)),
+        "out_channels": groups * rng.choice((1, 1, 2, 4, 6)),
+        "kernel_size": each(1, 2, 3),
+        "stride": each(1, 1, 2, 3),
+        "padding": each(0, 1, 2),
+        "dilation": each(1, 1, 2),
+        "groups": groups,
+        "bias": rng.random() < 0.5,
+    }
+    if "Transpose" in kind.__name__:
+        return geometry | {"output_padding": each(0, 0, 1)}
+    if max(geometry["stride"]) == 1 and rng.random() < 0.2:
+        geometry["padding"] = rng.choice(("same", "valid"))
+    return geometry | {"padding_mode": rng.choice(("zeros", "zeros", "zeros", "reflect", "replicate", "circular"))}
+
+
 def _fits(drawn: Drawn) -> bool:
     """Whether torch takes the input: nothing negative, and no more padding than a mode can make."""
     try:
-        nn.Conv2d(**drawn.geometry)(torch.zeros(drawn.shape))
+        drawn.kind(**drawn.geometry, dtype=torch.float64)(torch.zeros(drawn.shape, dtype=torch.float64))
     except RuntimeError:
         return False
     return True
@@ -102,12 +121,13 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def wrong(drawn: Drawn) -> Iterator[str]:
     """What differs from torch's convolution; nothing, if all is well."""
     torch.manual_seed(drawn.seed)
-    dense = nn.Conv2d(**drawn.geometry, dtype=torch.float64)
+    dense = drawn.kind(**drawn.geometry, dtype=torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ranks above the attainable
-        layer = drawn.method.from_dense(dense, rank=drawn.rank)
+        warnings.simplefilter("ignore")  # ranks above the attainable, and more parameters than the dense layer has
+        layer = tensorize(nn.Sequential(dense), [Rule("0", drawn.method(drawn.rank))])[0]
+    assert isinstance(layer, FactorizedLayer)
     if drawn.rank == 99:
-        error = float(((layer.weight - dense.weight).norm() / dense.weight.norm()).detach())
+        error = float(((layer.weight - dense.weight).norm() / dense.weight.norm()).detach())  # type: ignore[operator]
         if error > 1e-10:
             yield f"full rank has error {error:.1e}"
     layer = layer.to(drawn.dtype)
@@ -116,9 +136,10 @@ def wrong(drawn: Drawn) -> Iterator[str]:
     x = torch.randn(drawn.shape).to(drawn.dtype)
     expected, scales = _reference(layer, x)
     rng = random.Random(drawn.seed)
-    for plan in partitions(tuple(layer.spec.network.factors)):
+    layouts = LAYOUTS if drawn.kind is nn.Conv2d else LAYOUTS[:1]
+    for plan in layer.spec.plans if len(layer.spec.plans) <= _MOST_PLANS else rng.sample(layer.spec.plans, _MOST_PLANS):
         layer.set_plan(plan)
-        for layout in (*LAYOUTS, *rng.choices((None, *ODD_LAYOUTS), weights=(4, 1, 1))):
+        for layout in (*layouts, *rng.choices((None, *ODD_LAYOUTS), weights=(4, 1, 1))):
             if layout is None:
                 continue
             given = laid_out(x, layout).requires_grad_()
@@ -148,17 +169,12 @@ def _reference(layer: FactorizedLayer, x: Tensor) -> tuple[list[Tensor], list[Te
         factors = {name: transform(factor.detach()).requires_grad_() for name, factor in layer.factors.items()}
         given = transform(x).requires_grad_()
         bias = None if layer.bias is None else transform(layer.bias.detach()).requires_grad_()
-        weight = layer.spec.network.reconstruct(factors)
-        dense = nn.Conv2d(**_geometry(layer), dtype=torch.float64)
+        weight = layer.spec.geometry.exchanged(layer.spec.network.reconstruct(factors))
+        dense = layer.dense_type(**arguments(layer), dtype=torch.float64)
         out = torch.func.functional_call(dense, {"weight": weight} | ({} if bias is None else {"bias": bias}), (given,))
         parts = [given, *([] if bias is None else [bias]), *factors.values()]
         both.append([out.detach(), *torch.autograd.grad(out.sum(), parts)])
     return both[0], both[1]
-
-
-def _geometry(layer: FactorizedLayer) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
 def main() -> int:

@@ -11,18 +11,7 @@ from torch import nn
 from tests.cases import CASES, Case
 from tests.drawn_layers import Drawn, draw, wrong
 from tests.tolerances import FLOAT64
-from tnlayers import (
-    CPConv2d,
-    FactorizedLayer,
-    LowRankConv2d,
-    MacsKept,
-    MPSConv2d,
-    Rule,
-    TTConv2d,
-    Tucker,
-    TuckerConv2d,
-    tensorize,
-)
+from tnlayers import CP, MPS, Factorization, LowRank, MacsKept, Rule, TTConv, Tucker, tensorize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*above what a weight"),
@@ -39,24 +28,24 @@ def test_drawn_layers(seed: int) -> None:
         assert not list(wrong(drawn)), drawn
 
 
-SEEN: tuple[tuple[type[FactorizedLayer], dict[str, Any], tuple[int, ...]], ...] = (
-    (TTConv2d, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
-    (TTConv2d, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
-    (MPSConv2d, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
-    (CPConv2d, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
-    (TuckerConv2d, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": (1, 3)}, (2, 4, 9, 3)),
-    (LowRankConv2d, {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "stride": (2, 1)}, (1, 3, 8, 6)),
-    (TuckerConv2d, {"in_channels": 2, "out_channels": 4, "kernel_size": 1, "stride": 2, "padding": 1}, (3, 2, 2, 8)),
+SEEN: tuple[tuple[type[Factorization], dict[str, Any], tuple[int, ...]], ...] = (
+    (TTConv, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
+    (TTConv, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
+    (MPS, {"in_channels": 4, "out_channels": 2, "kernel_size": (3, 1), "padding": (1, 0), "groups": 2}, (2, 4, 8, 8)),
+    (CP, {"in_channels": 2, "out_channels": 1, "kernel_size": 3, "padding": 1}, (2, 2, 8, 8)),
+    (Tucker, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": (1, 3)}, (2, 4, 9, 3)),
+    (LowRank, {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "stride": (2, 1)}, (1, 3, 8, 6)),
+    (Tucker, {"in_channels": 2, "out_channels": 4, "kernel_size": 1, "stride": 2, "padding": 1}, (3, 2, 2, 8)),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("method", "geometry", "shape"), SEEN)
 def test_strides_that_could_be_misread(
-    method: type[FactorizedLayer], geometry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+    method: type[Factorization], geometry: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     for moved in (False, True):
-        drawn = Drawn(method, 1, geometry, dtype, shape, channels_last_module=moved, seed=0)
+        drawn = Drawn(nn.Conv2d, method, 1, geometry, dtype, shape, channels_last_module=moved, seed=0)
         assert not list(wrong(drawn))
 
 

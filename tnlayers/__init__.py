@@ -3,15 +3,25 @@
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.layers import FactorizedConv2d, FactorizedLinear
+from tnlayers.layers import (
+    FactorizedConv1d,
+    FactorizedConv2d,
+    FactorizedConv3d,
+    FactorizedConvTranspose1d,
+    FactorizedConvTranspose2d,
+    FactorizedConvTranspose3d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+)
 from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
 from tnlayers.methods.cp import CP, CPConv2d
 from tnlayers.methods.kronecker import Kronecker, KroneckerConv2d
-from tnlayers.methods.lowrank import LowRank, LowRankConv2d
+from tnlayers.methods.lowrank import LowRank, LowRankConv2d, LowRankEmbedding, LowRankLinear
 from tnlayers.methods.mps import MPS, MPSConv2d
-from tnlayers.methods.tt import TT, TTLinear
+from tnlayers.methods.svd import SVD, SVDConv2d
+from tnlayers.methods.tt import TT, TTEmbedding, TTLinear
 from tnlayers.methods.ttconv import TTConv, TTConv2d
 from tnlayers.methods.tucker import Tucker, TuckerConv2d
 from tnlayers.network import Network
@@ -28,13 +38,20 @@ __all__ = [
     "ADTN",
     "CP",
     "MPS",
+    "SVD",
     "TT",
     "ADTNConv2d",
     "ADTNLinear",
     "CPConv2d",
     "CheckpointError",
     "Factorization",
+    "FactorizedConv1d",
     "FactorizedConv2d",
+    "FactorizedConv3d",
+    "FactorizedConvTranspose1d",
+    "FactorizedConvTranspose2d",
+    "FactorizedConvTranspose3d",
+    "FactorizedEmbedding",
     "FactorizedLayer",
     "FactorizedLinear",
     "Kronecker",
@@ -43,6 +60,8 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "LowRankConv2d",
+    "LowRankEmbedding",
+    "LowRankLinear",
     "MPSConv2d",
     "MacsKept",
     "Network",
@@ -50,9 +69,11 @@ __all__ = [
     "Plan",
     "RelativeError",
     "Rule",
+    "SVDConv2d",
     "Summary",
     "TTConv",
     "TTConv2d",
+    "TTEmbedding",
     "TTLinear",
     "Tucker",
     "TuckerConv2d",

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tnlayers.network import Network, Sizes, size_of
-from tnlayers.plan import Axis, Partition, partitions, roles_of
+from tnlayers.plan import Axis, Partition, partitions
+from tnlayers.roles import roles_of
 
 __all__ = ["Machine", "cheapest", "macs"]
 
@@ -34,11 +35,12 @@ def _cost(
     compute = values = merge_macs = launches = 0
     for roles in roles_of(network, partition):
         values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
+        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
         extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
         positions = batch * math.prod(extent.values())
         produced = size_of(roles.after, sizes)
         weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-        compute += positions * size_of(roles.carried, sizes) * weight
+        compute += batch * math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
         values += positions * produced + weight
         merge_macs += roles.merge.macs(sizes)
         launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)

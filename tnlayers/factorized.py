@@ -84,7 +84,7 @@ class FactorizedLayer(Merging):
     def _start(self, dense: nn.Module, spec: LayerSpec, plan: PlanChoice, **dd: Any) -> None:
         """Sets everything up in place of a dense layer, with empty parameters."""
         given = arguments(dense)
-        biased = given.pop("bias")  # which is a parameter here
+        biased = given.pop("bias", False)  # which is a parameter here
         for name, value in given.items():
             setattr(self, name, value)
         self.decomposition_error = None
@@ -127,15 +127,18 @@ class FactorizedLayer(Merging):
 
     def reset_parameters(self) -> None:
         """Gives the reconstructed weight the standard deviation that the dense layer's own initialisation has."""
-        spec, fan_in = self.spec, self.spec.geometry.fan_in
-        std = 1 / math.sqrt(3 * fan_in) if fan_in > 0 else 0.0
+        spec, std = self.spec, self.spec.geometry.init_std
         parameters = dict(self.factors.items())
         if self._like["device"].type != "meta":
             spec.method.draw(parameters, spec.network, spec.sizes, std)
             # A product of random draws has heavy tails, so one draw can be far from its expected scale: set it.
-            drawn = math.sqrt(self._precise_weight().square().mean())
+            drawn = self._root_mean_square()
             spec.method.scale(parameters, std / drawn if drawn > 0 else 1.0)
         self._reset_bias()
+
+    def _root_mean_square(self) -> float:
+        """Returns the root of the mean square of the weight's entries."""
+        return math.sqrt(self._precise_weight().square().mean())
 
     def _reset_bias(self) -> None:
         """Draws the bias as the dense layer does."""
@@ -175,10 +178,17 @@ class FactorizedLayer(Merging):
     def _check(cls, dense: nn.Module) -> None:
         if type(dense) is not cls.dense_type:
             raise UnsupportedLayer(f"{cls.__name__} replaces {cls.dense_type.__name__}, not {type(dense).__name__}")
+        if (unlike := cls.unlike(dense)) is not None:
+            raise UnsupportedLayer(f"{cls.__name__} has no {unlike}; leave the layer dense")
         if not dense.weight.is_floating_point():  # type: ignore[operator]
             raise UnsupportedLayer(
                 f"{cls.__name__} takes real floating-point weights; this layer's dtype is {dense.weight.dtype}"
             )
+
+    @staticmethod
+    def unlike(dense: nn.Module) -> str | None:
+        """Returns the argument of a torch layer of the kind that the factorized one does not have, if it is used."""
+        return None
 
     @classmethod
     def from_spec(
@@ -218,9 +228,11 @@ class FactorizedLayer(Merging):
             layer.reset_parameters() if factors is None else layer._reset_bias()
         elif init == "decompose":
             if factors is None:
-                layer.decomposition_error = layer._fill(fit or spec.decompose(precise(weight), weight.dtype))
+                fit = fit or spec.decompose(precise(spec.geometry.exchanged(weight)), weight.dtype)
+                layer.decomposition_error = layer._fill(fit)
             else:
-                layer.decomposition_error = relative_error(weight, layer._precise_weight())
+                own = layer.spec.geometry.exchanged(layer._precise_weight())
+                layer.decomposition_error = relative_error(weight, own)
             if layer.bias is not None:
                 _copy(layer.bias, dense.bias)
         for factor in layer.factors.values():
@@ -253,7 +265,7 @@ class FactorizedLayer(Merging):
     def to_dense(self) -> nn.Module:
         """Makes the torch layer that computes the same."""
         dense = nn.utils.skip_init(type(self).dense_type, **arguments(self), **self._like)
-        _copy(dense.weight, self._precise_weight())
+        _copy(dense.weight, self.spec.geometry.exchanged(self._precise_weight()))
         if self.bias is not None:
             _copy(dense.bias, self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
@@ -328,6 +340,7 @@ def slot_of(
         calls: how it is used, where that is known.
         flat: whether it is trained from scratch, so that its present weight does not count.
     """
+    geometry = Geometry.of(layer)
     if isinstance(layer, FactorizedLayer):
         like, method, weight, present = (
             layer._like,
@@ -339,9 +352,9 @@ def slot_of(
         assert method is not None
         assert isinstance(layer.weight, Tensor)
         dense, present = layer.weight, None
-        like, weight = {"dtype": dense.dtype, "device": dense.device}, lambda: dense
+        like, weight = {"dtype": dense.dtype, "device": dense.device}, lambda: geometry.exchanged(dense)
     known = None if flat else weight
-    return Slot(Geometry.of(layer), method, known, like["dtype"], like["device"].type, calls, present)
+    return Slot(geometry, method, known, like["dtype"], like["device"].type, calls, present)
 
 
 def _copy(target: Any, source: Any) -> None:

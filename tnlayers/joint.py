@@ -106,7 +106,7 @@ def _generator(
     """Returns the linear layer whose weight is that of all the layers, one after the other."""
     slices = {name: _slice(spec.method) for name, spec in specs.items()}
     names = sorted(slices, key=lambda name: slices[name].offset)
-    weights = {name: _weight(layers[name]) for name in names}
+    weights = {name: specs[name].geometry.exchanged(_weight(layers[name])) for name in names}
     alone, *others = (spec.method.alone() for spec in specs.values())
     if any(other != alone for other in others) or len({own.total for own in slices.values()}) > 1:
         raise UserError("layers of one generator need the same rank, options and total; put them under one rule")

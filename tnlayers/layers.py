@@ -1,18 +1,79 @@
 """The drop-in layers for every method. A class under one of them that names its `method` takes that method's options."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnlayers.errors import UnsupportedLayer
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
-from tnlayers.plan import PlanChoice
+from tnlayers.plan import Plan, PlanChoice
 
-__all__ = ["FactorizedConv2d", "FactorizedLinear", "layer_type", "named_layers"]
+__all__ = [
+    "FactorizedConv1d",
+    "FactorizedConv2d",
+    "FactorizedConv3d",
+    "FactorizedConvTranspose1d",
+    "FactorizedConvTranspose2d",
+    "FactorizedConvTranspose3d",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
+    "layer_type",
+    "named_layers",
+]
 
 
-class FactorizedConv2d(FactorizedLayer):
+class _Planned(FactorizedLayer):
+    """A layer that a plan computes."""
+
+    plan: Plan
+
+
+class _Convolution(_Planned):
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        plan: PlanChoice = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        template = self.dense_type(*geometry, device="meta")
+        self._draw(template, self._method(**options), plan, device, dtype)
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        return (0,) * len(self.spec.geometry.axes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == len(self.spec.geometry.axes) + 1:
+            return self.plan(input.unsqueeze(0), self._weights(), self.bias).squeeze(0)
+        return self.plan(input, self._weights(), self.bias)
+
+
+class FactorizedConv1d(_Convolution):
+    """Signature and attributes of `nn.Conv1d`, plus `method` and `plan`; (n, i, w) or (i, w) in, (n, o, w') out. See `FactorizedConv2d`."""
+
+    dense_type = nn.Conv1d
+
+
+class FactorizedConv2d(_Convolution):
     """Signature and attributes of `nn.Conv2d`, plus `method` and `plan`; (n, i, h, w) or (i, h, w) in, (n, o, h', w') out.
 
     Args:
@@ -25,19 +86,28 @@ class FactorizedConv2d(FactorizedLayer):
     """
 
     dense_type = nn.Conv2d
-    transposed = False
-    output_padding = (0, 0)
+
+
+class FactorizedConv3d(_Convolution):
+    """Signature and attributes of `nn.Conv3d`, plus `method` and `plan`; (n, i, d, h, w) or without n. See `FactorizedConv2d`."""
+
+    dense_type = nn.Conv3d
+
+
+class _TransposedConvolution(_Planned):
+    transposed = True
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
         groups: int = 1,
         bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,17 +116,55 @@ class FactorizedConv2d(FactorizedLayer):
         **options: Any,
     ) -> None:
         super().__init__()
-        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        template = nn.Conv2d(*geometry, device="meta")  # type: ignore[arg-type]
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation)
+        template = self.dense_type(*geometry, padding_mode, device="meta")
         self._draw(template, self._method(**options), plan, device, dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 3:
-            return self.plan(input.unsqueeze(0), self._weights(), self.bias).squeeze(0)
-        return self.plan(input, self._weights(), self.bias)
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        axes = self.spec.geometry.axes
+        more = None if output_size is None else self._output_padding(input, output_size)
+        if input.dim() == len(axes) + 1:
+            return self.plan(input.unsqueeze(0), self._weights(), self.bias, more).squeeze(0)
+        return self.plan(input, self._weights(), self.bias, more)
+
+    def _output_padding(self, input: Tensor, output_size: Sequence[int]) -> list[int]:
+        """Returns the output padding that gives an output of this size.
+
+        Raises:
+            ValueError: no output padding does.
+        """
+        axes = list(self.spec.geometry.axes.values())
+        sizes, asked = input.shape[-len(axes) :], list(output_size)[-len(axes) :]
+        least = [axis.output_size(size) - axis.output_padding for axis, size in zip(axes, sizes, strict=True)]
+        more = [size - low for size, low in zip(asked, least, strict=False)]
+        if len(output_size) not in (len(axes), input.dim()) or any(
+            not 0 <= pad < max(axis.stride, axis.dilation) for axis, pad in zip(axes, more, strict=True)
+        ):
+            raise ValueError(
+                f"output_size {tuple(output_size)}: an input of {tuple(sizes)} positions gives {least} or a little more"
+            )
+        return more
 
 
-class FactorizedLinear(FactorizedLayer):
+class FactorizedConvTranspose1d(_TransposedConvolution):
+    """Signature and attributes of `nn.ConvTranspose1d`, plus `method` and `plan`. See `FactorizedConv2d`."""
+
+    dense_type = nn.ConvTranspose1d
+
+
+class FactorizedConvTranspose2d(_TransposedConvolution):
+    """Signature and attributes of `nn.ConvTranspose2d`, plus `method` and `plan`. See `FactorizedConv2d`."""
+
+    dense_type = nn.ConvTranspose2d
+
+
+class FactorizedConvTranspose3d(_TransposedConvolution):
+    """Signature and attributes of `nn.ConvTranspose3d`, plus `method` and `plan`. See `FactorizedConv2d`."""
+
+    dense_type = nn.ConvTranspose3d
+
+
+class FactorizedLinear(_Planned):
     """Signature and attributes of `nn.Linear`, plus `method` and `plan`; (..., i) in, (..., o) out.
 
     Args:
@@ -91,6 +199,102 @@ class FactorizedLinear(FactorizedLayer):
         return rows.reshape(*input.shape[:-1], self.out_features)
 
 
+class FactorizedEmbedding(FactorizedLayer):
+    """Signature and attributes of `nn.Embedding`, plus `method`; (...) row numbers in, (..., o) out.
+
+    Only what the rows need is computed: the table is never made. The row of `padding_idx` is all zeros and gets no gradient.
+
+    Args:
+        options: as of `FactorizedConv2d`.
+
+    Raises:
+        UnsupportedLayer: `max_norm`, `scale_grad_by_freq` or `sparse`, which are about rows that are parameters.
+    """
+
+    dense_type = nn.Embedding
+    plan: Lookup
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+
+    _SAMPLE = 4096
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        plan: PlanChoice = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        given = (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        template = nn.Embedding(*given, device="meta")
+        if (unlike := self.unlike(template)) is not None:
+            raise UnsupportedLayer(f"{type(self).__name__} has no {unlike}")
+        self._draw(template, self._method(**options), plan, device, dtype)
+
+    @staticmethod
+    def unlike(dense: nn.Module) -> str | None:
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(dense, name):
+                return f"{name}={getattr(dense, name)}"
+        pad, weight = dense.padding_idx, dense.weight
+        if pad is not None and isinstance(weight, Tensor) and not weight.is_meta and bool(weight[pad].any()):  # type: ignore[index]
+            return f"padding_idx={pad} of a row that is not zero"
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.plan(input.reshape(-1), self._weights())
+        if self.padding_idx is not None:
+            rows = rows.masked_fill((input.reshape(-1) == self.padding_idx)[:, None], 0)
+        return rows.reshape(*input.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table that the factors make, differentiable in them."""
+        return self._padded(super().weight)
+
+    def to_dense(self) -> nn.Module:
+        dense = super().to_dense()
+        with torch.no_grad():
+            dense.weight.copy_(self._padded(dense.weight))  # type: ignore[operator, arg-type]
+        return dense
+
+    def _padded(self, table: Tensor) -> Tensor:
+        if self.padding_idx is None:
+            return table
+        rows = torch.arange(len(table), device=table.device)[:, None]
+        return table.masked_fill(rows == self.padding_idx, 0)
+
+    def _root_mean_square(self) -> float:
+        """Estimates it from some rows: all of them together may not fit in memory."""
+        factors = dict(self.factors.items())
+        with torch.no_grad():
+            parameters = self.spec.method.factors(factors, self.spec.factor_shapes)
+            rows = torch.randint(self.num_embeddings, (self._SAMPLE,), device=self._like["device"])
+            return float(self.plan(rows, self.plan.weights(parameters)).double().square().mean().sqrt())
+
+
+_GENERIC: tuple[type[FactorizedLayer], ...] = (
+    FactorizedConv1d,
+    FactorizedConv2d,
+    FactorizedConv3d,
+    FactorizedConvTranspose1d,
+    FactorizedConvTranspose2d,
+    FactorizedConvTranspose3d,
+    FactorizedLinear,
+    FactorizedEmbedding,
+)
+
+
 def layer_type(method: Factorization, dense_type: type[nn.Module]) -> type[FactorizedLayer]:
     """Returns the layer of a method in place of a torch layer: this package's that names it, else the one for all methods.
 
@@ -98,12 +302,12 @@ def layer_type(method: Factorization, dense_type: type[nn.Module]) -> type[Facto
         UnsupportedLayer: the method replaces no such layers.
     """
     method.check_replaces(dense_type)
-    generic = [layer for layer in (FactorizedConv2d, FactorizedLinear) if layer.dense_type is dense_type]
+    generic = [layer for layer in _GENERIC if layer.dense_type is dense_type]
     named = [layer for layer in named_layers() if layer.method is type(method) and layer.dense_type is dense_type]
     return (named + generic)[0]
 
 
 def named_layers() -> list[type[FactorizedLayer]]:
     """Returns the drop-in layers that name a method of this package."""
-    every = [*FactorizedConv2d.__subclasses__(), *FactorizedLinear.__subclasses__()]
+    every = [named for layer in _GENERIC for named in layer.__subclasses__()]
     return [layer for layer in every if layer.__module__.startswith("tnlayers.")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tnlayers.linalg import precise
+from tnlayers.lookup import Lookup
 from tnlayers.plan import Plan
 from tnlayers.spec import LayerSpec
 
@@ -87,7 +88,7 @@ class Merging(nn.Module):
 
     factors: nn.ParameterDict
     spec: LayerSpec
-    plan: Plan
+    plan: Plan | Lookup
     _merged: Merged | None
 
     def __init__(self) -> None:
@@ -107,8 +108,8 @@ class Merging(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors make, differentiable in them."""
-        return self.spec.reconstruct(dict(self.factors.items()))
+        """The dense weight that the factors make, as the torch layer stores it, differentiable in them."""
+        return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
 
     def _weights(self) -> list[Tensor]:
         """Returns the plan's merged weights: anew wherever a gradient may flow, else those that are kept."""

@@ -1,7 +1,8 @@
 """The contract of a method: its index strings, how to decompose, and where it comes from.
 
 A method is a frozen dataclass in a file of its own. `rank` (and what else the method needs) are its fields, `network` its
-strings; this class derives the rest. Weights come in as (o, i, h, w) or (o, i), one group at a time, in float64.
+strings; this class derives the rest. Weights come in as (o, i) or (o, i, ...), with the d, h, w that the window has behind, one
+group at a time, in float64; whether a convolution is transposed makes no difference to a method.
 
 The parameters of a layer are the network's factors. A method that generates them from something smaller says how, by
 overriding what stands under "parameters" below (`ADTN` does).
@@ -22,7 +23,10 @@ from tnlayers.linalg import decomposing, left_singular_vectors, singular_values,
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
-__all__ = ["Factorization", "known_methods"]
+__all__ = ["CONVOLUTIONS", "Factorization", "known_methods"]
+
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+"""The torch layers whose weights are (o, i) and a window, for the `replaces` of a method."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,7 +49,7 @@ class Factorization(ABC):
     rank: Rank
 
     replaces: ClassVar[tuple[str, ...]]
-    """The torch layers that the method factorizes: "Conv2d", "Linear"."""
+    """The torch layers that the method factorizes, such as "Conv2d" or "Linear"."""
     source: ClassVar[str]
     """Where it comes from: authors, year, paper, equation."""
     per_group: ClassVar[bool] = True
@@ -149,7 +153,7 @@ class Factorization(ABC):
             UnsupportedLayer: the torch layer is none that the method replaces.
         """
         if dense_type.__name__ not in self.replaces:
-            replaced = " and ".join(self.replaces)
+            replaced = ", ".join(self.replaces)
             raise UnsupportedLayer(f"{type(self).__name__} replaces {replaced}, not {dense_type.__name__}")
 
     def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:

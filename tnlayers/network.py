@@ -2,7 +2,7 @@
 
 Legend (used in every network string of this package):
     o, i    output and input channels (features of a linear); o1, o2, ... their factors when tensorized
-    h, w    height and width of the kernel
+    d, h, w depth, height and width of the kernel
     g       groups of a grouped convolution
     others  bonds, the indices that are summed; a bond in more than two factors is a hyperedge (CP)
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tnlayers.errors import UserError
 
-__all__ = ["Contraction", "Network", "size_of"]
+__all__ = ["MODE_NAMES", "Contraction", "Network", "size_of", "window_of"]
 
 Sizes = Mapping[str, int]
 Indices = tuple[str, ...]
@@ -34,6 +34,15 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def size_of(indices: Iterable[str], sizes: Sizes) -> int:
     """Returns the number of values that the indices run through together."""
     return math.prod(sizes[index] for index in indices)
+
+
+MODE_NAMES = {"i": "input", "d": "depth", "h": "height", "w": "width", "o": "output"}
+"""What the factor of a mode is called."""
+
+
+def window_of(weight_shape: Sequence[int]) -> str:
+    """Returns the indices of a weight behind o and i: "h w" for (o, i, h, w), "w" for (o, i, w), none for a linear."""
+    return " ".join("dhw"[5 - len(weight_shape) :]) if len(weight_shape) > 2 else ""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,16 @@
 
 Every contiguous partition of the factors is an exact way to compute the layer. The factors of a group are contracted with
 each other first (weights only); the product then meets the activation as one convolution, or as one matmul for a linear.
-All apart is the `"factors"` plan, all together the `"dense"` one, whose cost does not depend on the rank.
+A transposed convolution is computed in the same way: a step that has no part of the window is a pointwise convolution, one that
+has some is a transposed convolution along those axes.
 
-Within one step an index of the group is
-    kernel    a spatial index of the weight
-    kept      in the activation, and needed again later: it groups the convolution (CP's r, or g)
-    consumed  in the activation, and summed here
-    produced  new in the activation
-and the activation's other indices are carried: they move into the batch.
+All apart is the `"factors"` plan, all together the `"dense"` one, whose cost does not depend on the rank.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -25,76 +20,33 @@ from torch import Tensor
 
 from tnlayers.errors import UserError
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
+from tnlayers.roles import Partition, Roles, roles_of
 
-__all__ = ["Axis", "Partition", "Plan", "PlanChoice", "Roles", "check_plan", "partitions", "roles_of"]
+__all__ = ["Axis", "Partition", "Plan", "PlanChoice", "check_plan", "partitions"]
 
-Partition = tuple[tuple[str, ...], ...]
 PlanChoice = Literal["auto", "factors", "dense"] | Partition
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis of a convolution; `padding` is (before, after) in positions."""
+    """One spatial axis of a convolution; `padding` is (before, after) in positions, `output_padding` of a transposed one."""
 
     kernel: int
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
     dilation: int = 1
+    transposed: bool = False
+    output_padding: int = 0
 
     def output_size(self, size: int) -> int:
-        return (size + sum(self.padding) - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+        reach = self.dilation * (self.kernel - 1) + 1
+        if self.transposed:
+            return (size - 1) * self.stride - sum(self.padding) + reach + self.output_padding
+        return (size + sum(self.padding) - reach) // self.stride + 1
 
-
-@dataclass(frozen=True)
-class Roles:
-    """What each index does in one step of a partition; depends on the network's strings alone."""
-
-    names: tuple[str, ...]
-    before: Indices
-    carried: Indices
-    kept: Indices
-    consumed: Indices
-    produced: Indices
-    kernel: Indices
-    merge: Contraction
-
-    @property
-    def after(self) -> Indices:
-        return (*self.carried, *self.kept, *self.produced)
-
-
-def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
-    """Returns the indices of the input, of the output, and the spatial ones; `g` belongs to both ends."""
-    output, inputs, *spatial = network.modes
-    group = tuple(index for index in output if index == "g")
-    return (*group, *inputs), output, tuple(index for mode in spatial for index in mode)
-
-
-@lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
-def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
-    inputs, outputs, spatial = _ends(network)
-    held, steps = inputs, []
-    for n, names in enumerate(partition):
-        group = dict.fromkeys(index for name in names for index in network.indices[name])
-        later = {index for other in partition[n + 1 :] for name in other for index in network.indices[name]}
-        needed = later.union(outputs)
-        kept = tuple(index for index in held if index in group and index in needed)
-        consumed = tuple(index for index in held if index in group and index not in needed)
-        produced = tuple(index for index in group if index not in (*held, *spatial) and index in needed)
-        kernel = tuple(index for index in spatial if index in group)
-        roles = Roles(
-            names=names,
-            before=held,
-            carried=tuple(index for index in held if index not in group),
-            kept=kept,
-            consumed=consumed,
-            produced=produced,
-            kernel=kernel,
-            merge=network.contraction(names, (*kept, *produced, *consumed, *kernel)),
-        )
-        steps.append(roles)
-        held = roles.after
-    return tuple(steps)
+    def positions(self, size: int) -> int:
+        """Returns how many positions the kernel is laid on: those of the output, of a transposed convolution those of the input."""
+        return size if self.transposed else self.output_size(size)
 
 
 def check_plan(plan: object) -> PlanChoice:
@@ -146,31 +98,70 @@ class _Step:
     order: tuple[int, ...]
     carried: int
     kept: int
+    consumed: int
+    produced: int
     arranged: bool
     """Whether the activation may come in another order than the step needs, or with strides that could be misread."""
+    pad: tuple[int, ...]
+    """What F.pad takes: the padding that the convolution cannot do itself, of another mode than zeros or uneven."""
+    pad_mode: str
     subsample: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    """That of a transposed convolution; empty for any other step."""
+    window: tuple[bool, ...]
+    """Which of the spatial axes the step has."""
 
     def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Makes (kept * produced, consumed, kernel...) of the group's factors."""
+        """Makes (kept * produced, consumed, window...) of the group's factors, transposed (kept * consumed, produced, window...)."""
         return self.merge(factors).reshape(-1).view(self.weight_shape)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, channels_last: bool) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        channels_last: bool,
+        output_padding: Sequence[int] | None = None,
+    ) -> Tensor:
         """Takes (n, channels, positions...) to (n, channels', positions'...)."""
         batch = x.shape[0]
+        if self.pad:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
         if self.subsample:
-            x = x[:, :, :: self.subsample[0], :: self.subsample[1]]
+            x = x[(slice(None), slice(None), *(slice(None, None, step) for step in self.subsample))]
         if self.arranged:
             x = _arrange(x, self.channels, self.order, channels_last=channels_last and self.carried == 1)
         if self.carried > 1:
-            x = x.view(batch * self.carried, self.kept * self.weight_shape[1], *x.shape[2:])
-        if len(self.stride) == 2:
-            x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+            x = x.view(batch * self.carried, self.kept * self.consumed, *x.shape[2:])
+        if not self.stride:
+            x = _linear(x, weight, bias, self.kept)
+        elif self.output_padding:
+            more = self.output_padding
+            if output_padding is not None:
+                more = tuple(size if own else 0 for size, own in zip(output_padding, self.window, strict=True))
+            transposed = _TRANSPOSED[len(self.stride)]
+            x = transposed(x, weight, bias, self.stride, self.padding, more, self.kept, self.dilation)
         else:
-            x = F.linear(x, weight, bias)
-        return x.reshape(batch, self.carried * self.weight_shape[0], *x.shape[2:]) if self.carried > 1 else x
+            convolution = _CONVOLUTIONS[len(self.stride)]
+            x = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+        return x.reshape(batch, self.carried * self.kept * self.produced, *x.shape[2:]) if self.carried > 1 else x
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tensor:
+    """Takes (n, kept * consumed) to (n, kept * produced), by one matrix for each of the kept."""
+    if kept == 1:
+        return F.linear(x, weight, bias)
+    split = x.reshape(len(x), kept, -1).transpose(0, 1)
+    y = torch.bmm(split, weight.unflatten(0, (kept, -1)).mT).transpose(0, 1).flatten(1)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, channels_last: bool) -> Tensor:
@@ -189,8 +180,10 @@ def _arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, ch
     return split.permute(0, *moved, *places).reshape(-1).view(batch, math.prod(channels), *positions)
 
 
-def _pads_early(axis: Axis, pad_mode: str) -> bool:
-    """Tells whether an axis is padded before the first step: a convolution cannot, or its step only picks positions."""
+def _pads_first(axis: Axis, pad_mode: str) -> bool:
+    """Tells whether an axis is padded before the convolution: that cannot do it, or the step only picks positions."""
+    if axis.transposed:
+        return False
     return pad_mode != "constant" or axis.padding[0] != axis.padding[1] or (axis.kernel == 1 and axis.stride > 1)
 
 
@@ -198,18 +191,60 @@ def _order(held: Indices, wanted: Indices) -> tuple[int, ...]:
     return tuple(held.index(index) for index in wanted)
 
 
+def _compile_step(
+    network: Network,
+    sizes: Sizes,
+    roles: Roles,
+    axes: Mapping[str, Axis],
+    pad_mode: str,
+    *,
+    after_carrying: bool,
+) -> _Step:
+    """Compiles one group; `after_carrying` is whether the step before carried indices."""
+    here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
+    channels = tuple(sizes[index] for index in roles.before)
+    carried, kept, consumed, produced = (
+        size_of(indices, sizes) for indices in (roles.carried, roles.kept, roles.consumed, roles.produced)
+    )
+    wanted = (*roles.carried, *roles.kept, *roles.consumed)
+    stride = tuple(axis.stride for axis in here.values())
+    transposed = any(axis.transposed for axis in here.values())
+    # On the CPU torch's strided pointwise convolution in channels last writes past its memory.
+    picks = not transposed and all(axis.kernel == 1 for axis in here.values()) and max(stride, default=1) > 1
+    padded = [axis.padding if _pads_first(axis, pad_mode) else (0, 0) for axis in here.values()]
+    merge, leading = roles.merge, (kept * produced, consumed)
+    if transposed:
+        output = (*roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
+        merge, leading = network.contraction(roles.names, output), (kept * consumed, produced)
+    return _Step(
+        merge=merge,
+        weight_shape=(*leading, *(axis.kernel for axis in here.values())),
+        channels=channels,
+        order=_order(roles.before, wanted),
+        carried=carried,
+        kept=kept,
+        consumed=consumed,
+        produced=produced,
+        arranged=roles.before != wanted or carried > 1 or after_carrying or picks or math.prod(channels) == 1,
+        pad=tuple(itertools.chain(*reversed(padded))) if any(map(any, padded)) else (),
+        pad_mode=pad_mode,
+        subsample=stride if picks else (),
+        stride=(1,) * len(stride) if picks else stride,
+        padding=tuple(
+            0 if any(before) else axis.padding[0] for before, axis in zip(padded, here.values(), strict=True)
+        ),
+        dilation=tuple(axis.dilation for axis in here.values()),
+        output_padding=tuple(axis.output_padding for axis in here.values()) if transposed else (),
+        window=tuple(index in roles.kernel for index in here),
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A partition, compiled to integers: `plan(x, plan.weights(factors), bias)` computes the layer.
-
-    `pad` is what F.pad takes before the first step: the padding that no single step can do itself (a padding mode other
-    than zeros, or more on one side than on the other). It commutes with the steps before the kernel, which have no bias.
-    """
+    """A partition, compiled to integers: `plan(x, plan.weights(factors), bias)` computes the layer."""
 
     groups: Partition
     steps: tuple[_Step, ...]
-    pad: tuple[int, ...]
-    pad_mode: str
     output_channels: tuple[int, ...]
     output_order: tuple[int, ...]
     output_arranged: bool
@@ -232,42 +267,14 @@ class Plan:
             ValueError: the groups are not a partition of the factors, in order.
         """
         partition = _partition(network, groups)
-        early = {index for index, axis in axes.items() if _pads_early(axis, pad_mode)}
         steps: list[_Step] = []
         for roles in roles_of(network, partition):
-            here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
-            channels = tuple(sizes[index] for index in roles.before)
-            carried = size_of(roles.carried, sizes)
-            wanted = (*roles.carried, *roles.kept, *roles.consumed)
-            stride = tuple(axis.stride for axis in here.values())
-            # On the CPU torch's strided pointwise convolution in channels last writes past its memory.
-            picks = all(axis.kernel == 1 for axis in here.values()) and max(stride, default=1) > 1
             after_carrying = bool(steps) and steps[-1].carried > 1
-            step = _Step(
-                merge=roles.merge,
-                weight_shape=(
-                    size_of((*roles.kept, *roles.produced), sizes),
-                    size_of(roles.consumed, sizes),
-                    *(axis.kernel for axis in here.values()),
-                ),
-                channels=channels,
-                order=_order(roles.before, wanted),
-                carried=carried,
-                kept=size_of(roles.kept, sizes),
-                arranged=roles.before != wanted or carried > 1 or after_carrying or picks or math.prod(channels) == 1,
-                subsample=stride if picks else (),
-                stride=(1,) * len(stride) if picks else stride,
-                padding=tuple(0 if index in early else axis.padding[0] for index, axis in here.items()),
-                dilation=tuple(axis.dilation for axis in here.values()),
-            )
-            steps.append(step)
+            steps.append(_compile_step(network, sizes, roles, axes, pad_mode, after_carrying=after_carrying))
         last, output = roles_of(network, partition)[-1].after, network.modes[0]
-        pad = [axis.padding if index in early else (0, 0) for index, axis in axes.items()]
         return Plan(
             groups=partition,
             steps=tuple(steps),
-            pad=tuple(itertools.chain(*reversed(pad))) if early else (),
-            pad_mode=pad_mode,
             output_channels=tuple(sizes[index] for index in last),
             output_order=_order(last, output),
             output_arranged=last != output or steps[-1].carried > 1,
@@ -277,15 +284,22 @@ class Plan:
         """Returns the merged weight of each step, differentiable in the factors."""
         return [step.weight(factors) for step in self.steps]
 
-    def __call__(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Takes (n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear."""
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None = None
+    ) -> Tensor:
+        """Takes (n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear.
+
+        Args:
+            x: the input.
+            weights: what `weights` returns.
+            bias: (o,), or None.
+            output_padding: of a transposed convolution, where a call asks for another than the layer's own.
+        """
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if self.pad:
-            x = F.pad(x, self.pad, mode=self.pad_mode)
         for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
-            x = step(x, weight, None, channels_last=channels_last)
+            x = step(x, weight, None, channels_last=channels_last, output_padding=output_padding)
         early = None if self.output_arranged else bias
-        x = self.steps[-1](x, weights[-1], early, channels_last=channels_last)
+        x = self.steps[-1](x, weights[-1], early, channels_last=channels_last, output_padding=output_padding)
         if self.output_arranged:
             x = _arrange(x, self.output_channels, self.output_order, channels_last=channels_last)
             x = x if bias is None else x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))

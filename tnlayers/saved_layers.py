@@ -16,7 +16,7 @@ from torch import nn
 from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.geometry import Geometry, arguments, dense_type_of
+from tnlayers.geometry import DENSE, Geometry, arguments, dense_type_of
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
 from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
@@ -119,7 +119,7 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
 def _dense(layer: nn.Module) -> dict[str, Any]:
     """Returns the type and the arguments of the torch layer that a layer is or stands for, plain; empty for other modules."""
     dense_type = dense_type_of(layer)
-    if dense_type not in (nn.Conv2d, nn.Linear):
+    if dense_type not in DENSE:
         return {}
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments(layer).items()}
     return {"type": dense_type.__name__} | given

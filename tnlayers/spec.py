@@ -12,6 +12,7 @@ from tnlayers.cost import Machine, cheapest, macs
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
+from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.plan import Partition, Plan, PlanChoice, partitions
@@ -98,7 +99,7 @@ class LayerSpec:
         """Fits the parameters, rounded to the dtype; returns them and their relative error, checked on what they then make.
 
         Args:
-            weight: (o, i, h, w) or (o, i), of all groups, in float64. The parameters of a grouped convolution have the index
+            weight: (o, i, ...), of all groups, in float64. The parameters of a grouped convolution have the index
                 g in front.
             dtype: of the parameters. Where one of them would leave its range they share their norm evenly.
 
@@ -134,13 +135,19 @@ class LayerSpec:
 
     # ---- how it is computed
 
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup.compile(self.network, self.sizes)
+
     @property
     def plans(self) -> Sequence[Partition]:
-        """Every way to compute the layer, from all factors apart to all together."""
-        return list(partitions(tuple(self.network.factors)))
+        """Every way to compute the layer, from all factors apart to all together; there is one for a look-up."""
+        return [self._lookup.groups] if self.geometry.lookup else list(partitions(tuple(self.network.factors)))
 
     def macs(self, calls: Sequence[Call], plan: Partition) -> int:
         """Multiply-accumulates of all the calls, once the weights of the plan are merged; bias not counted."""
+        if self.geometry.lookup:
+            return sum(call.rows for call in calls) * self._lookup.macs(self.sizes)
         axes, input_size = self.geometry.axes, self.geometry.input_size
         return sum(call.rows * macs(self.network, self.sizes, plan, axes, input_size(call)) for call in calls)
 
@@ -154,17 +161,21 @@ class LayerSpec:
             device_type: "cpu" or "cuda".
             by_macs: whether to take the one with the fewest multiply-accumulates; of equals, that with the most steps.
         """
+        if self.geometry.lookup:
+            return self._lookup.groups
         if by_macs:
             return min(self.plans, key=lambda plan: self.macs(calls, plan))
         machine, size = Machine.of(device_type), self.geometry.input_size(calls[0])
         return cheapest(self.network, self.sizes, self.geometry.axes, machine, size, calls[0].rows)
 
-    def compile(self, plan: PlanChoice, device_type: str) -> Plan:
-        """Compiles a plan to integers.
+    def compile(self, plan: PlanChoice, device_type: str) -> Plan | Lookup:
+        """Compiles a plan to integers; a look-up has no choice of one.
 
         Raises:
             ValueError: groups that are no partition of the factors, in order.
         """
+        if self.geometry.lookup:
+            return self._lookup
         groups = self.best_plan(device_type=device_type) if plan == "auto" else plan
         return Plan.compile(self.network, self.sizes, groups, self.geometry.axes, self.geometry.pad_mode)
 

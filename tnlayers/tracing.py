@@ -1,6 +1,5 @@
 """What reaches each layer when a model runs."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -63,7 +62,4 @@ def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Ten
 
 def calls_of(geometry: Geometry, inputs: Sequence[Tensor]) -> list[Call]:
     """Returns how a layer was called with these inputs."""
-    positions = len(geometry.axes)
-    sizes = [tuple(x.shape[-positions:]) if positions else () for x in inputs]
-    channels = geometry.in_channels
-    return [Call(x.numel() // (channels * math.prod(size)), size) for x, size in zip(inputs, sizes, strict=True)]
+    return [geometry.call(x) for x in inputs]

@@ -27,7 +27,7 @@ from tnlayers.errors import UserError
 from tnlayers.joint import Slice
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.linalg import relative_error
-from tnlayers.method import Factorization, Shapes
+from tnlayers.method import CONVOLUTIONS, Factorization, Shapes
 from tnlayers.network import Indices, Network
 from tnlayers.ranks import Rank, RankRule, Ranks
 
@@ -36,7 +36,9 @@ __all__ = ["ADTN", "ADTNConv2d", "ADTNLinear"]
 _log = logging.getLogger(__name__)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu}
-_NETWORKS = {2: Network({"weight": "o i"}, "o i"), 4: Network({"weight": "o i h w"}, "o i h w")}
+_NETWORKS = {
+    len(modes.split()): Network({"weight": modes}, modes) for modes in ("o i", "o i w", "o i h w", "o i d h w")
+}
 _LEARNING_RATE = 0.03
 _LARGE_ERROR = 0.5
 _MAX_DEPTH = 64
@@ -66,7 +68,7 @@ class ADTN(Factorization):
     joint: str | Slice = ""
     fit_steps: int = 300
 
-    replaces: ClassVar[tuple[str, ...]] = ("Conv2d", "Linear")
+    replaces: ClassVar[tuple[str, ...]] = (*CONVOLUTIONS, "Linear")
     source: ClassVar[str] = "Qing et al. 2023, arXiv 2305.06058"
     per_group: ClassVar[bool] = False
 

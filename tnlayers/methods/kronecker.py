@@ -5,16 +5,16 @@ of B the columns, sum_r A_r (x) B_r is a matrix of rank r, so that the truncated
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
+from tnlayers.method import CONVOLUTIONS
 from tnlayers.methods.tt import Tensorized
-from tnlayers.network import Network
+from tnlayers.network import Network, window_of
 
 __all__ = ["Kronecker", "KroneckerConv2d"]
-
-_NETWORK = Network({"kernel": "i2 o2 h w r", "matrix": "r i1 o1"}, weight="(o1 o2) (i1 i2) h w")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Kronecker(Tensorized):
         ValueError: shapes of another number of modes than two.
     """
 
-    replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
+    replaces: ClassVar[tuple[str, ...]] = (*CONVOLUTIONS, "Linear")
     source: ClassVar[str] = "Van Loan and Pitsianis 1993"
     cores: ClassVar[int] = 2
 
@@ -44,7 +44,13 @@ class Kronecker(Tensorized):
         return self.out_shape or out_shape[::-1], self.in_shape or in_shape[::-1]
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _NETWORK
+        return _network(window_of(weight_shape))
+
+
+@lru_cache
+def _network(window: str) -> Network:
+    kernel = " ".join(["i2 o2", *window.split(), "r"])
+    return Network({"kernel": kernel, "matrix": "r i1 o1"}, weight=f"(o1 o2) (i1 i2) {window}".strip())
 
 
 class KroneckerConv2d(FactorizedConv2d):

@@ -1,4 +1,4 @@
-"""Matrix product state (tensor train) over the four modes of a kernel.
+"""Matrix product state (tensor train) over the modes of a kernel.
 
 Oseledets, Tensor-train decomposition (2011), SIAM J. Sci. Comput. 33, algorithm 1 (TT-SVD). In the order h, w, i, o it is
 the naive TT that Garipov et al. (2016), arXiv 1611.03214, compare their TT-conv with.
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
-from tnlayers.method import Factorization
-from tnlayers.network import Network
+from tnlayers.method import CONVOLUTIONS, Factorization
+from tnlayers.network import MODE_NAMES, Network, window_of
 from tnlayers.ranks import Ranks
 
 __all__ = ["MPS", "MPSConv2d"]
 
-_NAMES = {"i": "input", "h": "height", "w": "width", "o": "output"}
-_BONDS = ("", "a", "b", "c", "")
+_BONDS = "abce"  # "d" is a mode
 
 
 @dataclass(frozen=True)
@@ -28,44 +27,60 @@ class MPS(Factorization):
     """W[o,i,h,w] = sum_abc input[i,a] height[a,h,b] width[b,w,c] output[c,o]; rank = (a, b, c), along the train.
 
     Args:
-        order: the modes along the train, such as "h w i o".
+        order: the modes along the train, such as "h w i o". Those that a kernel does not have are left out, and by default
+            the window lies between the input and the output, whatever its dimensions.
 
     Raises:
-        ValueError: an order that does not name each of o, i, h and w once.
+        ValueError: an order that does not name each mode once.
     """
 
-    order: str = "i h w o"
+    order: str = "i d h w o"
 
-    replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
+    replaces: ClassVar[tuple[str, ...]] = CONVOLUTIONS
     source: ClassVar[str] = "Oseledets 2011, algorithm 1"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.order if isinstance(self.order, (list, tuple)) else str(self.order).split()
         modes = "".join(map(str, given))
-        if sorted(modes) != sorted(_NAMES):
+        if len(set(modes)) < len(modes) or not {*"iwo"} <= {*modes} <= {*MODE_NAMES}:
             raise UserError(f"order {self.order!r}: expected the modes i, h, w and o, each once, such as 'h w i o'")
         object.__setattr__(self, "order", " ".join(modes))
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _network(self.order)
+        return _network(self._modes(weight_shape))
+
+    def _modes(self, weight_shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Returns the modes of this weight along the train.
+
+        Raises:
+            UserError: the order names none of its modes d or h.
+        """
+        own = ["o", "i", *window_of(weight_shape).split()]
+        modes = tuple(mode for mode in self.order.split() if mode in own)
+        if len(modes) < len(own):
+            raise UserError(
+                f"order {self.order!r} leaves out a mode of a weight with the modes {' '.join(own)}; name it"
+            )
+        return modes
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        modes = self.order.split()
-        cores = tensor_train(weight.permute(["oihw".index(mode) for mode in modes]), rank=[1, *ranks, 1])
+        modes = self._modes(tuple(weight.shape))
+        own = ["o", "i", *window_of(weight.shape).split()]
+        cores = tensor_train(weight.permute([own.index(mode) for mode in modes]), rank=[1, *ranks, 1])
         shaped = [cores[0][0], *cores[1:-1], cores[-1][..., 0]]
-        return {_NAMES[mode]: core for mode, core in zip(modes, shaped, strict=True)}
+        return {MODE_NAMES[mode]: core for mode, core in zip(modes, shaped, strict=True)}
 
 
 @lru_cache
-def _network(order: str) -> Network:
-    train = enumerate(order.split())
-    cores = {_NAMES[mode]: f"{_BONDS[n]} {mode} {_BONDS[n + 1]}".strip() for n, mode in train}
-    return Network(cores, weight="o i h w")
+def _network(modes: tuple[str, ...]) -> Network:
+    bonds = ["", *_BONDS[: len(modes) - 1], ""]
+    cores = {MODE_NAMES[mode]: f"{bonds[n]} {mode} {bonds[n + 1]}".strip() for n, mode in enumerate(modes)}
+    return Network(cores, weight=" ".join(["o", "i", *(mode for mode in "dhw" if mode in modes)]))
 
 
 class MPSConv2d(FactorizedConv2d):
-    """MPS convolution; `rank` are the three bonds of a train over the modes in `order`, by default "i h w o".
+    """MPS convolution; `rank` are the three bonds of a train over the modes in `order`, by default input, window, output.
 
     See `MPS` and `nn.Conv2d`.
     """

@@ -13,12 +13,12 @@ from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tnlayers.errors import UserError
-from tnlayers.layers import FactorizedLinear
+from tnlayers.layers import FactorizedEmbedding, FactorizedLinear
 from tnlayers.method import Factorization
-from tnlayers.network import Network
+from tnlayers.network import Network, window_of
 from tnlayers.ranks import Ranks
 
-__all__ = ["TT", "TTLinear", "Tensorized", "balanced_shape"]
+__all__ = ["TT", "TTEmbedding", "TTLinear", "Tensorized", "balanced_shape"]
 
 _MAX_CORES = 10  # a train of d cores has 2^(d - 1) plans
 
@@ -26,6 +26,8 @@ _MAX_CORES = 10  # a train of d cores has 2^(d - 1) plans
 @dataclass(frozen=True)
 class Tensorized(Factorization):
     """A train with one core for each pair of modes (i_k, o_k) that the channels or features are split into.
+
+    The window of a convolution is not split and has a core in front.
 
     Args:
         in_shape, out_shape: the modes (i1, ..., id) and (o1, ..., od) whose products are the channels or features; three
@@ -40,8 +42,6 @@ class Tensorized(Factorization):
 
     cores: ClassVar[int] = 3
     """The number of modes by default."""
-    window: ClassVar[str] = ""
-    """The indices of the weight that are not split, which have a core in front."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,13 +72,13 @@ class Tensorized(Factorization):
         return out_shape, in_shape
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _train(len(self.shapes(weight_shape)[0]), self.window)
+        return _train(len(self.shapes(weight_shape)[0]), window_of(weight_shape))
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
         out_shape, in_shape = self.shapes(weight_shape)
         sizes = {f"o{n}": size for n, size in enumerate(out_shape, 1)}
         sizes |= {f"i{n}": size for n, size in enumerate(in_shape, 1)}
-        return sizes | dict(zip("hw", weight_shape[2:], strict=False))
+        return sizes | dict(zip(window_of(weight_shape).split(), weight_shape[2:], strict=True))
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Runs TT-SVD on the weight with the indices of each core fused, in the order of the cores."""
@@ -103,7 +103,7 @@ class TT(Tensorized):
             ones by default.
     """
 
-    replaces: ClassVar[tuple[str, ...]] = ("Linear",)
+    replaces: ClassVar[tuple[str, ...]] = ("Linear", "Embedding")
     source: ClassVar[str] = "Novikov et al. 2015, arXiv 1509.06569, section 4"
 
 
@@ -130,6 +130,12 @@ def balanced_shape(features: int, count: int) -> tuple[int, ...]:
     for prime in sorted([*primes, *([rest] if rest > 1 else [])], reverse=True):
         shape[shape.index(min(shape))] *= prime
     return tuple(sorted(shape))
+
+
+class TTEmbedding(FactorizedEmbedding):
+    """Tensor-train table (Khrulkov et al. 2019, arXiv 1901.10787): a row is made of one slice of each core. See `TT` and `nn.Embedding`."""
+
+    method = TT
 
 
 class TTLinear(FactorizedLinear):

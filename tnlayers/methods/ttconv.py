@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tnlayers.layers import FactorizedConv2d
+from tnlayers.method import CONVOLUTIONS
 from tnlayers.methods.tt import Tensorized
 
 __all__ = ["TTConv", "TTConv2d"]
@@ -23,9 +24,8 @@ class TTConv(Tensorized):
             balanced ones by default. The window (h, w) is one mode and is not split.
     """
 
-    replaces: ClassVar[tuple[str, ...]] = ("Conv2d",)
+    replaces: ClassVar[tuple[str, ...]] = CONVOLUTIONS
     source: ClassVar[str] = "Garipov et al. 2016, arXiv 1611.03214"
-    window: ClassVar[str] = "h w"
 
 
 class TTConv2d(FactorizedConv2d):

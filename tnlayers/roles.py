@@ -1,0 +1,71 @@
+"""What each index of a network does in each step of a partition of its factors.
+
+Within one step an index of the group is
+    kernel    a spatial index of the weight
+    kept      in the activation, and needed again later: it groups the convolution (CP's r, or g)
+    consumed  in the activation, and summed here
+    produced  new in the activation
+and the activation's other indices are carried: they move into the batch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tnlayers.network import Contraction, Indices, Network
+
+__all__ = ["Partition", "Roles", "roles_of"]
+
+Partition = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each index does in one step of a partition; depends on the network's strings alone."""
+
+    names: tuple[str, ...]
+    before: Indices
+    carried: Indices
+    kept: Indices
+    consumed: Indices
+    produced: Indices
+    kernel: Indices
+    merge: Contraction
+
+    @property
+    def after(self) -> Indices:
+        return (*self.carried, *self.kept, *self.produced)
+
+
+def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
+    """Returns the indices of the input, of the output, and the spatial ones; `g` belongs to both ends."""
+    output, inputs, *spatial = network.modes
+    group = tuple(index for index in output if index == "g")
+    return (*group, *inputs), output, tuple(index for mode in spatial for index in mode)
+
+
+@lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
+def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
+    """Returns the roles of the indices in each step."""
+    inputs, outputs, spatial = _ends(network)
+    held, steps = inputs, []
+    for n, names in enumerate(partition):
+        group = dict.fromkeys(index for name in names for index in network.indices[name])
+        later = {index for other in partition[n + 1 :] for name in other for index in network.indices[name]}
+        needed = later.union(outputs)
+        kept = tuple(index for index in held if index in group and index in needed)
+        consumed = tuple(index for index in held if index in group and index not in needed)
+        produced = tuple(index for index in group if index not in (*held, *spatial) and index in needed)
+        kernel = tuple(index for index in spatial if index in group)
+        roles = Roles(
+            names=names,
+            before=held,
+            carried=tuple(index for index in held if index not in group),
+            kept=kept,
+            consumed=consumed,
+            produced=produced,
+            kernel=kernel,
+            merge=network.contraction(names, (*kept, *produced, *consumed, *kernel)),
+        )
+        steps.append(roles)
+        held = roles.after
+    return tuple(steps)
