@@ -1,5 +1,6 @@
 """Opened modules compute what torch's, transformers' and torchvision's do, and their linears are layers like any others."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -500,6 +501,32 @@ def test_inputs_are_multiplied_once_and_states_step_by_step() -> None:
             opened(*given)
     with pytest.raises(UserError, match=r"the input has shape \(2, 3, 6\); expected 1 or 2 axes, the last of 6"):
         open_module(nn.GRUCell(6, 5))(torch.zeros(2, 3, 6))
+
+
+def test_factors_are_merged_once_for_all_steps_and_get_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Any = factorized(open_module(nn.LSTM(6, 5, proj_size=3, dtype=torch.float64)), 2)
+    x, merges, merge = normal(7, 3, 6), [], FactorizedLinear._merge
+    monkeypatch.setattr(FactorizedLinear, "_merge", lambda layer: merges.append(layer) or merge(layer))
+
+    def gradients() -> dict[str, Tensor]:
+        opened.zero_grad()
+        opened(x)[0].square().sum().backward()
+        return {name: parameter.grad for name, parameter in opened.named_parameters()}
+
+    once = gradients()
+    assert sorted(map(id, merges)) == sorted(map(id, opened.linears.values()))
+    monkeypatch.setattr(FactorizedLinear, "merged_once", contextlib.nullcontext)
+    assert_close(gradients(), once, **FLOAT64)
+    assert len(merges) == 3 + 1 + 7 + 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recurrent_layers_are_compiled_and_exported(training: bool) -> None:
+    opened = factorized(open_module(nn.LSTM(6, 5, bidirectional=True, dtype=torch.float64)), 2).train(training)
+    x = normal(4, 3, 6)
+    expected = opened(x)
+    assert_close(torch.compile(opened, fullgraph=True, backend="eager")(x), expected, **FLOAT64)
+    assert_close(torch.export.export(opened, (x,)).module()(x), expected, **FLOAT64)
 
 
 # --- other libraries

@@ -5,6 +5,7 @@ n: batch, t: time steps, i: input features, h: hidden features, g: gates (4 h of
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -151,19 +152,25 @@ class OpenedRecurrent(Opened):
         """Runs one layer in one direction; a sequence that has ended, or not begun, keeps its state."""
         layers, outputs = self.linears, []
         inputs = layers[f"ih_{name}"](data).split(sizes)
+        hidden, project = layers[f"hh_{name}"], layers.get(f"hr_{name}")
         backward = name.endswith("_reverse")
-        for x in reversed(inputs) if backward else inputs:
-            running = tuple(part[: len(x)] for part in state)
-            new = step(self.mode, x, layers[f"hh_{name}"](running[0]), running)
-            if self.proj_size:
-                new = (layers[f"hr_{name}"](new[0]), *new[1:])
-            outputs.append(new[0])
-            still = [part[len(x) :] for part in state]
-            state = tuple(torch.cat(pair) for pair in zip(new, still, strict=True)) if len(still[0]) else new
+        with _merged_once(hidden), _merged_once(project):
+            for x in reversed(inputs) if backward else inputs:
+                running = tuple(part[: len(x)] for part in state)
+                h, *memory = step(self.mode, x, hidden(running[0]), running)
+                new = (project(h) if project else h, *memory)
+                outputs.append(new[0])
+                still = [part[len(x) :] for part in state]
+                state = tuple(torch.cat(pair) for pair in zip(new, still, strict=True)) if len(still[0]) else new
         return torch.cat(outputs[::-1] if backward else outputs), state
 
     def extra_repr(self) -> str:
         return f"{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _merged_once(layer: nn.Module | None) -> AbstractContextManager[None]:
+    """Lets a factorized layer merge its factors once for all time steps, rather than at each."""
+    return getattr(layer, "merged_once", nullcontext)()
 
 
 class OpenedCell(Opened):
