@@ -84,17 +84,18 @@ def open_in_place(model: Model, names: Iterable[str]) -> Model:
 
     Args:
         model: the model; it is changed.
-        names: names of layers in the model's `opened_view`, such as "encoder.layers.0.self_attn.in_proj". Those that are
-            not inside of what can be opened ask for nothing.
+        names: names of layers in the model's `opened_view`, such as "encoder.layers.0.self_attn.in_proj". Others ask for
+            nothing.
     """
-    holders: dict[nn.Module, nn.Module] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders: dict[nn.Module, Opened] = {}
     for name in names:
         path, _, child = name.rpartition(".")
-        holder = model.get_submodule(path)
-        above = model.get_submodule(path.rpartition(".")[0]) if path else None
-        opened = holders.get(holder) or _open_within(above, holder)
-        if isinstance(opened, Opened) and child in opened.linears:
-            holders[holder] = opened
+        if (holder := modules.get(path)) is not None:
+            above = modules[path.rpartition(".")[0]] if path else None
+            opened = holders.get(holder) or _open_within(above, holder)
+            if opened and child in opened.linears:
+                holders[holder] = opened
     return replace_layers(model, holders)
 
 
