@@ -425,6 +425,17 @@ def test_rules_reach_the_layers_inside() -> None:
     assert type(model.lstm) is nn.LSTM
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_counter_sees_in_an_opened_view_what_fused_kernels_hide(training: bool) -> None:
+    """The counter knows no fused attention, encoder or LSTM: it gives those no operations at all."""
+    view, t, n, e, h = opened_view(Speech().train(training)), 5, 2, E, 16
+    attention = n * t * 4 * e * e + 2 * n * t * t * e
+    rest = n * t * (2 * e * 20 + 4 * h * (e + h) + h * 24)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        view(normal(n, t, e))
+    assert counter.get_total_flops() == 2 * (attention + rest)
+
+
 def test_what_is_not_opened() -> None:
     class Mine(nn.LSTM):
         pass
