@@ -15,6 +15,7 @@ from tnlayers.joint import convert_joined, entries_made, generators, join, named
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
+from tnlayers.opened import replace_layers
 from tnlayers.ranks import MacsKept
 from tnlayers.rules import Rule, fits
 from tnlayers.tracing import Example, calls_of, layer_inputs
@@ -249,17 +250,6 @@ def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:
 def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:
     kind = layer.dense_type
     return any(fits(name, rule.pattern) and _replaces(rule.factorization, kind) for rule in rules)
-
-
-def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
-    """Replaces a module in every place where it is used, so that a shared one stays shared."""
-    if model in replacements:
-        return replacements[model]  # type: ignore[return-value]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    return model
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
