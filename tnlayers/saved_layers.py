@@ -17,9 +17,11 @@ from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry, arguments, dense_type_of
+from tnlayers.reasons import refusal
+from tnlayers.replacing import replace_layers
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
-from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
+from tnlayers.surgery import factorize, rules_of
 
 __all__ = ["check_plain", "restructure", "structure_of"]
 
