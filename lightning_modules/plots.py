@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tnlayers import Summary
+from tnlayers.summary import LayerSummary, Totals
 
 __all__ = ["INK", "Spectrum", "clean", "plot_accuracy", "plot_layers", "plot_spectra", "png"]
 
@@ -43,8 +44,9 @@ class Spectrum:
 
 
 def plot_layers(summary: Summary) -> Figure:
-    """Draws parameters and multiply-accumulates of every layer and of the rest, dense behind tensorized, and the relative error beside them."""
-    layers, bars_of = summary.layers, (*summary.layers, summary.other)
+    """Draws parameters and multiply-accumulates of every layer and the rest, dense behind tensorized, and the relative errors."""
+    layers = summary.layers
+    bars_of: list[LayerSummary | Totals] = [*layers, summary.other]
     figure = Figure(figsize=(10, 1.4 + 0.3 * len(bars_of)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 1))
     places = range(len(bars_of))
