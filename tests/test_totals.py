@@ -413,8 +413,8 @@ SHARED: dict[str, Callable[[Any], list[Rule]]] = {
         Rule("*", Tucker(rank)),
         Rule("*", TT(rank)),
     ],
-    "beside fixed ranks": lambda rank: [Rule("wide", CP(20)), Rule("plain", Tucker(rank))],
-    "beside a budget": lambda rank: [Rule("wide", CP(MacsKept(0.5))), Rule("p*", Tucker(rank))],
+    "beside fixed ranks": lambda rank: [Rule("wide", Tucker((40, 30))), Rule("plain", Tucker(rank))],
+    "beside a budget": lambda rank: [Rule("wide", LowRank(MacsKept(0.9))), Rule("p*", Tucker(rank))],
 }
 
 
@@ -475,7 +475,7 @@ def test_truncate_takes_patterns() -> None:
     net = tensorize(Mixed(), [Rule("[wp]*", Tucker((20, 20))), Rule("head", TT(6))])
     before = {rule.pattern: rule.factorization for rule in rules_of(net)}
     assert truncate(net, [Rule("wide", Tucker((9, 7)))]).keys() == {"wide"}
-    errors = truncate(net, [Rule("p*", Tucker(ParamsKept(0.3)))])
+    errors = truncate(net, [Rule("p*", Tucker(ParamsKept(0.05)))])
     assert errors.keys() == {"plain"}
     assert truncate(net, [Rule("wi*", Tucker(4)), Rule("h*", TT(3))]).keys() == {"wide", "head"}
     after = {rule.pattern: rule.factorization for rule in rules_of(net)}
@@ -483,6 +483,6 @@ def test_truncate_takes_patterns() -> None:
     assert after["head"] == TT((3, 3))
     assert before.keys() == after.keys()
     with pytest.raises(UserError, match="'plain' is Tucker, and a truncation keeps the method"):
-        truncate(net, [Rule("pl*", CP(ParamsKept(0.1)))])
+        truncate(net, [Rule("pl*", CP(ParamsKept(0.02)))])
     with pytest.raises(UserError, match=r"pattern 'none\.\*' matches no factorized layer"):
         truncate(net, [Rule("none.*", Tucker(2))])
