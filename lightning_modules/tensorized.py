@@ -70,9 +70,8 @@ def example_input(module: LightningModule) -> Example:
             "multiply-accumulates are counted with it; expected a tensor or a tuple of tensors, or a dict of keyword "
             "arguments with tensors, such as self.example_input_array = torch.zeros(1, 3, 32, 32) in __init__"
         )
-    return map_tensors(
-        given, lambda value: value.to(module.device, module.dtype if value.is_floating_point() else None)
-    )
+    dtype: Any = module.dtype
+    return map_tensors(given, lambda value: value.to(module.device, dtype if value.is_floating_point() else None))
 
 
 def budget_rules(module: LightningModule) -> list[Rule]:

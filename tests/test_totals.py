@@ -307,6 +307,13 @@ def _parametrized(layer: nn.Module) -> nn.Module:
     return nn.utils.parametrizations.weight_norm(layer)
 
 
+def _bare(layer: nn.Module) -> nn.Module:
+    weight = layer.weight
+    del layer.weight
+    layer.weight = weight.detach()
+    return layer
+
+
 class Wide(nn.Linear):
     """A subclass that changes nothing."""
 
@@ -318,6 +325,7 @@ class Wide(nn.Linear):
         (nn.Bilinear(8, 8, 8), "no method replaces Bilinear"),
         (Wide(8, 8), "Wide is a subclass of Linear that no method knows"),
         (_parametrized(nn.Linear(8, 8)), "its weight is parametrized"),
+        (_bare(nn.Linear(8, 8)), "its weight is not a parameter of its own"),
         (nn.LSTM(8, 8), "no method replaces LSTM"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "its weight is of type float8_e4m3fn"),
         (nn.Conv2d(8, 8, 3), "TT has nothing for Conv2d"),

@@ -28,7 +28,7 @@ def weight_owners(model: nn.Module) -> dict[str, nn.Module]:
             inside |= set(module.modules())
         elif is_parametrized(module):
             inside |= set(module.parametrizations.modules())
-        elif not callable(getattr(module, "weight", None)) and not _weights(module):
+        elif not weight_shape(module) and not _weights(module):
             continue
         owners[name] = module
     return owners
