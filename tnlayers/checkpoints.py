@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
 from tnlayers.files import write_files
 from tnlayers.matching import LoadReport, matching_state
-from tnlayers.opened import close_in_place
+from tnlayers.opened import close_in_place, replace_layers
 from tnlayers.saved_layers import check_plain, restructure, structure_of
-from tnlayers.surgery import replace_layers
 
 __all__ = ["load_checkpoint", "read_checkpoint", "save_safetensors"]
 

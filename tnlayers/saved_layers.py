@@ -17,10 +17,11 @@ from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, Geometry, arguments, dense_type_of
-from tnlayers.opened import Opened, open_in_place, opened_view
+from tnlayers.opened import Opened, open_in_place, opened_view, replace_layers
+from tnlayers.reasons import refusal
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
-from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
+from tnlayers.surgery import factorize, rules_of
 
 __all__ = ["check_plain", "restructure", "structure_of"]
 
