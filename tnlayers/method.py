@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tnlayers.errors import UnsupportedLayer, UserError
-from tnlayers.linalg import decomposing, left_singular_vectors, singular_values, tails, unfold
+from tnlayers.linalg import decomposing, leading_subspace, singular_values, tails, unfold
 from tnlayers.network import Indices, Network, size_of
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
@@ -274,7 +274,7 @@ def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[
         if not disjoint:
             spectra[place] = singular_values(matrix).square().tolist()
             continue
-        basis = left_singular_vectors(matrix)
+        basis = leading_subspace(matrix, min(matrix.shape))  # any orthonormal basis gives a bound
         now = [axes_left.index(axis) for axis in axes]
         rest = [axis for axis in range(rotated.dim()) if axis not in now]
         shape = [rotated.shape[axis] for axis in rest]

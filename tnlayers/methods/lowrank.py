@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tnlayers.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
-from tnlayers.linalg import unfold
+from tnlayers.linalg import leading_subspace, unfold
 from tnlayers.method import Factorization
 from tnlayers.network import Network
 from tnlayers.ranks import Ranks
@@ -55,22 +55,29 @@ class LowRank(Factorization):
 def best_pair(network: Network, weight: Tensor, rank: int) -> dict[str, Tensor]:
     """Returns the two factors with one bond of this size that are closest to the weight.
 
-    Takes one SVD of the unfolding, each singular value shared evenly between the two.
+    These are the weight's projection on its leading singular vectors on the shorter side (Eckart and Young), each singular value
+    shared evenly between the two.
     """
     (bond,) = network.bonds
     (first, near), (second, far) = (
         (name, [index for index in indices if index != bond]) for name, indices in network.indices.items()
     )
-    rows = [network.weight_indices.index(index) for index in near]
-    left, values, right = torch.linalg.svd(unfold(weight, rows), full_matrices=False)
-    rounding = torch.finfo(values.dtype).eps * max(len(left), right.shape[1]) * values[0]
-    values = values[:rank]
+    unfolding = unfold(weight, [network.weight_indices.index(index) for index in near])
+    turned = unfolding.shape[0] > unfolding.shape[1]
+    short = unfolding.mT if turned else unfolding
+    vectors = leading_subspace(short, rank)
+    rows = vectors.mT @ short
+    values = torch.linalg.vector_norm(rows, dim=1)
+    rounding = torch.finfo(values.dtype).eps * max(short.shape) * values.max()
     # Where a value is 0 one of its filters is 0 and not both, which no gradient would ever move.
     share = values.sqrt().where(values > rounding, 1.0)
+    left, right = vectors * share, rows / share[:, None]
+    if turned:
+        left, right = right.mT, left.mT
     sizes = dict(zip(network.weight_indices, weight.shape, strict=True)) | {bond: rank}
     made = {
-        first: ([*near, bond], left[:, :rank] * share),
-        second: ([bond, *far], (values / share)[:, None] * right[:rank]),
+        first: ([*near, bond], left),
+        second: ([bond, *far], right),
     }
     return {
         name: matrix.reshape([sizes[index] for index in held]).permute(
