@@ -21,7 +21,16 @@ from lightning_modules import build_net
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 from tests.processes import HANGING
 from tests.tolerances import EXACT, FLOAT64
-from tnlayers import Factorization, LayerSpec, ParamsKept, fraction_kept, methods_table, rules_from_plain, summarize
+from tnlayers import (
+    Factorization,
+    LayerSpec,
+    ParamsKept,
+    fraction_kept,
+    kinds_table,
+    methods_table,
+    rules_from_plain,
+    summarize,
+)
 from tnlayers import __all__ as PUBLIC
 from tnlayers.geometry import Geometry
 
@@ -200,9 +209,12 @@ def test_a_method_is_one_file(here: Path) -> None:
 
 
 def test_the_table_of_methods_is_the_codes() -> None:
-    printed = re.search(r"<!-- methods.*?-->\n(.*?)\n<!--", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert printed, "README.md has no table of methods"
-    assert printed[1] == methods_table(), "paste the output of `tnlayers methods` into README.md"
+    page = README.parent / "docs/methods.md"
+    tables = ((README, "kinds", kinds_table()), (page, "kinds", kinds_table()), (page, "methods", methods_table()))
+    for path, mark, table in tables:
+        printed = re.search(rf"<!-- {mark}.*?-->\n(.*?)\n<!--", path.read_text(encoding="utf-8"), re.DOTALL)
+        assert printed, f"{path} has no table of {mark}"
+        assert printed[1] == table, f"paste the output of tnlayers.{mark}_table() into {path}"
 
 
 def anchors(page: Path) -> set[str]:

@@ -82,7 +82,9 @@ def test_the_estimate_bounds_the_error(method: Factorization, name: str) -> None
             assert error_at(method, weight, ranks) <= math.sqrt(estimate(attained)) + 1e-6, (kind, attained)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, CP)])  # whose bond is a hyperedge
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if not isinstance(method, CP)]
+)  # whose bond is a hyperedge
 def test_no_cut_is_beaten(name: str) -> None:
     """The error is at least what each bond's own cut discards (Eckart-Young): a smaller one would be a wrong one."""
     method = METHODS[name]

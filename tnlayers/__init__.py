@@ -31,7 +31,7 @@ from tnlayers.rules import Rule, rules_from_plain
 from tnlayers.spec import LayerSpec
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
-from tnlayers.table import methods_table
+from tnlayers.table import kinds_table, methods_table
 from tnlayers.truncation import fraction_kept, resolve_truncation, truncate
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "UnsupportedLayer",
     "UserError",
     "fraction_kept",
+    "kinds_table",
     "load_checkpoint",
     "methods_table",
     "resolve",
