@@ -193,9 +193,11 @@ def test_totals_are_what_torch_counts(name: str) -> None:
     assert not summary.unknown
     check_rows(summary)
     rows, reasons = {row.name: row for row in summary.layers}, {rule.pattern: rule.reason for rule in rules}
-    assert list(rows) == list(weights)
+    for row in rows:  # those of an opened module stand in its place
+        assert row in weights or row.rpartition(".")[0] in weights
     for layer, module in weights.items():
-        if rows[layer].method == "dense":
+        assert layer in rows or any(row.startswith(f"{layer}.") for row in rows)
+        if layer in rows and rows[layer].method == "dense":
             assert type(module).__name__ in rows[layer].kind
             assert rows[layer].note == reasons[layer] != ""
             assert rows[layer].weight_shape
@@ -213,10 +215,7 @@ def test_what_a_method_says_of_its_macs_is_what_torch_counts(case: Case) -> None
         (call,) = calls_of(spec.geometry, [x])
         for plan in layer.spec.plans:
             layer.set_plan(plan)
-            counted, said = count_macs(layer, x).total, layer.spec.macs([call], plan)
-            assert (
-                counted >= said if layer.plan.pad else counted == said
-            )  # padding in a step of its own is not in the model
+            assert count_macs(layer, x).total == layer.spec.macs([call], plan)
         assert count_macs(dense, x).total == spec.geometry.macs([call])
 
 
@@ -326,7 +325,6 @@ class Wide(nn.Linear):
         (Wide(8, 8), "Wide is a subclass of Linear that no method knows"),
         (_parametrized(nn.Linear(8, 8)), "its weight is parametrized"),
         (_bare(nn.Linear(8, 8)), "its weight is not a parameter of its own"),
-        (nn.LSTM(8, 8), "no method replaces LSTM"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "its weight is of type float8_e4m3fn"),
         (nn.Conv2d(8, 8, 3), "TT has nothing for Conv2d"),
     ],

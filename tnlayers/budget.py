@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
@@ -55,6 +55,16 @@ class Slot:
     device_type: str = "cpu"
     calls: Sequence[Call] | None = None
     present: tuple[LayerSpec, Partition] | None = None
+
+    @staticmethod
+    def of_dense(
+        layer: nn.Module, method: Factorization, calls: Sequence[Call] | None = None, *, flat: bool = False
+    ) -> "Slot":
+        """Describes a torch layer; `flat` is whether it is trained from scratch, so that its present weight does not count."""
+        geometry, dense = Geometry.of(layer), layer.weight
+        assert isinstance(dense, Tensor)
+        known = None if flat else lambda: geometry.exchanged(dense)
+        return Slot(geometry, method, known, dense.dtype, dense.device.type, calls)
 
     @property
     def used(self) -> Sequence[Call]:

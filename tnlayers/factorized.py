@@ -24,7 +24,7 @@ from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import Rank, Ranks
 from tnlayers.spec import LayerSpec
 
-__all__ = ["FactorizedLayer", "Fill", "Init", "slot_of"]
+__all__ = ["FactorizedLayer", "Fill", "Init"]
 Init = Literal["decompose", "random"]
 Fill = Literal["decompose", "random", "empty"]
 
@@ -161,7 +161,7 @@ class FactorizedLayer(Merging):
         plan = options.pop("plan", "auto")
         method = cls._method(**options)
         cls._check(dense)
-        spec, plan, fit = cls._settled(slot_of(dense, method), dense, plan)
+        spec, plan, fit = cls._settled(Slot.of_dense(dense, method), dense, plan)
         return cls.from_spec(dense, spec, plan, fit=fit)
 
     @classmethod
@@ -290,7 +290,7 @@ class FactorizedLayer(Merging):
         rank = self.spec.method.with_rank(rank).rank  # refuses what the method cannot have
         if isinstance(rank, int) and rank > max(self.ranks):
             rank = (rank,) * len(self.ranks)  # which says that it is too high
-        (choice,) = settle([slot_of(self)], rank, plan or self.plan_choice)
+        (choice,) = settle([self.slot()], rank, plan or self.plan_choice)
         if choice.spec in (None, self.spec):  # the layer may be as small as it can be
             self.set_plan(choice.plan)
             return 0.0
@@ -299,6 +299,12 @@ class FactorizedLayer(Merging):
         self._become(choice.spec, choice.plan, **self._like)
         self.decomposition_error = None
         return self._fill(choice.fit or self.spec.decompose(weight, self._like["dtype"]))
+
+    def slot(self, calls: Sequence[Call] | None = None, *, flat: bool = False) -> Slot:
+        """Describes the layer, whose ranks may be lowered; see `Slot.of_dense`."""
+        like, present = self._like, (self.spec, self.plan.groups)
+        known = None if flat else self._precise_weight
+        return Slot(self.spec.geometry, self.spec.method, known, like["dtype"], like["device"].type, calls, present)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes on the ranks that the state brings, so that a truncated layer loads into any definition.
@@ -327,34 +333,6 @@ class FactorizedLayer(Merging):
         named = {} if hasattr(self, "method") else {"method": type(method).__name__}
         shown = arguments(self) | named | options | {"rank": self.rank, "plan": self.plan.groups}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def slot_of(
-    layer: nn.Module, method: Factorization | None = None, calls: Sequence[Call] | None = None, *, flat: bool = False
-) -> Slot:
-    """Describes a layer whose ranks are to be settled.
-
-    Args:
-        layer: dense, or factorized already.
-        method: what a dense one takes.
-        calls: how it is used, where that is known.
-        flat: whether it is trained from scratch, so that its present weight does not count.
-    """
-    geometry = Geometry.of(layer)
-    if isinstance(layer, FactorizedLayer):
-        like, method, weight, present = (
-            layer._like,
-            layer.spec.method,
-            layer._precise_weight,
-            (layer.spec, layer.plan.groups),
-        )
-    else:
-        assert method is not None
-        assert isinstance(layer.weight, Tensor)
-        dense, present = layer.weight, None
-        like, weight = {"dtype": dense.dtype, "device": dense.device}, lambda: geometry.exchanged(dense)
-    known = None if flat else weight
-    return Slot(geometry, method, known, like["dtype"], like["device"].type, calls, present)
 
 
 def _copy(target: Any, source: Any) -> None:

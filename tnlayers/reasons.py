@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, dense_type_of
 from tnlayers.joint import generator_of
+from tnlayers.opened import Opened
 
 __all__ = ["kind_of", "kind_refusal", "refusal", "weight_owners", "weight_shape", "weight_type"]
 
@@ -49,6 +50,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def kind_of(module: nn.Module) -> str:
     """Returns the name of a module's type, or of the one that a factorized layer stands for; in full where it is not torch's own."""
+    if isinstance(module, Opened):
+        return module.kind
     kind = dense_type_of(module)
     clash = kind not in DENSE and kind.__name__ in {known.__name__ for known in DENSE}
     return f"{kind.__module__}.{kind.__qualname__}" if clash else kind.__name__
@@ -63,7 +66,8 @@ def kind_refusal(model: nn.Module, name: str) -> str:
         return "its weight is parametrized, so that it is computed from others at every call"
     base = next((base for base in type(module).__mro__ if base in DENSE), None)
     if base is None:
-        return f"no method replaces {kind}"
+        own = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
+        return f"no method replaces {kind}" + (f", which holds {', '.join(own)}" if own and own != ["weight"] else "")
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return f"{kind} is a subclass of {base.__name__} whose weight nn.MultiheadAttention uses itself"
     changed = any(

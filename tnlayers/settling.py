@@ -9,7 +9,7 @@ from torch import nn
 from tnlayers.budget import Choice, Slot, settle
 from tnlayers.counting import whole_cost
 from tnlayers.errors import UserError, about
-from tnlayers.factorized import FactorizedLayer, Init, slot_of
+from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import entries_made, generator_of, join
 from tnlayers.method import Factorization
@@ -197,9 +197,9 @@ def _slot(layer: nn.Module, method: Factorization, calls: list[Call] | None, *, 
         own = layer.spec.method
         budget = isinstance(method.rank, (ParamsKept, MacsKept))
         if budget and type(method) is type(own) and replace(method, rank=own.rank) == own:
-            return slot_of(layer, None, calls, flat=flat)
+            return layer.slot(calls, flat=flat)
         layer = layer.to_dense()
-    return slot_of(layer, method, calls, flat=flat)
+    return Slot.of_dense(layer, method, calls, flat=flat)
 
 
 def _is_kept(slots: Mapping[str, Slot], rank: ParamsKept | MacsKept, outside: Outside) -> bool:

@@ -9,7 +9,7 @@ from tnlayers.assigning import method_for
 from tnlayers.budget import Slot, lowered, settle
 from tnlayers.counting import whole_cost
 from tnlayers.errors import UserError, about
-from tnlayers.factorized import FactorizedLayer, slot_of
+from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
@@ -221,7 +221,7 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
     for name, method in found.items():
         layer = model.get_submodule(name)
         calls = calls_of(Geometry.of(layer), inputs[name]) if name in inputs else None
-        slots[name] = slot_of(layer, method, calls)
+        slots[name] = layer.slot(calls) if isinstance(layer, FactorizedLayer) else Slot.of_dense(layer, method, calls)
     return slots
 
 

@@ -19,7 +19,12 @@ class Opened(nn.Module):
 
     The children are plain `nn.Linear` layers until somebody replaces them, by layers with the same call. Where nothing else
     is said they hold the very Parameters of the module that was opened.
+
+    Attributes:
+        kind: the name of the type of that module.
     """
+
+    kind: str = ""
 
     @classmethod
     @abstractmethod

@@ -43,7 +43,12 @@ def open_module(module: nn.Module) -> Opened | None:
         return None
     if type(module) is nn.MultiheadAttention and type(module.out_proj) is not _OUT_PROJ:
         return None
-    return kind.of(module)
+    return _named(kind.of(module), module)
+
+
+def _named(opened: Opened, module: nn.Module) -> Opened:
+    opened.kind = type(module).__name__
+    return opened
 
 
 _OUT_PROJ = type(nn.MultiheadAttention(1, 1, device="meta").out_proj)
@@ -124,7 +129,7 @@ def _open_within(parent: nn.Module | None, module: nn.Module) -> Opened | None:
     """Opens a module, if it can be; of torch's decoders it is known that they give one attention different inputs."""
     opened = open_module(module)
     if opened and isinstance(parent, nn.TransformerDecoderLayer) and module is parent.multihead_attn:
-        return OpenedAttention.of(module, packed=False)
+        return _named(OpenedAttention.of(module, packed=False), module)
     return opened
 
 
