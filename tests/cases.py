@@ -15,12 +15,16 @@ from tnlayers import (
     Factorization,
     FactorizedConv2d,
     FactorizedLayer,
+    FullTuckerConv2d,
     KroneckerConv2d,
     LowRankConv2d,
     MPSConv2d,
+    TensorRingConv2d,
+    TensorRingLinear,
     TTConv2d,
     TTLinear,
     TuckerConv2d,
+    TuckerLinear,
 )
 
 FULL = 10**6
@@ -84,8 +88,13 @@ CASES = (
     Case(KroneckerConv2d, 5, 3, ("kernel", "matrix"), trained=8),
     Case(FactorizedConv2d, 3, 2, ("kernel", "matrix"), {"blocks": 4}, own=Blocks),
     Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3"), trained=6),
+    Case(FullTuckerConv2d, (5, 4, 2, 2), (3, 2, 2, 2), ("input", "height", "width", "core", "output"), trained=6),
+    Case(TensorRingConv2d, (3, 6, 3), (2, 4, 2), ("spatial", "core1", "core2", "core3"), trained=6),
+    Case(TensorRingConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3"), {"ring": 1}),
     Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False, trained=3),
     Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3"), trained=4),
+    Case(TuckerLinear, (3, 4, 3, 4), (2, 3, 2, 3), ("input1", "input2", "core", "output1", "output2"), trained=4),
+    Case(TensorRingLinear, (4, 6), (2, 3), ("core1", "core2", "core3"), trained=3),
     Case(ADTNLinear, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
 )
 

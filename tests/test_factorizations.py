@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES
-from tnlayers import CP, Factorization, LayerSpec, Tucker
+from tnlayers import CP, Factorization, LayerSpec, TensorRing, TTConv, Tucker, TuckerMatrix, UserError
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
 
@@ -34,6 +35,8 @@ def weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 METHODS = {case.name: case.method(1) for case in CASES if case.exact}
+UNCUT = ("CP", "TensorRing")
+"""Of these a bond is a hyperedge, or part of a loop."""
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -82,7 +85,7 @@ def test_the_estimate_bounds_the_error(method: Factorization, name: str) -> None
             assert error_at(method, weight, ranks) <= math.sqrt(estimate(attained)) + 1e-6, (kind, attained)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "CPConv2d"])  # whose bond is a hyperedge
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith(UNCUT)])
 def test_no_cut_is_beaten(name: str) -> None:
     """The error is at least what each bond's own cut discards (Eckart-Young): a smaller one would be a wrong one."""
     method = METHODS[name]
@@ -111,7 +114,7 @@ def test_als_improves_on_its_start() -> None:
 @every_method
 def test_results_do_not_depend_on_the_call(method: Factorization) -> None:
     weight = torch.randn(shape_for(method, "conv"), dtype=torch.float64)
-    ranks = method.clamp(tuple(weight.shape), (3, 3, 3)[: len(method.max_ranks(tuple(weight.shape)))])
+    ranks = method.clamp(tuple(weight.shape), (3,) * len(method.max_ranks(tuple(weight.shape))))
     first, second = (fitted(method, weight, ranks)[0] for _ in range(2))
     for name, factor in first.items():
         torch.testing.assert_close(factor, second[name], rtol=0, atol=0)
@@ -169,3 +172,29 @@ def test_wide_kernels_take_thin_factors_only() -> None:
     weight = torch.randn(96, 512, 9, 10, dtype=torch.float64)
     assert left_singular_vectors(unfold(weight, [0])).shape == (96, 96)
     assert len(singular_values(unfold(weight, [0]))) == 96
+
+
+def test_a_ring_of_one_is_the_train() -> None:
+    """The oracle is `TTConv`; in a wider ring the first cut keeps q times as many of its values."""
+    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+    modes = {"in_shape": (2, 2, 2), "out_shape": (2, 2, 3)}
+    for ranks in ((1, 1, 1), (4, 5, 6), (9, 16, 6)):
+        ring, line = TensorRing(1, **modes, ring=1), TTConv(1, **modes)
+        assert error_at(ring, weight, ranks) == pytest.approx(error_at(line, weight, ranks), abs=1e-12)
+    ring = TensorRing(1, ring=3)
+    most = ring.max_ranks((12, 8, 3, 3))
+    values = np.linalg.svd(unfold(weight, [2, 3]).numpy(), compute_uv=False)
+    assert error_at(ring, weight, (2, *most[1:])) ** 2 == pytest.approx((values[6:] ** 2).sum() / (values**2).sum())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (TensorRing, {"ring": 0}, "ring 0: expected the size of the bond"),
+        (TensorRing, {"ring": True}, "ring True: expected the size of the bond"),
+        (TuckerMatrix, {"in_shape": (2,) * 5}, "expected a tuple of at most 4 positive ints"),
+    ],
+)
+def test_options_are_checked(method: type[Factorization], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        method(1, **options)

@@ -17,13 +17,16 @@ from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
 from tnlayers.methods.cp import CP, CPConv2d
+from tnlayers.methods.fulltucker import FullTucker, FullTuckerConv2d
 from tnlayers.methods.kronecker import Kronecker, KroneckerConv2d
 from tnlayers.methods.lowrank import LowRank, LowRankConv2d, LowRankEmbedding, LowRankLinear
 from tnlayers.methods.mps import MPS, MPSConv2d
 from tnlayers.methods.svd import SVD, SVDConv2d
+from tnlayers.methods.tensorring import TensorRing, TensorRingConv2d, TensorRingLinear
 from tnlayers.methods.tt import TT, TTEmbedding, TTLinear
 from tnlayers.methods.ttconv import TTConv, TTConv2d
 from tnlayers.methods.tucker import Tucker, TuckerConv2d
+from tnlayers.methods.tuckermatrix import TuckerLinear, TuckerMatrix
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
@@ -54,6 +57,8 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLayer",
     "FactorizedLinear",
+    "FullTucker",
+    "FullTuckerConv2d",
     "Kronecker",
     "KroneckerConv2d",
     "LayerSpec",
@@ -75,8 +80,13 @@ __all__ = [
     "TTConv2d",
     "TTEmbedding",
     "TTLinear",
+    "TensorRing",
+    "TensorRingConv2d",
+    "TensorRingLinear",
     "Tucker",
     "TuckerConv2d",
+    "TuckerLinear",
+    "TuckerMatrix",
     "UnsupportedLayer",
     "UserError",
     "fraction_kept",

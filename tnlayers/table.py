@@ -8,7 +8,7 @@ from tnlayers.method import Factorization
 
 __all__ = ["methods_table"]
 
-_WEIGHT_SHAPES = {"Conv2d": (64, 64, 3, 3), "Linear": (64, 64)}
+_WEIGHT_SHAPES = {"Conv2d": (64, 64, 3, 3), "Linear": (64, 64), "Embedding": (64, 1000)}
 _COMMON = {field.name for field in fields(Factorization)}
 
 
