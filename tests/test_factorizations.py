@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES
-from tnlayers import CP, Factorization, LayerSpec, TensorRing, TTConv, Tucker, TuckerMatrix, UserError
+from tnlayers import CP, CPMatrix, Factorization, LayerSpec, TensorRing, TTConv, Tucker, TuckerMatrix, UserError
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
+from tnlayers.methods import cp
 
 SHAPES = {"conv": (12, 8, 3, 2), "pointwise": (7, 5, 1, 1), "prime": (11, 13, 3, 3), "thin": (2, 16, 3, 3)}
 
@@ -198,3 +199,52 @@ def test_a_ring_of_one_is_the_train() -> None:
 def test_options_are_checked(method: type[Factorization], options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         method(1, **options)
+
+
+def border(shape: tuple[int, ...]) -> Tensor:
+    """A kernel of CP rank 3 to which kernels of rank 2 come as close as one likes, by terms of opposite sign without bound."""
+    a, b = torch.linalg.qr(torch.randn(shape[0], 2, dtype=torch.float64)).Q.T
+    x, y = torch.eye(shape[2], dtype=torch.float64)[:2]
+    weight = torch.zeros(shape, dtype=torch.float64)
+    for vectors in ((a, a, y), (a, b, x), (b, a, x)):
+        weight[..., 0] += torch.einsum("o,i,h->oih", *vectors)
+    return weight
+
+
+def test_terms_that_cancel_are_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of `_als`, where it binds: without the ridge this fit has a degeneracy of 3.9, and the bound there is 3.1."""
+    weight = border((16, 16, 3, 3))
+    monkeypatch.setattr(cp, "_SWEEPS", 1000)
+    monkeypatch.setattr(cp, "_TOLERANCE", -1.0)
+    monkeypatch.setattr(cp, "_DAMPING", 1.0)
+    factors, error = fitted(CP(1), weight, (2,))
+    start = CP(1).error_estimate(weight)((2,))
+    terms = torch.einsum("ir,hr,wr,or->roihw", *factors.values())
+    assert terms.square().sum() / weight.square().sum() <= 1 + math.log(start / error**2)
+    assert error**2 < start / 100
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("method", [CP(1), CPMatrix(1)], ids=["CP", "CPMatrix"])
+def test_terms_stay_of_the_weights_size(method: Factorization, scale: float) -> None:
+    assert isinstance(method, CP)
+    found = weights((16, 16, 3, 3)) | {"border": border((16, 16, 3, 3))}
+    for kind, weight in found.items():
+        scaled = scale * (weight if type(method) is CP else weight.flatten(2)[..., 0])
+        for rank in (1, 2, 3, 20):
+            factors, error = fitted(method, scaled, (rank,))
+            assert math.isfinite(error)
+            assert method.degeneracy(factors) < 4, (kind, rank)
+
+
+def test_degeneracy_is_that_of_the_terms() -> None:
+    factors = {
+        name: torch.randn(2, 5, 3) for name in ("input", "height", "width", "output")
+    }  # two groups of three terms
+    terms = torch.einsum("gir,ghr,gwr,gor->rgoihw", *map(Tensor.double, factors.values()))
+    expected = float(terms.square().sum().sqrt() / terms.sum(dim=0).norm())
+    assert CP(3).degeneracy(factors) == pytest.approx(expected)
+    assert CP(3).degeneracy({name: 1e-80 * factor.double() for name, factor in factors.items()}) == pytest.approx(
+        expected
+    )
+    assert CP(3).degeneracy({name: 0 * factor for name, factor in factors.items()}) == 0

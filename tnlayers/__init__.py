@@ -17,6 +17,7 @@ from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
 from tnlayers.methods.cp import CP, CPConv2d
+from tnlayers.methods.cpmatrix import CPLinear, CPMatrix
 from tnlayers.methods.fulltucker import FullTucker, FullTuckerConv2d
 from tnlayers.methods.kronecker import Kronecker, KroneckerConv2d
 from tnlayers.methods.lowrank import LowRank, LowRankConv2d, LowRankEmbedding, LowRankLinear
@@ -46,6 +47,8 @@ __all__ = [
     "ADTNConv2d",
     "ADTNLinear",
     "CPConv2d",
+    "CPLinear",
+    "CPMatrix",
     "CheckpointError",
     "Factorization",
     "FactorizedConv1d",
