@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tnlayers import Summary
+from tnlayers.summary import LayerSummary, Totals
 
 __all__ = ["INK", "Spectrum", "clean", "plot_accuracy", "plot_layers", "plot_spectra", "png"]
 
@@ -43,15 +44,16 @@ class Spectrum:
 
 
 def plot_layers(summary: Summary) -> Figure:
-    """Draws parameters and multiply-accumulates of every layer, dense behind tensorized, and the relative error beside them."""
+    """Draws parameters and multiply-accumulates of every layer and the rest, dense behind tensorized, and the relative errors."""
     layers = summary.layers
-    figure = Figure(figsize=(10, 1.4 + 0.3 * len(layers)), layout="constrained")
+    bars_of: list[LayerSummary | Totals] = [*layers, summary.other]
+    figure = Figure(figsize=(10, 1.4 + 0.3 * len(bars_of)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True, width_ratios=(2, 2, 1))
-    places = range(len(layers))
-    scale, unit = (1e6, "million") if max(layer.dense_macs for layer in layers) >= 1e6 else (1e3, "thousand")
-    params = [(layer.dense_params / 1e3, layer.params / 1e3) for layer in layers]
-    macs = [(layer.dense_macs / scale, layer.macs / scale) for layer in layers]
-    titles = ("parameters (thousand)", f"MACs a picture ({unit})")
+    places = range(len(bars_of))
+    scale, unit = (1e6, "million") if max(entry.dense_macs for entry in bars_of) >= 1e6 else (1e3, "thousand")
+    params = [(entry.dense_params / 1e3, entry.params / 1e3) for entry in bars_of]
+    macs = [(entry.dense_macs / scale, entry.macs / scale) for entry in bars_of]
+    titles = ("parameters (thousand)", f"MACs a sample ({unit})")
     for axes, title, bars in zip(panels, titles, (params, macs), strict=False):
         before, after = zip(*bars, strict=True)
         axes.barh(places, before, height=0.8, color=_DENSE, label="dense")
@@ -62,7 +64,7 @@ def plot_layers(summary: Summary) -> Figure:
     panels[2].set_title("relative error", fontsize=10, color=INK)
     panels[2].set_xlim(0, max([1.1 * error for _, error in errors] + [0.1]))
     names = [f"{layer.name}  {layer.method} {_joined(layer.rank)}".rstrip() for layer in layers]
-    panels[0].set_yticks(list(places), names, fontsize=8)
+    panels[0].set_yticks(list(places), [*names, "other operations"], fontsize=8)
     panels[0].invert_yaxis()
     panels[1].legend(fontsize=8, frameon=False, loc="lower right")
     for axes in panels:

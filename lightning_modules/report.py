@@ -16,7 +16,7 @@ from rich.table import Table
 from lightning_modules.plots import plot_accuracy, plot_layers, png
 from tnlayers import Summary
 from tnlayers.files import write_files
-from tnlayers.summary import LayerSummary, Totals
+from tnlayers.summary import LayerSummary, Totals, kept
 
 __all__ = ["Report", "environment"]
 
@@ -45,9 +45,10 @@ class Report:
         for heading in ("params", "kept", "MACs", "kept", "error", "speed"):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.summary.layers:
-            how = f"{layer.method} {','.join(map(str, layer.rank))}"
+            how = f"{layer.method} {','.join(map(str, layer.rank))}" if layer.rank else layer.kind
             table.add_row(layer.name, how, *_figures(layer, layer.error), style="" if layer.rank else "dim")
         table.add_section()
+        table.add_row("other operations", "", *_figures(self.summary.other, None), style="dim")
         table.add_row("whole model", "", *_figures(self.summary.totals, None), style="bold")
         console.print(table)
         for line in self.sentences():
@@ -57,8 +58,10 @@ class Report:
         totals = self.summary.totals
         lines = [
             f"parameters  {totals.dense_params:,} -> {totals.params:,} ({totals.params_kept:.1%} kept)",
-            f"MACs        {totals.dense_macs:,} -> {totals.macs:,} ({totals.macs_kept:.1%} kept), for one picture",
+            f"MACs        {totals.dense_macs:,} -> {totals.macs:,} ({totals.macs_kept:.1%} kept), for one sample",
         ]
+        if self.summary.unknown:
+            lines.append(f"not counted {', '.join(self.summary.unknown)}: no formula is known for what they do")
         if totals.seconds and totals.dense_seconds:
             lines.append(
                 f"time        {1e3 * totals.dense_seconds:.2f} ms -> {1e3 * totals.seconds:.2f} ms "
@@ -67,12 +70,12 @@ class Report:
             )
         if self.accuracy:
             lines.append("accuracy    " + ", ".join(f"{stage} {value:.2%}" for stage, value in self.accuracy.items()))
-        reasons: dict[tuple[str, str], list[str]] = {}
+        reasons: dict[tuple[str, str, str], list[str]] = {}
         for layer in self.summary.layers:
             if layer.note:
-                kind = "left dense" if layer.method == "dense" else "shared"
-                reasons.setdefault((kind, layer.note), []).append(layer.name)
-        lines += [f"{kind:11} {', '.join(names)}: {reason}" for (kind, reason), names in reasons.items()]
+                what, kind = ("left dense", f" ({layer.kind})") if layer.method == "dense" else ("shared", "")
+                reasons.setdefault((what, kind, layer.note), []).append(layer.name or "the model itself")
+        lines += [f"{what:11} {', '.join(names)}{kind}: {reason}" for (what, kind, reason), names in reasons.items()]
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:
@@ -108,9 +111,9 @@ def _figures(entry: LayerSummary | Totals, error: float | None) -> list[str]:
     speed = f"{entry.dense_seconds / entry.seconds:.2f}x" if entry.seconds and entry.dense_seconds else ""
     return [
         f"{entry.params:,}",
-        f"{entry.params / max(entry.dense_params, 1):.0%}",
+        f"{kept(entry.params, entry.dense_params):.0%}",
         f"{entry.macs / 1e6:.2f}M",
-        f"{entry.macs / max(entry.dense_macs, 1):.0%}",
+        f"{kept(entry.macs, entry.dense_macs):.0%}",
         "" if error is None else f"{error:.3f}",
         speed,
     ]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tnlayers import FactorizedLayer, Rule
 from tnlayers.errors import UserError
 from tnlayers.saved_layers import restructure, structure_of
-from tnlayers.tracing import Example
+from tnlayers.tracing import Example, map_tensors, tensors_in
 
 __all__ = [
     "TensorizedCheckpoint",
@@ -64,15 +64,14 @@ def example_input(module: LightningModule) -> Example:
     """
     given = _said(module, "example_input", None)
     given = module.example_input_array if given is None else given
-    values = given if isinstance(given, tuple) else (given,)
-    if not all(isinstance(value, Tensor) for value in values):
+    if next(tensors_in(given), None) is None:
         raise UserError(
             f"{type(module).__name__}.example_input_array is {'None' if given is None else f'a {type(given).__name__}'}, and "
-            "multiply-accumulates are counted with it; expected a tensor or a tuple of tensors, such as "
-            "self.example_input_array = torch.zeros(1, 3, 32, 32) in __init__"
+            "multiply-accumulates are counted with it; expected a tensor or a tuple of tensors, or a dict of keyword "
+            "arguments with tensors, such as self.example_input_array = torch.zeros(1, 3, 32, 32) in __init__"
         )
-    values = tuple(value.to(module.device, module.dtype if value.is_floating_point() else None) for value in values)
-    return values if isinstance(given, tuple) else values[0]
+    dtype: Any = module.dtype
+    return map_tensors(given, lambda value: value.to(module.device, dtype if value.is_floating_point() else None))
 
 
 def budget_rules(module: LightningModule) -> list[Rule]:

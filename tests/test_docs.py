@@ -146,8 +146,10 @@ def run_shell(page: Path, text: str) -> None:
 
 OTHERS: dict[str, Callable[[list[str]], object]] = {
     "make": lambda targets: all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets),
-    "pip": lambda arguments: arguments == ["install", "."],
-    "python": lambda arguments: IS_PYTHON[arguments[0]](arguments[1]),
+    "pip": lambda arguments: arguments in (["install", "."], ["install", "torchcrepe"]),
+    "python": lambda arguments: (
+        IS_PYTHON[arguments[0]](arguments[1]) if arguments[0] in IS_PYTHON else (ROOT / arguments[0]).is_file()
+    ),
 }
 IS_PYTHON: dict[str, Callable[[str], object]] = {
     "-c": lambda text: compile(text, "a block", "exec"),

@@ -24,7 +24,7 @@ from tnlayers import (
     UnsupportedLayer,
     tensorize,
 )
-from tnlayers.geometry import arguments
+from tnlayers.geometry import Geometry, arguments
 
 clamps = pytest.mark.filterwarnings("ignore:.*above what a weight")  # where FULL asks for it
 EXACT_CASES = [case for case in CASES if case.exact]
@@ -151,7 +151,8 @@ def test_a_truncated_state_loads_into_the_untruncated_definition(case: Case) -> 
 def test_another_layers_state_is_refused(case: Case) -> None:
     """Of ADTN, whose gates know the weight's size up to a power of two, if it is of another power."""
     fewer = (6, 24) if case.exact else (4, 12)
-    other = converted(case, **({"in_channels": fewer[0]} if case.is_conv else {"in_features": fewer[1]}))
+    linear = case.layer.dense_type is nn.Linear
+    other = converted(case, **({"in_features": fewer[1]} if linear else {"in_channels": fewer[0]}))
     with pytest.raises(RuntimeError, match="size mismatch"):
         converted(case).load_state_dict(other.state_dict())
 
@@ -258,11 +259,11 @@ def test_truncate(case: Case) -> None:
 
 @every_layer
 def test_from_scratch_has_the_dense_layers_scale(case: Case) -> None:
-    options = {"in_channels": 64, "out_channels": 64} if case.is_conv else {"in_features": 512, "out_features": 512}
+    linear = case.layer.dense_type is nn.Linear
+    options = {"in_features": 512, "out_features": 512} if linear else {"in_channels": 64, "out_channels": 64}
     dense = case.dense(dtype=torch.float32, **options)
-    arguments = options | ({"kernel_size": (3, 2)} if case.is_conv else {})
     for rank in (1, 3, 16):
-        layer = case.layer(**arguments, **case.given(rank))
+        layer = case.layer(**arguments(dense), **case.given(rank))
         assert layer.weight.square().mean().sqrt().item() == pytest.approx(
             dense.weight.square().mean().sqrt().item(), rel=0.05
         )
@@ -273,17 +274,10 @@ def test_nothing_is_left_uninitialised(case: Case) -> None:
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
         layer = converted(case)
-        scratch = case.layer(
-            **(
-                {"in_channels": 8, "out_channels": 12, "kernel_size": 3}
-                if case.is_conv
-                else {"in_features": 30, "out_features": 28}
-            ),
-            **case.given(4),
-        )
+        drawn = case.layer(**arguments(case.dense()), **case.given(4))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.isfinite(value).all() for one in (layer, scratch) for value in one.parameters())
+    assert all(torch.isfinite(value).all() for one in (layer, drawn) for value in one.parameters())
 
 
 @clamps
@@ -368,7 +362,7 @@ def test_bad_ranks_are_named(case: Case, rank: object, message: str) -> None:
 def test_a_rank_above_the_attainable_is_clamped_and_said(case: Case) -> None:
     with pytest.warns(UserWarning, match=r"above what a weight of shape .* attains; clamped to"):
         layer = case.convert(case.dense(), FULL)
-    assert layer.ranks == case.method(FULL).max_ranks(tuple(case.dense().weight.shape))
+    assert layer.ranks == case.method(FULL).max_ranks(Geometry.of(case.dense()).weight_shape)
 
 
 def scratch(case: Case, rank: Any) -> FactorizedLayer:
@@ -422,7 +416,8 @@ def test_weights_at_the_ends_of_their_dtype_are_factorized(case: Case, dtype: to
     layer = case.convert(dense, 2)
     assert all(torch.isfinite(factor).all() for factor in layer.factors.values())
     weight = dense.weight.detach().double()
-    torch.testing.assert_close(layer._precise_weight() / size, weight / size, rtol=0, atol=3 * torch.finfo(dtype).eps)
+    made = layer.spec.geometry.exchanged(layer._precise_weight())
+    torch.testing.assert_close(made / size, weight / size, rtol=0, atol=3 * torch.finfo(dtype).eps)
     assert layer.decomposition_error < 3 * torch.finfo(dtype).eps
 
 

@@ -58,11 +58,12 @@ def test_json_adds_up_and_agrees(summary: Summary, tmp_path: Path) -> None:
     layers, totals = plain["layers"], plain["totals"]
     assert [layer["name"] for layer in layers] == LAYERS
     assert [layer["rank"] for layer in layers] == [list(layer.rank) for layer in summary.layers]
-    for key in ("macs", "dense_macs"):
-        assert totals[key] == sum(layer[key] for layer in layers) == getattr(summary.totals, key)
-    norms = 2 * (32 + 64 + 64 + 128)  # BatchNorm's parameters are in the totals alone
-    for key in ("params", "dense_params"):
-        assert totals[key] == sum(layer[key] for layer in layers) + norms
+    norms = 2 * (32 + 64 + 64 + 128)  # BatchNorm's parameters
+    assert plain["other"] == {"dense_params": norms, "params": norms, "dense_macs": 0, "macs": 0} | dict.fromkeys(
+        ["dense_seconds", "seconds"]
+    )
+    for key in ("macs", "dense_macs", "params", "dense_params"):
+        assert totals[key] == sum(layer[key] for layer in layers) + plain["other"][key] == getattr(summary.totals, key)
     assert totals["params_kept"] == totals["params"] / totals["dense_params"]
     assert torch.__version__.startswith(plain["environment"]["torch"])
 
@@ -77,8 +78,8 @@ def test_markdown_agrees(summary: Summary, tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     params, macs = rows[0].index("params"), rows[0].index("MACs")
-    entries = [*summary.layers, summary.totals]
-    assert [row[0] for row in rows[2:]] == [*LAYERS, "whole model"]
+    entries = [*summary.layers, summary.other, summary.totals]
+    assert [row[0] for row in rows[2:]] == [*LAYERS, "other operations", "whole model"]
     assert [(row[params], row[macs]) for row in rows[2:]] == [
         (f"{each.params:,}", f"{each.macs:,}") for each in entries
     ]
@@ -103,8 +104,8 @@ def test_plots_have_a_bar_for_everything(summary: Summary) -> None:
     assert num_factorized == 4
     # A layer trained from scratch, or dense, has no error to show.
     num_errors = sum(layer.error is not None for layer in summary.layers)
-    assert [len(axes.patches) for axes in panels] == [2 * len(LAYERS), 2 * len(LAYERS), num_errors]
-    assert [label.get_text().split()[0] for label in panels[0].get_yticklabels()] == LAYERS
+    assert [len(axes.patches) for axes in panels] == [2 * len(LAYERS) + 2, 2 * len(LAYERS) + 2, num_errors]
+    assert [label.get_text().split()[0] for label in panels[0].get_yticklabels()] == [*LAYERS, "other"]
     left, right = plot_accuracy(summary, STAGES).axes
     assert [bar.get_height() for bar in left.patches] == pytest.approx([99, 50, 98])
     assert len(right.patches) == 3

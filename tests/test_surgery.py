@@ -147,7 +147,7 @@ def test_relative_error_is_met_in_every_layer() -> None:
     tensorize(net, resolved)
     assert isinstance(net.body[0], TuckerConv2d)
     assert net.body[0].decomposition_error <= 0.05
-    assert "dense is cheaper" in resolved[1].reason
+    assert {rule.pattern: rule.reason for rule in resolved}["body.2"].endswith("dense is cheaper")
 
 
 def test_a_shared_module_stays_shared() -> None:
@@ -162,9 +162,10 @@ def test_a_shared_module_stays_shared() -> None:
 def test_a_tied_weight_stays_dense_with_the_reason() -> None:
     net = nn.ModuleDict({"embedding": nn.Embedding(20, 12), "head": nn.Linear(12, 20)})
     net["head"].weight = net["embedding"].weight
-    (resolved,) = resolve(net, [Rule("head", TT(2))])
-    assert resolved.factorization is None
-    assert "tied to 'embedding.weight'" in resolved.reason
+    embedding, head = resolve(net, [Rule("head", TT(2))])
+    assert embedding.factorization is head.factorization is None
+    assert embedding.reason == "no rule takes it"
+    assert "tied to 'embedding.weight'" in head.reason
 
 
 def test_a_tied_bias_stays_tied() -> None:
@@ -227,9 +228,9 @@ def test_an_unbatched_example() -> None:
 def test_a_layer_with_hooks_stays_dense_with_the_reason() -> None:
     net = Net()
     net.body[0].register_forward_hook(lambda *_: None)
-    resolved = resolve(net, [Rule("body.*", Tucker(2))])
-    assert "hooks" in resolved[0].reason
-    assert resolved[1].factorization is not None
+    resolved = {rule.pattern: rule for rule in resolve(net, [Rule("body.*", Tucker(2))])}
+    assert "hooks" in resolved["body.0"].reason
+    assert resolved["body.2"].factorization is not None
 
 
 def test_attention_is_not_taken_apart() -> None:
@@ -259,11 +260,42 @@ def test_frozen_layers_stay_frozen_and_modes_stay() -> None:
     assert all(parameter.requires_grad for parameter in net.conv1.parameters())
 
 
-def test_tensorizing_again_leaves_what_is_done() -> None:
-    net = tensorize(Net(), [Rule("body.*", Tucker((4, 4)))])
-    layer = net.body[0]
-    tensorize(net, [Rule("body.*", Tucker((2, 2)))])
-    assert net.body[0] is layer
+AGAIN = {
+    "the same": Tucker((8, 6)),
+    "fewer": Tucker((4, 4)),
+    "more": Tucker((12, 9)),
+    "another method": CP(5),
+    "another order": MPS(4, order="h w i o"),
+}
+
+
+@pytest.mark.parametrize("asked", AGAIN)
+def test_tensorizing_again_does_what_is_asked(asked: str) -> None:
+    """As if the layer were dense, with the weight that its factors make; what is there already is left."""
+    net = tensorize(Net(), [Rule("body.*", Tucker((8, 6)))])
+    layer, rules = net.body[0], [Rule("body.0", AGAIN[asked])]
+    dense = tensorize(to_dense(copy.deepcopy(net)), rules)
+    tensorize(net, rules)
+    assert (net.body[0] is layer) == (asked == "the same")
+    assert net.body[0].spec == dense.body[0].spec
+    torch.testing.assert_close(net.body[0].weight, dense.body[0].weight, **FLOAT32)
+    assert net.body[2].ranks == (8, 6)
+
+
+@pytest.mark.parametrize("budget", [ParamsKept, MacsKept])
+def test_budgets_again_are_of_the_dense_layers(budget: Any) -> None:
+    dense, net = Net(), Net()
+    place = int(budget is MacsKept)
+    for fraction in (0.6, 0.6, 0.3):
+        before, again = list(net.modules()), rules_of(net)
+        tensorize(net, [Rule("body.*", Tucker(budget(fraction)))], example_input=X)
+        assert 0.97 * fraction <= fractions(net, dense, ["body.0", "body.2"])[place] <= fraction
+        assert (before == list(net.modules())) == (fraction == 0.6 and bool(again))
+    with pytest.warns(UserWarning, match=r"body.0, body.2: .*\(0.9\) changes nothing, since 0.[23]\d* is kept already"):
+        tensorize(net, [Rule("body.*", Tucker(budget(0.9)))], example_input=X)
+    tensorize(net, [Rule("body.*", CP(budget(0.3)))], example_input=X)
+    assert all(isinstance(net.body[n].spec.method, CP) for n in (0, 2))
+    assert 0.97 * 0.3 <= fractions(net, dense, ["body.0", "body.2"])[place] <= 0.3
 
 
 def test_summary_counts_and_reasons() -> None:
@@ -285,7 +317,7 @@ def test_summary_counts_and_reasons() -> None:
     assert summary.totals.dense_params == sum(parameter.numel() for parameter in dense.parameters())
     assert summary.totals.macs == sum(layer.macs for layer in summary.layers)
     assert summary.totals.seconds is not None
-    assert str(summary).count("\n") == 2 + len(layers)
+    assert str(summary).count("\n") == 3 + len(layers)
     assert net.training is False
 
 

@@ -14,7 +14,18 @@ from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
 from tnlayers.method import Factorization
 from tnlayers.plan import Partition, PlanChoice
-from tnlayers.ranks import Candidate, MacsKept, Rank, RankRule, Ranks, RelativeError, allocate, check_rank, within_error
+from tnlayers.ranks import (
+    Candidate,
+    MacsKept,
+    Outside,
+    Rank,
+    RankRule,
+    Ranks,
+    RelativeError,
+    allocate,
+    check_rank,
+    within_error,
+)
 from tnlayers.spec import LayerSpec
 
 __all__ = ["Choice", "Fit", "Slot", "lowered", "settle"]
@@ -75,7 +86,9 @@ class Choice:
     fit: Fit | None = None
 
 
-def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list[Choice]:
+def settle(
+    slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto", outside: Outside | None = None
+) -> list[Choice]:
     """Decides what becomes of each layer. A budget is shared out among all of them.
 
     Args:
@@ -83,6 +96,7 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
         rank: an int or tuple holds for each layer; an int lowers those that are factorized already.
         plan: how they are computed; "auto" becomes the best for the calls where these are known. Under `MacsKept` that is
             the one with the fewest multiply-accumulates, since these are what was asked for.
+        outside: the rest of the model, for a budget that is a fraction of the whole.
 
     Raises:
         ValueError: a budget out of reach, or `RelativeError` without trained weights.
@@ -98,7 +112,11 @@ def settle(slots: Sequence[Slot], rank: Rank, plan: PlanChoice = "auto") -> list
             raise UserError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
         choices = [_accurate(slot, rank) for slot in slots]
     else:
-        chosen = allocate([_candidate(slot, by_macs=by_macs) for slot in slots], rank.fraction)
+        if rank.of == "model" and outside is None:
+            raise UserError(
+                f"{rank} is a budget of a model, and this is one layer; give {type(rank).__name__}({rank.fraction})"
+            )
+        chosen = allocate([_candidate(slot, by_macs=by_macs) for slot in slots], rank.fraction, outside)
         elsewhere = Choice(None, reason=f"{rank}: dense is cheaper or the budget is better spent elsewhere")
         choices = [
             elsewhere if ranks is None else Choice(_highest(slot).at(ranks))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tnlayers.errors import CheckpointError, UserError, as_checkpoint_error, shortened
 from tnlayers.files import write_files
 from tnlayers.matching import LoadReport, matching_state
+from tnlayers.opened import close_in_place, replace_layers
 from tnlayers.saved_layers import check_plain, restructure, structure_of
-from tnlayers.surgery import replace_layers
 
 __all__ = ["load_checkpoint", "read_checkpoint", "save_safetensors"]
 
@@ -86,6 +86,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) 
     """
     path = Path(path)
     content = read_checkpoint(path)
+    close_in_place(model)  # whose keys are then those of any other file
     replaced = restructure(model, content.get("tensorization"), path)
     if not strict:
         for layer in replaced.values():  # the file may lack some of their weights

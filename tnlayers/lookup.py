@@ -5,10 +5,11 @@ Legend:
     i, o      the row number and the entries of a row, each one index of the network or several
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tnlayers.network import Contraction, Network, Sizes, size_of
@@ -27,18 +28,27 @@ class _Digits:
         steps: for each of them how many rows lie between two of its values, its size, and how many slices of the factor.
         order: the axes of the factor, those of the digits first.
         slices: how many slices there are.
+        rows: how many rows the table has.
     """
 
     steps: tuple[tuple[int, int, int], ...]
     order: tuple[int, ...]
     slices: int
+    rows: int
 
     def __call__(self, rows: Tensor, factor: Tensor) -> Tensor:
-        """Returns (n, ...): the slice of every row."""
-        place = sum(rows // distance % size * slices for distance, size, slices in self.steps)
-        assert isinstance(place, Tensor)
+        """Returns (n, ...): the slice of every row.
+
+        Raises:
+            IndexError: a row number that the table does not have.
+        """
+        place = torch.zeros_like(rows)
+        for distance, size, slices in self.steps:
+            digit = torch.div(rows, distance, rounding_mode="floor")
+            # The leading digit is left as it is, so that the row after the last is none of them.
+            place = place + slices * (digit if distance * size == self.rows else digit % size)
         kept = [factor.shape[axis] for axis in self.order[len(self.steps) :]]
-        return factor.permute(self.order).reshape(self.slices, -1)[place].view(len(rows), *kept)
+        return F.embedding(place, factor.permute(self.order).reshape(self.slices, -1)).view(len(rows), *kept)
 
 
 @dataclass(frozen=True)
@@ -98,4 +108,4 @@ def _digits(indices: Sequence[str], inputs: Sequence[str], sizes: Sizes) -> _Dig
     ]
     axes = [indices.index(index) for index in own]
     order = (*axes, *(axis for axis in range(len(indices)) if axis not in axes))
-    return _Digits(tuple(steps), order, math.prod(sizes[index] for index in own))
+    return _Digits(tuple(steps), order, size_of(own, sizes), size_of(inputs, sizes))

@@ -4,8 +4,8 @@ A graph that is compiled, exported or traced cannot ask whether a factor has cha
 by `eval()`, by a load and by a move to another device or dtype. Eager calls ask each time.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -90,6 +90,7 @@ class Merging(nn.Module):
     spec: LayerSpec
     plan: Plan | Lookup
     _merged: Merged | None
+    _held: list[Tensor] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,11 +109,25 @@ class Merging(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors make, as the torch layer stores it, differentiable in them."""
+        """The dense weight that the factors make, as the torch layer stores it, differentiable in them.
+
+        It is built at each access, so code that gives it to a function, as in `F.linear(x, layer.weight)`, saves no operation.
+        """
         return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
+
+    @contextmanager
+    def merged_once(self) -> Iterator[None]:
+        """Merges once for all calls in this block, for whoever calls the layer many times, such as at every time step."""
+        self._held = self._weights()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _weights(self) -> list[Tensor]:
         """Returns the plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
+        if self._held is not None:
+            return self._held
         kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
             if kept is not None:  # somebody has set the mode without `train()`

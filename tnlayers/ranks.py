@@ -9,13 +9,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from tnlayers.errors import UserError
 
 __all__ = [
     "Candidate",
     "MacsKept",
+    "Of",
+    "Outside",
     "ParamsKept",
     "Rank",
     "RankRule",
@@ -29,12 +31,15 @@ __all__ = [
 Ranks = tuple[int, ...]
 
 
+Of = Literal["rule", "model"]
+
+
 @dataclass(frozen=True)
 class _Rule:
     """A rank that is decided by one number."""
 
     def __post_init__(self) -> None:
-        (value,) = astuple(self)
+        value = astuple(self)[0]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise UserError(f"{type(self).__name__}({value!r}): expected a number above 0 and at most 1")
 
@@ -43,17 +48,41 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class ParamsKept(_Rule):
-    """Keep this fraction of the weights' parameters (not the biases) of all layers that the rule matches, shared out well."""
+class _Budget(_Rule):
+    """A fraction to keep, of what a rule takes or of the whole model.
+
+    Of the model, everything that no rule takes counts as kept, and so do the layers of other rules at what they come to cost;
+    all rules with such a budget share it.
+    """
 
     fraction: float
+    of: Of = "rule"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of not in ("rule", "model"):
+            raise UserError(
+                f"{type(self).__name__}({self.fraction!r}, of={self.of!r}): expected of='rule' or of='model'"
+            )
+
+    def __str__(self) -> str:
+        return super().__str__() if self.of == "rule" else f"{type(self).__name__}({self.fraction!r}, of={self.of})"
 
 
 @dataclass(frozen=True)
-class MacsKept(_Rule):
-    """Keep this fraction of the multiply-accumulates of all layers that the rule matches, shared out where they matter most."""
+class ParamsKept(_Budget):
+    """Keep this fraction of the weights' parameters (not the biases) of all layers that the rule matches, shared out well.
 
-    fraction: float
+    With of="model" it is a fraction of all parameters of the model.
+    """
+
+
+@dataclass(frozen=True)
+class MacsKept(_Budget):
+    """Keep this fraction of the multiply-accumulates of all layers that the rule matches, shared out where they matter most.
+
+    With of="model" it is a fraction of all that the model's forward does.
+    """
 
 
 @dataclass(frozen=True)
@@ -186,23 +215,45 @@ def _hull(frontier: list[_Point]) -> list[int]:
     return hull
 
 
-def allocate(candidates: Sequence[Candidate], fraction: float) -> list[Ranks | None]:
+@dataclass(frozen=True)
+class Outside:
+    """What a budget of the whole model counts beside the layers that share it.
+
+    Attributes:
+        present: what it costs and keeps costing.
+        dense: what it costs in the dense model.
+    """
+
+    present: int = 0
+    dense: int = 0
+
+
+def allocate(candidates: Sequence[Candidate], fraction: float, outside: Outside | None = None) -> list[Ranks | None]:
     """Chooses the ranks of every layer (None: better left as it is), which together cost at most `fraction` of the dense layers.
 
     Minimises the sum of the layers' losses (-log of the squared norm kept): from the cheapest choices upward, always the step that
     lowers the error most for what it costs (exact on the convex hull), then the finer steps that still fit.
 
+    Args:
+        candidates: the layers.
+        fraction: of what the dense layers cost, or the whole dense model.
+        outside: the rest of the model, if the fraction is one of the whole model.
+
     Raises:
         ValueError: rank 1 everywhere already costs more.
     """
-    budget = fraction * sum(candidate.dense_cost for candidate in candidates)
+    rest = outside or Outside()
+    dense = rest.dense + sum(candidate.dense_cost for candidate in candidates)
+    budget = fraction * dense - rest.present
     frontiers = [_frontier(candidate) for candidate in candidates]
     chosen = [0] * len(frontiers)
     spent = sum(frontier[0].cost for frontier in frontiers)
     if spent > budget:
-        least = spent / sum(candidate.dense_cost for candidate in candidates)
+        least = (rest.present + spent) / dense
+        fixed = f"; what no such rule may touch is already {rest.present / dense:.1%} of the model" if outside else ""
         raise UserError(
-            f"a fraction of {fraction:g} cannot be reached: rank 1 in every layer keeps {least:.3g}; ask for more"
+            f"a fraction of {fraction:g} cannot be reached: rank 1 in every layer keeps {least:.3g} of "
+            f"{'the whole model' if outside else 'these layers'}{fixed}; ask for more"
         )
     upgrades = []
     for layer, frontier in enumerate(frontiers):

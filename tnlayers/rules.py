@@ -19,7 +19,9 @@ from tnlayers.ranks import MacsKept, ParamsKept, RankRule, RelativeError
 __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
 _RANK_RULES = {rule.__name__: rule for rule in (ParamsKept, MacsKept, RelativeError)}
-_RANK_TEXT = re.compile(r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s]+)\s*\)\s*")
+_RANK_TEXT = re.compile(
+    r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s,]+)\s*(?:,\s*of\s*=\s*([\"']?)(\w+)\3\s*)?\)\s*"
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,11 @@ def rank_from_text(value: Any, **more: Callable[[float], Any]) -> Any:
         number = float(match[2])
     except ValueError:
         raise UserError(f"rank {value!r}: {match[2]!r} is not a number") from None
-    return rule(number)
+    if match[4] is None:
+        return rule(number)
+    if rule not in (ParamsKept, MacsKept):
+        raise UserError(f"rank {value!r}: only ParamsKept and MacsKept are 'of' something; leave of={match[4]} out")
+    return rule(number, of=match[4])  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:

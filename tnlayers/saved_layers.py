@@ -17,9 +17,11 @@ from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, Geometry, arguments, dense_type_of
+from tnlayers.opened import Opened, open_in_place, opened_view, replace_layers
+from tnlayers.reasons import refusal
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
-from tnlayers.surgery import factorize, refusal, replace_layers, rules_of
+from tnlayers.surgery import factorize, rules_of
 
 __all__ = ["check_plain", "restructure", "structure_of"]
 
@@ -63,22 +65,23 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
     with as_checkpoint_error(f"{source} has a structure that is not understood"):
         wanted = _read(structure)
     with as_checkpoint_error(f"{source} does not fit {type(model).__name__}"):
-        layers = {name: module for name, module in model.named_modules() if _dense(module)}
+        view = opened_view(model)
+        layers = {name: module for name, module in view.named_modules() if _dense(module)}
         for name, (_, dense) in wanted.items():
             _check_dense(name, dense, layers)
         rules = {name: rule for name, (rule, _) in wanted.items()}
         if rules == {rule.pattern: rule for rule in rules_of(model)}:
             return {}
-        replacements = _replacements(model, layers, rules)
+        made = _made(view, layers, rules)
+    open_in_place(model, made)
+    replacements = {model.get_submodule(name): layer for name, layer in made.items()}
     replace_layers(model, replacements)
     return replacements
 
 
-def _replacements(
-    model: nn.Module, layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]
-) -> dict[nn.Module, nn.Module]:
-    """Returns, for the model's present layers, what the rules make of them, or dense ones."""
-    if model in layers.values():
+def _made(model: nn.Module, layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> dict[str, nn.Module]:
+    """Returns what the rules make of a model's layers, by name, and dense ones for factorized layers without a rule."""
+    if model in layers.values() or isinstance(model, Opened):
         raise UserError("it is one layer by itself, which cannot be replaced in place; give a module that holds it")
     choices = {}
     for name, rule in rules.items():
@@ -92,7 +95,7 @@ def _replacements(
     }
     limit = sum(Geometry.of(layer).params for layer in layers.values())
     made = factorize(dense, choices, "empty", limit)
-    return {layers[name]: made.get(name, dense[name]) for name in dense}
+    return {name: made.get(name, dense[name]) for name in dense}
 
 
 def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:

@@ -1,45 +1,55 @@
 """What was gained: parameters, multiply-accumulates, time and error, for each layer and in all."""
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from tnlayers.counting import count_macs, num_params
+from tnlayers.dense_form import dense_form
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.geometry import Geometry
 from tnlayers.joint import generator_of
 from tnlayers.linalg import relative_error
 from tnlayers.markdown import markdown_table
+from tnlayers.opened import close_in_place, opened_view
+from tnlayers.reasons import kind_of, kind_refusal, weight_owners, weight_shape
 from tnlayers.rules import Rule
-from tnlayers.surgery import to_dense
-from tnlayers.tracing import Example, calls_of, countable_layers, evaluating, layer_inputs
+from tnlayers.tracing import Example, arguments_of, evaluating, layer_inputs, num_samples, tensors_in
 
-__all__ = ["LayerSummary", "Summary", "Totals", "summarize"]
+__all__ = ["LayerSummary", "Summary", "Totals", "kept", "summarize"]
 
 _RUNS, _SECONDS = 9, 0.2  # at least so many calls of each, and for so long: short calls need more of them
 
 
+def kept(count: int, dense: int) -> float:
+    """Returns the fraction that is left of what the dense model has; all of it is left where that is nothing."""
+    return count / dense if dense else 1.0
+
+
 @dataclass(frozen=True)
 class LayerSummary:
-    """One convolution or linear.
+    """One module that holds a weight.
 
     Attributes:
+        kind: the name of its type, or of the one that a factorized layer stands for.
         method: the factorization's name, or "dense".
         rank: its bond dimensions; () if dense.
         plan: the groups of factors that run as one operation each; () if dense.
-        dense_params, params: parameters, bias included; those that layers share (a joint generator's) count for the first.
-        dense_macs, macs: multiply-accumulates for one sample in evaluation, where merged weights are kept; bias not counted.
+        dense_params, params: parameters, bias included; those that layers share (tied ones, a joint generator's) count for the first.
+        dense_macs, macs: multiply-accumulates of its calls for one sample in evaluation, where merged weights are kept; bias not
+            counted. A weight that another module uses itself is counted there, or in the row of other operations.
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
         note: why the layer is dense, or what it shares with others.
     """
 
     name: str
+    kind: str
     method: str
     weight_shape: tuple[int, ...]
     rank: tuple[int, ...]
@@ -56,28 +66,41 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Totals:
-    """The whole model: all its parameters, and the multiply-accumulates of its convolutions and linears."""
+    """The whole model: all its parameters, and all multiply-accumulates of a forward for one sample, whatever does them."""
 
     dense_params: int
     params: int
     dense_macs: int
     macs: int
-    dense_seconds: float | None
-    seconds: float | None
+    dense_seconds: float | None = None
+    seconds: float | None = None
 
     @property
     def params_kept(self) -> float:
-        return self.params / max(self.dense_params, 1)
+        return kept(self.params, self.dense_params)
 
     @property
     def macs_kept(self) -> float:
-        return self.macs / max(self.dense_macs, 1)
+        return kept(self.macs, self.dense_macs)
 
 
 @dataclass(frozen=True)
 class Summary:
+    """What was gained.
+
+    Attributes:
+        layers: the modules that hold a weight.
+        other: all else: parameters of normalisations, products in attention, weights that are used by functions.
+        totals: the whole model, which is the sum of both.
+        unknown: operators that multiply by weights and that no formula is known for; they are in no count.
+        batch: how many samples the example holds; `tnlayers.tracing.num_samples` says how that is told.
+        device: where it was run.
+    """
+
     layers: tuple[LayerSummary, ...]
+    other: Totals
     totals: Totals
+    unknown: tuple[str, ...]
     batch: int
     device: str
 
@@ -90,6 +113,7 @@ class Summary:
         """Headings and rows of text; the last row is the whole model."""
         headings = [
             "layer",
+            "kind",
             "weight",
             "method",
             "rank",
@@ -105,6 +129,7 @@ class Summary:
         rows = [
             [
                 layer.name,
+                layer.kind,
                 "x".join(map(str, layer.weight_shape)),
                 layer.method,
                 ", ".join(map(str, layer.rank)),
@@ -115,7 +140,10 @@ class Summary:
             ]
             for layer in self.layers
         ]
-        return headings, [*rows, ["whole model", "", "", "", *_costs(self.totals), "", *_times(self.totals), ""]]
+        known = f"not counted, for want of a formula: {', '.join(self.unknown)}" if self.unknown else ""
+        for name, entry, note in (("other operations", self.other, ""), ("whole model", self.totals, known)):
+            rows.append([name, "", "", "", "", *_costs(entry), "", *_times(entry), note])
+        return headings, rows
 
     def to_markdown(self) -> str:
         return markdown_table(*self.table())
@@ -126,9 +154,9 @@ class Summary:
 def _costs(entry: LayerSummary | Totals) -> list[str]:
     return [
         f"{entry.params:,}",
-        f"{entry.params / max(entry.dense_params, 1):.1%}",
+        f"{kept(entry.params, entry.dense_params):.1%}",
         f"{entry.macs:,}",
-        f"{entry.macs / max(entry.dense_macs, 1):.1%}",
+        f"{kept(entry.macs, entry.dense_macs):.1%}",
     ]
 
 
@@ -156,87 +184,117 @@ def summarize(
         measure: whether to time each layer and the model: median of 9 calls or more in evaluation, taken in turn with the dense ones.
     """
     inputs = layer_inputs(model, example_input)
-    reasons = {rule.pattern: rule.reason for rule in rules if rule.reason}
-    batch = _batch(model, inputs, example_input)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    layers: list[LayerSummary] = []
-    counted: set[nn.Parameter] = set()
-    for name, layer in countable_layers(model).items():
-        original = reference.get_submodule(name) if reference else None
-        note = reasons.get(name, "no rule takes it" if rules and not isinstance(layer, FactorizedLayer) else "")
-        own = set(layer.parameters()) - (counted if isinstance(layer, FactorizedLayer) else set())
-        counted |= own
-        num_params = sum(parameter.numel() for parameter in own)
-        layers.append(_layer(name, layer, num_params, inputs.get(name, []), batch, original, note, measure=measure))
-    dense_seconds = seconds = None
-    if measure:
-        dense = to_dense(copy.deepcopy(model))
-        with evaluating(model), evaluating(dense):
-            dense_seconds, seconds = _medians([lambda: dense(*args), lambda: model(*args)], args[0].device)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    totals = Totals(
-        dense_params=params + sum(layer.dense_params - layer.params for layer in layers),
-        params=params,
-        dense_macs=sum(layer.dense_macs for layer in layers),
-        macs=sum(layer.macs for layer in layers),
-        dense_seconds=dense_seconds,
-        seconds=seconds,
+    batch = num_samples(model, inputs, example_input)
+    args, kwargs = arguments_of(example_input)
+    device = next((value.device for value in tensors_in([args, kwargs])), torch.device("cpu"))
+    owners = weight_owners(model)
+    dense = dense_form(model)
+    counted = count_macs(model, example_input, owners)
+    tensorized = any(isinstance(layer, FactorizedLayer) for layer in owners.values())
+    before = (
+        count_macs(dense, example_input, {name: dense.get_submodule(name) for name in owners})
+        if tensorized
+        else counted
     )
-    return Summary(tuple(layers), totals, batch, str(args[0].device))
+    notes = _notes(model, owners, rules)
+    num_params_of = _params(owners)
+    layers = []
+    reference = opened_view(reference) if reference else None
+    for name, layer in owners.items():
+        original = reference.get_submodule(name) if reference and isinstance(layer, FactorizedLayer) else None
+        seconds = _layer_seconds(layer, inputs.get(name, []), device) if measure else (None, None)
+        macs = tuple(each.by_module.get(name, 0) // batch for each in (before, counted))
+        layers.append(_layer(name, layer, num_params_of[name], macs, original, seconds, notes[name]))
+    seconds = (None, None)
+    if measure:
+        dense = close_in_place(dense)  # as fast as torch's own
+        with evaluating(model), evaluating(dense):
+            seconds = _medians([lambda: dense(*args, **kwargs), lambda: model(*args, **kwargs)], device)
+    totals = Totals(
+        num_params(model, dense=True), num_params(model), before.total // batch, counted.total // batch, *seconds
+    )
+    unknown = tuple(sorted({*before.unknown, *counted.unknown}))
+    return Summary(tuple(layers), _rest(totals, layers), totals, unknown, batch, str(device))
 
 
-def _batch(model: nn.Module, inputs: dict[str, list[Tensor]], example_input: Example) -> int:
-    """Returns how many samples the example holds: 1 where the layers get inputs without a batch dimension."""
-    layers = countable_layers(model)
-    for name, calls in inputs.items():
-        positions = 2 if hasattr(layers[name], "kernel_size") else 0
-        if calls[0].dim() == 1 + positions:
-            return 1
-    return (example_input[0] if isinstance(example_input, tuple) else example_input).shape[0]
+def _rest(totals: Totals, layers: Sequence[LayerSummary]) -> Totals:
+    """Returns what the layers leave of the totals."""
+    counts = ("dense_params", "params", "dense_macs", "macs")
+    return Totals(**{key: getattr(totals, key) - sum(getattr(layer, key) for layer in layers) for key in counts})
+
+
+def _params(owners: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Counts the parameters of each module in its dense form and as it is; those that several share for the first."""
+    seen: set[nn.Parameter] = set()
+    counts = {}
+    for name, layer in owners.items():
+        parts = [layer, layer.factors] if isinstance(layer, FactorizedLayer) else [layer]
+        if is_parametrized(layer):
+            parts.append(layer.parametrizations)  # type: ignore[arg-type]
+        own = {value for part in parts for value in part.parameters(recurse=part is not layer)} - seen
+        seen |= own
+        params = sum(value.numel() for value in own)
+        made = sum(value.numel() for value in own if isinstance(layer, FactorizedLayer) and value is not layer.bias)
+        dense = layer.spec.geometry.params if isinstance(layer, FactorizedLayer) else 0
+        counts[name] = (params - made + dense, params)
+    return counts
+
+
+def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Rule]) -> dict[str, str]:
+    """Returns why each module is as it is: the rules' reasons, or what keeps it from being replaced."""
+    reasons = {rule.pattern: rule.reason for rule in rules}
+    notes = {}
+    for name, layer in owners.items():
+        within = {
+            reason for at, reason in reasons.items() if at.startswith(f"{name}.")
+        }  # the linears of a module that was not opened
+        note = reasons.get(name, "") or "; ".join(sorted(within - {""}))
+        if isinstance(layer, FactorizedLayer):
+            generator = generator_of(layer.spec.method)
+            notes[name] = f"made by generator {generator!r}, whose parameters count once" if generator else note
+        else:
+            notes[name] = note or kind_refusal(model, name) or ("no rule takes it" if rules else "")
+    return notes
 
 
 def _layer(
     name: str,
     layer: nn.Module,
-    num_params: int,
-    inputs: list[Tensor],
-    batch: int,
+    params: tuple[int, int],
+    macs: tuple[int, ...],
     original: nn.Module | None,
+    seconds: Sequence[float | None],
     note: str,
-    *,
-    measure: bool,
 ) -> LayerSummary:
     factorized = layer if isinstance(layer, FactorizedLayer) else None
-    geometry = Geometry.of(layer)
-    calls = calls_of(geometry, inputs)
-    dense_macs = layer_macs = geometry.macs(calls) // batch
-    if factorized:
-        layer_macs = factorized.spec.macs(calls, factorized.plan.groups) // batch
     error = factorized.decomposition_error if factorized else None
     if original is not None and factorized:
         error = relative_error(original.weight, factorized.weight)  # type: ignore[arg-type]
-    dense_seconds = seconds = None
-    if measure and inputs and factorized:
-        dense = factorized.to_dense()
-        with evaluating(layer), evaluating(dense):
-            dense_seconds, seconds = _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], inputs[0].device)
-    if factorized and (generator := generator_of(factorized.spec.method)):
-        note = f"made by generator {generator!r}, whose parameters count once"
     return LayerSummary(
         name=name,
+        kind=kind_of(layer),
         method=type(factorized.spec.method).__name__ if factorized else "dense",
-        weight_shape=(geometry.groups * geometry.weight_shape[0], *geometry.weight_shape[1:]),
+        weight_shape=weight_shape(layer),
         rank=factorized.ranks if factorized else (),
         plan=factorized.plan.groups if factorized else (),
-        dense_params=geometry.params + (layer.bias.numel() if isinstance(layer.bias, Tensor) else 0),
-        params=num_params,
-        dense_macs=dense_macs,
-        macs=layer_macs,
+        dense_params=params[0],
+        params=params[1],
+        dense_macs=macs[0],
+        macs=macs[1],
         error=error,
-        dense_seconds=dense_seconds,
-        seconds=seconds,
+        dense_seconds=seconds[0],
+        seconds=seconds[1],
         note=note,
     )
+
+
+def _layer_seconds(layer: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Sequence[float | None]:
+    """Measures a call of the dense form of a factorized layer and one of the layer itself, with the first input that reaches it."""
+    if not inputs or not isinstance(layer, FactorizedLayer):
+        return None, None
+    dense = layer.to_dense()
+    with evaluating(layer), evaluating(dense):
+        return _medians([lambda: dense(inputs[0]), lambda: layer(inputs[0])], device)
 
 
 def _medians(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:

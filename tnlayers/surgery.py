@@ -1,30 +1,29 @@
 """From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
 
-import difflib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
-from tnlayers.budget import Choice, settle
+from tnlayers.assigning import assign, left_over
+from tnlayers.budget import Choice
+from tnlayers.counting import num_params
 from tnlayers.errors import UserError, about
-from tnlayers.factorized import FactorizedLayer, Fill, Init, slot_of
-from tnlayers.geometry import DENSE, Call, Geometry
-from tnlayers.joint import convert_joined, entries_made, generators, join, named_apart
+from tnlayers.factorized import FactorizedLayer, Fill, Init
+from tnlayers.joint import convert_joined, generators, named_apart
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
-from tnlayers.ranks import MacsKept
+from tnlayers.opened import close_in_place, open_in_place, opened_view, replace_layers
+from tnlayers.ranks import Rank, RankRule
+from tnlayers.reasons import refusal, weight_owners, weight_type
 from tnlayers.rules import Rule, fits
-from tnlayers.tracing import Example, calls_of, layer_inputs
+from tnlayers.settling import settle_rules
+from tnlayers.tracing import Example
 
 __all__ = [
     "factorize",
-    "method_for",
     "methods_of",
-    "refusal",
-    "replace_layers",
     "resolve",
     "rules_of",
     "tensorize",
@@ -40,19 +39,26 @@ def resolve(
     """Makes one rule for each layer that a rule matches: its exact name, integer ranks and plan. The model is not changed.
 
     A rule matches a layer whose name fits its pattern and whose type its method replaces; the first match wins. A budget
-    (`ParamsKept`, `MacsKept`) holds for all the layers of its rule together. A layer for which no rank is cheaper than
-    the dense one, that cannot be replaced, or whose factors' dtype is too coarse for a `RelativeError`, resolves to None
-    with the reason.
+    (`ParamsKept`, `MacsKept`) holds for all the layers of its rule together, or with of="model" for the whole model. Every module
+    that holds a weight and stays as it is resolves to None with the reason: no rule takes it, no rank is cheaper than
+    dense, it cannot be replaced, or its factors' dtype is too coarse for a `RelativeError`.
+
+    Modules that multiply by weights inside, such as `nn.MultiheadAttention` and `nn.LSTM`, are seen opened: their linears have
+    names, such as "encoder.layers.0.self_attn.in_proj"; see `tnlayers.opened`.
+
+    A layer that is factorized already is decomposed anew, from the weight that its factors make, where a rule asks for
+    another method, option or integer rank. Under a budget its ranks only fall; `RelativeError` is against its present weight.
 
     Args:
-        model: the dense model.
-        rules: what to do with which layers, first match wins.
-        example_input: what the model takes; gives each layer's input size, and is needed for `MacsKept` on convolutions.
+        model: the model, dense or tensorized already.
+        rules: what to do with which layers, first match wins; None leaves a layer as it is.
+        example_input: what the model takes; gives each layer's input size, and is needed for `MacsKept` on convolutions or of the
+            whole model.
         init: "random" when the factors will be trained from scratch: then the present weights do not count.
 
     Raises:
-        ValueError: a pattern that matches nothing, a budget out of reach, `MacsKept` without an example input, weights that
-            are not finite, an `init` that is neither.
+        ValueError: a pattern that matches nothing that its method could take, a budget out of reach, `MacsKept` without an
+            example input, weights that are not finite, or under a budget not real, an `init` that is neither.
     """
     return [
         Rule(name, choice.spec.method if choice.spec else None, choice.reason, choice.plan)
@@ -61,128 +67,58 @@ def resolve(
 
 
 def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | None, init: Init) -> dict[str, Choice]:
-    """Decides by name what becomes of each layer that a rule matches."""
+    """Decides by name what becomes of each layer that a rule takes, and of each that holds a weight and stays."""
     if init not in ("decompose", "random"):
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
-    dense = {name: module for name, module in model.named_modules() if type(module) in DENSE}
-    done = {name for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
-    taken = _assign(rules, dense, done)
-    inputs = layer_inputs(model, example_input) if example_input is not None else {}
-    calls = {name: calls_of(Geometry.of(dense[name]), inputs[name]) for name in dense if name in inputs}
-    refused = {name: reason for name in dense if (reason := refusal(model, name))}
+    model = opened_view(model)
+    owners = weight_owners(model)
+    taken = assign(model, owners, rules)
     resolved: dict[str, Choice] = {}
+    for name, reason in left_over(model, owners, rules, taken).items():
+        if not isinstance(owners[name], FactorizedLayer):
+            resolved[name] = Choice(None, reason=reason)
+    layers: list[dict[str, nn.Module]] = []
     for rule, names in zip(rules, taken, strict=True):
-        if rule.factorization is None:
-            reason = rule.reason or f"the rule {rule.pattern!r} leaves it dense"
-            resolved |= {name: Choice(None, reason=reason) for name in names}
-            continue
-        resolved |= {name: Choice(None, reason=refused[name]) for name in names if name in refused}
-        layers = {name: dense[name] for name in names if name not in refused}
-        for name, layer in layers.items() if init == "decompose" else ():
-            with about(name):
-                check_finite(layer.weight)
-        with about(f"rule {rule.pattern!r}"):
-            resolved |= _choices(rule, layers, calls, flat=init == "random")
-    return {name: resolved[name] for name in dense if name in resolved}
+        layers.append({})
+        for name in names:
+            reason = (
+                refusal(model, name)
+                if rule.factorization
+                else rule.reason or f"the rule {rule.pattern!r} leaves it dense"
+            )
+            if rule.factorization:
+                _check_weight(name, owners[name], rule.factorization.rank, init)
+            if rule.factorization and not reason:
+                layers[-1][name] = owners[name]
+            elif not isinstance(owners[name], FactorizedLayer):
+                resolved[name] = Choice(None, reason=reason)
+    resolved |= settle_rules(model, rules, layers, example_input, init)
+    return {name: resolved[name] for name in owners if name in resolved}
 
 
-def _choices(
-    rule: Rule, layers: dict[str, nn.Module], calls: dict[str, list[Call]], *, flat: bool
-) -> dict[str, Choice]:
-    """Decides what becomes of the layers that one rule takes."""
-    method = rule.factorization
-    assert method is not None
-    unseen = [name for name in layers if name not in calls]
-    if (
-        isinstance(method.rank, MacsKept)
-        and unseen
-        and (calls or any(isinstance(layers[name], nn.Conv2d) for name in unseen))
-    ):
+def _check_weight(name: str, layer: nn.Module, rank: Rank, init: Init) -> None:
+    """Refuses what cannot be decomposed, or what a budget cannot be over.
+
+    Raises:
+        UserError: values that are not finite, and under a rank rule those that are not real or not there.
+    """
+    kind = weight_type(layer)
+    if kind and isinstance(rank, RankRule):
         raise UserError(
-            f"{method.rank} depends on how the layers are used; give an example_input that reaches {unseen[0]!r}"
+            f"{name}: its weight is {kind}, and {rank} needs floating-point numbers; leave it as it is by "
+            f"Rule({name!r}, None) before the rule that takes it"
         )
-    methods = join(method, [Geometry.of(layer) for layer in layers.values()])
-    slots = [
-        slot_of(layer, own, calls.get(name), flat=flat)
-        for (name, layer), own in zip(layers.items(), methods, strict=True)
-    ]
-    choices = dict(zip(layers, settle(slots, method.rank, rule.plan), strict=True))
-    for name, choice in choices.items() if isinstance(method.rank, (int, tuple)) else ():
-        if (spec := choice.spec) and spec.params >= (entries := entries_made(spec)):
-            warnings.warn(
-                f"{name}: {type(method).__name__} of rank {spec.ranks} has {spec.params} parameters and the dense weight "
-                f"{entries}; lower the rank or leave the layer dense",
-                stacklevel=4,
-            )
-    return choices
-
-
-def _assign(rules: Sequence[Rule], dense: dict[str, nn.Module], done: set[str]) -> list[list[str]]:
-    """Returns the names of the layers that each rule takes."""
-    taken: list[list[str]] = [[] for _ in rules]
-    matched = [any(fits(name, rule.pattern) for name in done) for rule in rules]
-    for name, module in dense.items():
-        takers = [
-            place
-            for place, rule in enumerate(rules)
-            if fits(name, rule.pattern) and _replaces(rule.factorization, type(module))
-        ]
-        for place in takers:
-            matched[place] = True
-        if takers:
-            taken[takers[0]].append(name)
-    for rule, found, names in zip(rules, matched, taken, strict=True):
-        if not found:
-            raise UserError(_no_match(rule, dense))
-        if rule.factorization and not names and not any(fits(name, rule.pattern) for name in done):
-            warnings.warn(
-                f"rule {rule.pattern!r} takes no layer: earlier rules take all that it matches; put it before them",
-                stacklevel=4,
-            )
-    return taken
-
-
-def _replaces(method: Factorization | None, kind: type[nn.Module]) -> bool:
-    return method is None or kind.__name__ in method.replaces
-
-
-def method_for(model: nn.Module, name: str, rules: Sequence[Rule]) -> Factorization | None:
-    """Returns what the first rule that matches a dense layer would make of it; None if it has to stay dense."""
-    layer = model.get_submodule(name)
-    if type(layer) not in DENSE:
-        return None
-    matching = [rule for rule in rules if fits(name, rule.pattern) and _replaces(rule.factorization, type(layer))]
-    return matching[0].factorization if matching and not refusal(model, name) else None
-
-
-def _no_match(rule: Rule, dense: dict[str, nn.Module]) -> str:
-    kind = " and ".join(rule.factorization.replaces) if rule.factorization else None
-    names = [name for name, module in dense.items() if _replaces(rule.factorization, type(module))]
-    other = [name for name in dense if fits(name, rule.pattern)]
-    if other:
-        what, method = type(dense[other[0]]).__name__, type(rule.factorization).__name__
-        return f"pattern {rule.pattern!r} matches only {what} layers such as {other[0]!r}, and {method} replaces {kind}"
-    near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4) or names[:3]
-    layers = f"{kind} layers" if kind else "layers"
-    hint = f"near misses: {', '.join(map(repr, near))}" if near else "the model has none that could be replaced"
-    return f"pattern {rule.pattern!r} matches no layer; of the {len(names)} {layers} {hint}"
-
-
-def refusal(model: nn.Module, name: str) -> str:
-    """Returns why a layer that has a matching rule must stay as it is; empty if nothing speaks against replacing it."""
-    layer = model.get_submodule(name)
-    aliases = [alias for alias, module in model.named_modules(remove_duplicate=False) if module is layer]
-    own = {f"{alias}.{key}".lstrip(".") for alias in aliases for key, _ in layer.named_parameters()}
-    for parameter in layer.parameters():
-        holders = {key for key, other in model.named_parameters(remove_duplicate=False) if other is parameter}
-        if holders - own:
-            return f"it is tied to {sorted(holders - own)[0]!r}"
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks):
-        return "it has hooks, which a replacement would lose"
-    if next(layer.parameters()).is_complex():
-        return "its weight is complex"
-    return ""
+    weights = (
+        list(layer.factors.values()) if isinstance(layer, FactorizedLayer) else list(layer._parameters.values())[:1]
+    )
+    for weight in weights if init == "decompose" and not kind else ():
+        with about(name):
+            if weight is not None and weight.is_meta:
+                raise UserError(
+                    "its weight is on the meta device, where it has no values; load it first, or give init='random'"
+                )
+            if weight is not None:
+                check_finite(weight)
 
 
 def tensorize(
@@ -191,7 +127,7 @@ def tensorize(
     """Replaces layers in place by factorized ones and returns the model (the layer itself if the model is one layer).
 
     Args:
-        model: the dense model.
+        model: the model; layers that are factorized already are made anew where a rule asks for something else.
         rules: rules, resolved or not; see `resolve`.
         init: "decompose" keeps the weights as closely as the ranks allow; "random" initialises anew.
         example_input: what the model takes; see `resolve`.
@@ -200,12 +136,20 @@ def tensorize(
         ValueError: what `resolve` raises.
     """
     chosen = {name: choice for name, choice in _resolved(model, rules, example_input, init).items() if choice.spec}
+    model = open_in_place(model, chosen)
+    layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in chosen}
+    for name, choice in list(chosen.items()):
+        layer = layers[name]
+        if isinstance(layer, FactorizedLayer) and layer.spec == choice.spec:
+            if layer.plan_choice != choice.plan:
+                layer.set_plan(choice.plan)
+            del chosen[name], layers[name]
     new = [choice.spec.method for choice in chosen.values() if choice.spec]
-    for name in generators(methods_of(model).values()) & generators(new):
+    for name in generators(method for at, method in methods_of(model).items() if at not in layers) & generators(new):
         raise UserError(f"joint {name!r}: the model has a generator of this name; choose another")
-    layers = {name: model.get_submodule(name) for name in chosen}
-    limit = sum(parameter.numel() for parameter in model.parameters())
-    made = factorize(layers, chosen, init, limit)
+    limit = num_params(model, dense=True)
+    dense = {name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer for name, layer in layers.items()}
+    made = factorize(dense, chosen, init, limit)
     return replace_layers(model, {layers[name]: made[name] for name in made})
 
 
@@ -240,26 +184,14 @@ def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:
         rules: only layers that one of them matches; by default all.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    return replace_layers(
-        model,
-        {layer: layer.to_dense() for name, layer in layers.items() if rules is None or _matches(rules, name, layer)},
-    )
+    chosen = {name: layer for name, layer in layers.items() if rules is None or _matches(rules, name, layer)}
+    return close_in_place(replace_layers(model, {layer: layer.to_dense() for layer in chosen.values()}))
 
 
 def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:
-    kind = layer.dense_type
-    return any(fits(name, rule.pattern) and _replaces(rule.factorization, kind) for rule in rules)
-
-
-def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
-    """Replaces a module in every place where it is used, so that a shared one stays shared."""
-    if model in replacements:
-        return replacements[model]  # type: ignore[return-value]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    return model
+    kind = layer.dense_type.__name__
+    fitting = (rule.factorization for rule in rules if fits(name, rule.pattern))
+    return any(method is None or kind in method.replaces for method in fitting)
 
 
 def rules_of(model: nn.Module) -> list[Rule]:

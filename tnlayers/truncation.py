@@ -1,20 +1,23 @@
 """Lowering the ranks of a model's layers: ranks are decided first, for all layers together; weights are touched second."""
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from tnlayers.assigning import method_for
 from tnlayers.budget import Slot, lowered, settle
+from tnlayers.counting import whole_cost
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, slot_of
 from tnlayers.geometry import Geometry
 from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
-from tnlayers.ranks import MacsKept, ParamsKept, Rank, RankRule
+from tnlayers.opened import open_in_place, opened_view, replace_layers
+from tnlayers.ranks import MacsKept, Of, Outside, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
 from tnlayers.spec import LayerSpec
-from tnlayers.surgery import method_for, replace_layers
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
 __all__ = ["check_truncation", "fraction_kept", "resolve_truncation", "truncate"]
@@ -31,9 +34,9 @@ def resolve_truncation(
     """Makes one rule for each layer that has to change: its exact name, integer ranks and plan. The model is not changed.
 
     A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all layers that are selected,
-    whatever their methods; nothing changes where it is kept already. `RelativeError` is against the present weights,
-    layer by layer. An int lowers every bond that is above it. Plans are made anew: "auto" for a layer of which nothing says how
-    it is used.
+    whatever their methods, or with of="model" of the whole dense model, where all other layers count as kept; nothing changes
+    where it is kept already. `RelativeError` is against the present weights, layer by layer. An int lowers every bond that is
+    above it. Plans are made anew: "auto" for a layer of which nothing says how it is used.
 
     Args:
         model: holds factorized layers.
@@ -46,17 +49,42 @@ def resolve_truncation(
         ValueError: no layer matches, a budget out of reach, a layer that cannot be truncated by this rank, or one whose
             weight is not finite.
     """
-    slots = _checked(model, rank, example_input, pattern, rules)
+    view = opened_view(model)
+    return _resolved(view, rank, example_input, _checked(view, rank, example_input, pattern, rules))
+
+
+def _resolved(model: nn.Module, rank: Rank, example_input: Example | None, slots: Mapping[str, Slot]) -> list[Rule]:
+    """Makes one rule for each of the selected layers that has to change."""
     if not isinstance(rank, RankRule):  # which lowers what there is
         slots = {name: slot for name, slot in slots.items() if slot.present}
+    if isinstance(rank, MacsKept) and example_input is not None:
+        if not (reached := {name: slot for name, slot in slots.items() if slot.calls}):
+            raise UserError(
+                f"{rank} depends on how the layers are used; give an example_input that reaches {next(iter(slots))!r}"
+            )
+        slots = reached
+    outside = _outside(model, rank, example_input, slots.values())
     # Such a budget counts the best plans, so layers whose ranks stay take theirs as well.
-    plans_too = isinstance(rank, MacsKept) and _fraction(slots.values(), by_macs=True) > rank.fraction
+    plans_too = isinstance(rank, MacsKept) and _fraction(slots.values(), by_macs=True, outside=outside) > rank.fraction
+    settled = settle(list(slots.values()), rank, outside=outside)
     return [
         Rule(name, choice.spec.method, plan=choice.plan)
-        for (name, slot), choice in zip(slots.items(), settle(list(slots.values()), rank), strict=True)
+        for (name, slot), choice in zip(slots.items(), settled, strict=True)
         if choice.spec
         and (slot.present is None or slot.present[0] != choice.spec or (plans_too and slot.present[1] != choice.plan))
     ]
+
+
+def _outside(model: nn.Module, rank: Rank, example_input: Example | None, slots: Iterable[Slot]) -> Outside | None:
+    """Returns what a model costs beside the selected layers, for a budget of the whole model."""
+    if not isinstance(rank, (ParamsKept, MacsKept)) or rank.of == "rule":
+        return None
+    by_macs = isinstance(rank, MacsKept)
+    if by_macs and example_input is None:
+        raise UserError(f"{rank} is a fraction of all that a forward does; give an example_input")
+    present, dense = whole_cost(model, example_input, by_macs=by_macs)
+    costs = [slot.cost(by_macs=by_macs) for slot in slots]
+    return Outside(present - sum(now for now, _ in costs), dense - sum(full for _, full in costs))
 
 
 def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules: Sequence[Rule] = ()) -> None:
@@ -65,26 +93,30 @@ def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules:
     Raises:
         ValueError: no layer matches, or one cannot be truncated by this rank; see `resolve_truncation`.
     """
-    _checked(model, rank, None, pattern, rules)
+    _checked(opened_view(model), rank, None, pattern, rules)
 
 
-def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
-    """Does what `resolve_truncation` decided: lowers ranks in place, keeping the closest weights, and factorizes dense layers.
+def truncate(model: nn.Module, rules: Sequence[Rule], example_input: Example | None = None) -> dict[str, float]:
+    """Lowers ranks in place, keeping the closest weights, and factorizes the dense layers that `resolve_truncation` names.
 
     The factors are new Parameters where their shape changes: an optimizer made before holds the old ones
     (`lightning_modules.callbacks.RankSchedule` sees to that during training).
 
     Args:
         model: changed in place.
-        rules: what `resolve_truncation` returns.
+        rules: what `resolve_truncation` returns; or patterns, as `tensorize` takes them: the first that matches a factorized layer
+            wins, and a budget is shared by the layers of its rule. A truncation keeps each layer's method.
+        example_input: what the model takes, for patterns; see `resolve_truncation`.
 
     Returns:
         For each layer's name ||W - W~||_F / ||W||_F against the weight before.
 
     Raises:
-        ValueError: a rule without a method or one that does not fit its layer, or a weight that is not finite.
+        ValueError: a rule without a method, one that does not fit its layer or matches none, or a weight that is not finite.
     """
     errors = {}
+    rules = _by_name(model, rules, example_input)
+    open_in_place(model, [rule.pattern for rule in rules])
     for rule in rules:
         if rule.factorization is None:
             raise UserError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
@@ -101,6 +133,45 @@ def truncate(model: nn.Module, rules: Sequence[Rule]) -> dict[str, float]:
     return errors
 
 
+def _by_name(model: nn.Module, rules: Sequence[Rule], example_input: Example | None) -> list[Rule]:
+    """Returns the rules, with one for each layer in place of those that are patterns or have a budget.
+
+    Raises:
+        UserError: a rule that matches no factorized layer of its method, or none that an earlier rule has left.
+    """
+    modules = dict(model.named_modules())
+    layers = {name: layer for name, layer in modules.items() if isinstance(layer, FactorizedLayer)}
+    resolved: list[Rule] = []
+    taken: set[str] = set()
+    for rule in rules:
+        names = [name for name in layers if fits(name, rule.pattern) and name not in taken]
+        taken |= {*names}
+        budget = rule.factorization and isinstance(rule.factorization.rank, RankRule)
+        if rule.pattern in modules and not budget:
+            resolved.append(rule)
+        elif rule.factorization and names:
+            resolved += _under(model, rule, names, example_input)
+        elif not any(fits(name, rule.pattern) for name in layers):
+            raise UserError(_no_layer(rule.pattern, layers))
+    return resolved
+
+
+def _under(model: nn.Module, rule: Rule, names: Sequence[str], example_input: Example | None) -> list[Rule]:
+    """Makes one rule for each layer of a pattern that has to change."""
+    asked = rule.factorization
+    assert asked is not None
+    slots: dict[str, Slot] = {}
+    for name in names:
+        slots |= _checked(model, asked.rank, example_input, glob.escape(name), ())
+        own = slots[name].method
+        if type(own) is not type(asked):
+            raise UserError(
+                f"rule {rule.pattern!r}: {name!r} is {type(own).__name__}, and a truncation keeps the method; give "
+                f"{type(own).__name__}, or change the method by tensorize"
+            )
+    return _resolved(model, asked.rank, example_input, slots)
+
+
 def fraction_kept(
     model: nn.Module,
     by: type[ParamsKept] | type[MacsKept],
@@ -108,14 +179,30 @@ def fraction_kept(
     *,
     pattern: str = "*",
     rules: Sequence[Rule] = (),
+    of: Of = "rule",
 ) -> float:
-    """Returns the fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now."""
-    return _fraction(_select(model, example_input, pattern, rules).values(), by_macs=by is MacsKept)
+    """Returns the fraction of the dense layers' parameters or multiply-accumulates that the selected layers have now.
+
+    With of="model" it is that of the whole model.
+    """
+    if of == "model":
+        present, dense = whole_cost(model, example_input, by_macs=by is MacsKept)
+        return present / max(dense, 1)
+    slots = _select(opened_view(model), example_input, pattern, rules)
+    return _fraction(slots.values(), by_macs=by is MacsKept)
 
 
-def _fraction(slots: Iterable[Slot], *, by_macs: bool) -> float:
+def _fraction(slots: Iterable[Slot], *, by_macs: bool, outside: Outside | None = None) -> float:
+    rest = outside or Outside()
     costs = [slot.cost(by_macs=by_macs) for slot in slots]
-    return sum(present for present, _ in costs) / sum(dense for _, dense in costs)
+    return (rest.present + sum(now for now, _ in costs)) / (rest.dense + sum(dense for _, dense in costs))
+
+
+def _no_layer(pattern: str, names: Iterable[str]) -> str:
+    have = ", ".join(map(repr, names))
+    return f"pattern {pattern!r} matches no factorized layer; " + (
+        f"its factorized layers are {have}" if have else "the model has none"
+    )
 
 
 def _select(model: nn.Module, example_input: Example | None, pattern: str, rules: Sequence[Rule]) -> dict[str, Slot]:
@@ -128,8 +215,7 @@ def _select(model: nn.Module, example_input: Example | None, pattern: str, rules
             methods[name] = method
     found = {name: method for name, method in methods.items() if fits(name, pattern)}
     if not found:
-        have = f"its factorized layers are {', '.join(map(repr, methods))}" if methods else "the model has none"
-        raise UserError(f"pattern {pattern!r} matches no factorized layer; {have}")
+        raise UserError(_no_layer(pattern, methods))
     inputs = layer_inputs(model, example_input) if example_input is not None else {}
     slots = {}
     for name, method in found.items():

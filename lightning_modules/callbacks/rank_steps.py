@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ class Step:
             return _within_drop(module, rank.drop, pattern)
         if self.epochs > 1:
             assert isinstance(rank, (ParamsKept, MacsKept))
-            now = fraction_kept(net, type(rank), example, pattern=pattern, rules=rules)
-            rank = type(rank)(now * min(rank.fraction / now, 1) ** (1 / self.epochs))
+            now = fraction_kept(net, type(rank), example, pattern=pattern, rules=rules, of=rank.of)
+            rank = replace(rank, fraction=now * min(rank.fraction / now, 1) ** (1 / self.epochs))
         return resolve_truncation(net, rank, example, pattern=pattern, rules=rules)
 
 

@@ -1,0 +1,45 @@
+"""torch's fused kernel for `nn.TransformerEncoderLayer`, which reads the weights of its layers and does not call them.
+
+In evaluation without gradients it would compute with dense weights, whatever the layers are: right, and as slow as if
+nothing had been factorized. `nn.TransformerEncoder` moreover makes nested tensors for it, which the layers cannot take.
+"""
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["choose_fast_paths"]
+
+_SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+"""For each module of torch's: the attribute that admits the fused kernel, and the value that does not."""
+
+
+def choose_fast_paths(model: nn.Module) -> None:
+    """Turns the fused kernel off where a layer is not torch's own, and on again where it was and all layers are.
+
+    The attributes are plain ones of torch's modules: they are copied and pickled, and are no part of a state dict.
+    """
+    for module in model.modules():
+        for kind, switch, off in _SWITCHES:
+            if isinstance(module, kind) and hasattr(module, switch):
+                before = f"_{switch}_if_dense"
+                if all(map(_is_plain, _encoder_layers(module))):
+                    if before in module.__dict__:
+                        setattr(module, switch, module.__dict__.pop(before))
+                elif before not in module.__dict__:
+                    setattr(module, before, getattr(module, switch))
+                    setattr(module, switch, off)
+
+
+def _encoder_layers(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Tells whether the layers that the kernel skips are torch's own."""
+    linears = isinstance(layer.linear1, nn.Linear) and isinstance(layer.linear2, nn.Linear)
+    attention = layer.self_attn
+    return linears and isinstance(attention, nn.MultiheadAttention) and isinstance(attention.out_proj, nn.Linear)

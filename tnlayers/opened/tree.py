@@ -1,0 +1,140 @@
+"""Opening and closing the modules of a model."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from tnlayers.opened.attention import OpenedAttention
+from tnlayers.opened.conv1d import OpenedConv1D, is_conv1d
+from tnlayers.opened.fast_path import choose_fast_paths
+from tnlayers.opened.opened import Opened, twin
+from tnlayers.opened.recurrent import OpenedCell, OpenedRecurrent
+from tnlayers.opened.swin import OpenedWindowAttention, is_window_attention
+
+__all__ = ["close_in_place", "open_in_place", "open_module", "opened_state", "opened_view", "replace_layers"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KINDS: dict[type[nn.Module], type[Opened]] = {
+    nn.MultiheadAttention: OpenedAttention,
+    nn.LSTM: OpenedRecurrent,
+    nn.GRU: OpenedRecurrent,
+    nn.RNN: OpenedRecurrent,
+    nn.LSTMCell: OpenedCell,
+    nn.GRUCell: OpenedCell,
+    nn.RNNCell: OpenedCell,
+}
+_OTHERS: dict[Callable[[nn.Module], bool], type[Opened]] = {
+    is_conv1d: OpenedConv1D,
+    is_window_attention: OpenedWindowAttention,
+}
+"""The modules of other libraries."""
+
+
+def open_module(module: nn.Module) -> Opened | None:
+    """Opens one module: what computes the same with layers for its linears; None if it is of no kind that can be opened.
+
+    A subclass may compute something else, so the type has to be one of the kinds itself. A module with hooks stays as it
+    is, since they would be lost.
+    """
+    kind = _KINDS.get(type(module)) or next((made for test, made in _OTHERS.items() if test(module)), None)
+    if kind is None or any(map(_is_hooked, module.modules())):
+        return None
+    if type(module) is nn.MultiheadAttention and type(module.out_proj) is not _OUT_PROJ:
+        return None
+    return kind.of(module)
+
+
+_OUT_PROJ = type(nn.MultiheadAttention(1, 1, device="meta").out_proj)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def opened_view(model: Model) -> Model:
+    """Returns a copy of the tree of modules in which all that can be opened is; the model is not changed.
+
+    All parameters, buffers and modules are shared with the model, except for the opened ones and those above them. So it
+    shows which layers there are and how they are called, and changes of its parameters are changes of the model's.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+
+    def view(module: nn.Module, parent: nn.Module | None) -> nn.Module:
+        if module in made:
+            return made[module]
+        opened = _open_within(parent, module)
+        made[module] = opened or module
+        children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
+        seen = {name: view(child, module) for name, child in children.items()}
+        if any(seen[name] is not child for name, child in children.items()):
+            made[module] = twin(module, type(module))
+            made[module]._modules.update(seen)
+        return made[module]
+
+    seen = view(model, None)
+    choose_fast_paths(seen)
+    return seen  # type: ignore[return-value]
+
+
+def open_in_place(model: Model, names: Iterable[str]) -> Model:
+    """Opens those modules of a model that hold layers of these names; returns the model (the opened one if it is the model).
+
+    Args:
+        model: the model; it is changed.
+        names: names of layers in the model's `opened_view`, such as "encoder.layers.0.self_attn.in_proj". Others ask for
+            nothing.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders: dict[nn.Module, Opened] = {}
+    for name in names:
+        path, _, child = name.rpartition(".")
+        if (holder := modules.get(path)) is not None:
+            above = modules[path.rpartition(".")[0]] if path else None
+            opened = holders.get(holder) or _open_within(above, holder)
+            if opened and child in opened.linears:
+                holders[holder] = opened
+    return replace_layers(model, holders)
+
+
+def close_in_place(model: Model) -> Model:
+    """Closes all opened modules of a model whose layers are plain linears; returns the model (the closed one if it is it)."""
+    opened = [module for module in model.modules() if isinstance(module, Opened) and module.is_plain]
+    return replace_layers(model, {module: module.closed() for module in opened})
+
+
+def opened_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translates a state dict to a model's keys, where the model has opened modules and the state has closed ones.
+
+    `load_state_dict` does that by itself; this is for those who compare keys before.
+    """
+    translated = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Opened):
+            prefix = f"{name}." if name else ""
+            own = {key: translated.pop(key) for key in list(translated) if key.startswith(prefix)}
+            renamed = module.renamed({key.removeprefix(prefix): value for key, value in own.items()})
+            translated |= {prefix + key: value for key, value in renamed.items()}
+    return translated
+
+
+def _open_within(parent: nn.Module | None, module: nn.Module) -> Opened | None:
+    """Opens a module, if it can be; of torch's decoders it is known that they give one attention different inputs."""
+    opened = open_module(module)
+    if opened and isinstance(parent, nn.TransformerDecoderLayer) and module is parent.multihead_attn:
+        return OpenedAttention.of(module, packed=False)
+    return opened
+
+
+def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
+    """Replaces a module in every place where it is used, so that a shared one stays shared."""
+    if model in replacements:
+        return replacements[model]  # type: ignore[return-value]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    choose_fast_paths(model)
+    return model
