@@ -125,7 +125,7 @@ CASES = (
     Case(ADTNConv2d, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False, trained=3),
     Case(TTLinear, (4, 5), (2, 3), ("core1", "core2", "core3"), trained=4),
     Case(TuckerLinear, (3, 4, 3, 4), (2, 3, 2, 3), ("input1", "input2", "core", "output1", "output2"), trained=4),
-    Case(CPLinear, 9, 4, ("input1", "input2", "output1", "output2"), trained=12),
+    Case(CPLinear, 9, 3, ("input1", "input2", "output1", "output2"), trained=12),
     Case(TensorRingLinear, (4, 6), (2, 3), ("core1", "core2", "core3"), trained=3),
     Case(LowRankLinear, 6, 3, ("input", "output"), trained=8),
     Case(FactorizedConv1d, (5, 4), (3, 2), ("input", "core", "output"), own=Tucker),

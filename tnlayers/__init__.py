@@ -2,6 +2,7 @@
 
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
+from tnlayers.exchange import from_layers, from_tensorly, to_tensorly
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.layers import (
     FactorizedConv1d,
@@ -93,6 +94,8 @@ __all__ = [
     "UnsupportedLayer",
     "UserError",
     "fraction_kept",
+    "from_layers",
+    "from_tensorly",
     "load_checkpoint",
     "methods_table",
     "resolve",
@@ -103,5 +106,6 @@ __all__ = [
     "summarize",
     "tensorize",
     "to_dense",
+    "to_tensorly",
     "truncate",
 ]
