@@ -37,6 +37,9 @@ _TOLERANCE = 1e-6  # of the relative error, between two sweeps
 _DAMPING = 1e-2  # of the squared error; see `_als`
 _LEAST_RIDGE = 1e-12  # keeps the normal equations solvable where nothing is left
 _MOST_ENTRIES = 200_000_000  # of what a step of ALS holds; above, the closed form stays as it is
+_MOST_WORK = (
+    200_000_000_000  # multiply-accumulates of all sweeps: some minutes on two cores; above there are fewer sweeps
+)
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -157,7 +160,8 @@ def _als(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
         length = torch.linalg.vector_norm(factor, dim=0)
         norms, factors[mode] = norms * length, factor / length.clamp_min(_TINY)
     size, left = core.square().sum(), (core - _product(norms, factors)).square().sum()
-    for _ in range(_SWEEPS):
+    work = core.dim() * core.numel() * len(norms)
+    for _ in range(min(_SWEEPS, 1 + _MOST_WORK // work)):
         for mode in range(core.dim()):
             gram = torch.ones_like(factors[0].mT @ factors[0])
             for other, factor in enumerate(factors):
