@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES
-from tnlayers import CP, Factorization, LayerSpec, Tucker
+from tnlayers import CP, CPMatrix, Factorization, LayerSpec, TensorRing, TTConv, Tucker, TuckerMatrix, UserError
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
+from tnlayers.methods import cp
 
 SHAPES = {"conv": (12, 8, 3, 2), "pointwise": (7, 5, 1, 1), "prime": (11, 13, 3, 3), "thin": (2, 16, 3, 3)}
 
@@ -34,6 +36,8 @@ def weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 METHODS = {case.name: case.method(1) for case in CASES if case.exact}
+UNCUT = (CP, TensorRing)
+"""Of these a bond is a hyperedge, or part of a loop."""
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -82,9 +86,7 @@ def test_the_estimate_bounds_the_error(method: Factorization, name: str) -> None
             assert error_at(method, weight, ranks) <= math.sqrt(estimate(attained)) + 1e-6, (kind, attained)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, method in METHODS.items() if not isinstance(method, CP)]
-)  # whose bond is a hyperedge
+@pytest.mark.parametrize("name", [name for name in METHODS if not isinstance(METHODS[name], UNCUT)])
 def test_no_cut_is_beaten(name: str) -> None:
     """The error is at least what each bond's own cut discards (Eckart-Young): a smaller one would be a wrong one."""
     method = METHODS[name]
@@ -113,7 +115,7 @@ def test_als_improves_on_its_start() -> None:
 @every_method
 def test_results_do_not_depend_on_the_call(method: Factorization) -> None:
     weight = torch.randn(shape_for(method, "conv"), dtype=torch.float64)
-    ranks = method.clamp(tuple(weight.shape), (3, 3, 3)[: len(method.max_ranks(tuple(weight.shape)))])
+    ranks = method.clamp(tuple(weight.shape), (3,) * len(method.max_ranks(tuple(weight.shape))))
     first, second = (fitted(method, weight, ranks)[0] for _ in range(2))
     for name, factor in first.items():
         torch.testing.assert_close(factor, second[name], rtol=0, atol=0)
@@ -171,3 +173,78 @@ def test_wide_kernels_take_thin_factors_only() -> None:
     weight = torch.randn(96, 512, 9, 10, dtype=torch.float64)
     assert left_singular_vectors(unfold(weight, [0])).shape == (96, 96)
     assert len(singular_values(unfold(weight, [0]))) == 96
+
+
+def test_a_ring_of_one_is_the_train() -> None:
+    """The oracle is `TTConv`; in a wider ring the first cut keeps q times as many of its values."""
+    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64)
+    modes = {"in_shape": (2, 2, 2), "out_shape": (2, 2, 3)}
+    for ranks in ((1, 1, 1), (4, 5, 6), (9, 16, 6)):
+        ring, line = TensorRing(1, **modes, ring=1), TTConv(1, **modes)
+        assert error_at(ring, weight, ranks) == pytest.approx(error_at(line, weight, ranks), abs=1e-12)
+    ring = TensorRing(1, ring=3)
+    most = ring.max_ranks((12, 8, 3, 3))
+    values = np.linalg.svd(unfold(weight, [2, 3]).numpy(), compute_uv=False)
+    assert error_at(ring, weight, (2, *most[1:])) ** 2 == pytest.approx((values[6:] ** 2).sum() / (values**2).sum())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (TensorRing, {"ring": 0}, "ring 0: expected the size of the bond"),
+        (TensorRing, {"ring": True}, "ring True: expected the size of the bond"),
+        (TuckerMatrix, {"in_shape": (2,) * 5}, "expected a tuple of at most 4 positive ints"),
+    ],
+)
+def test_options_are_checked(method: type[Factorization], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        method(1, **options)
+
+
+def border(shape: tuple[int, ...]) -> Tensor:
+    """A kernel of CP rank 3 to which kernels of rank 2 come as close as one likes, by terms of opposite sign without bound."""
+    a, b = torch.linalg.qr(torch.randn(shape[0], 2, dtype=torch.float64)).Q.T
+    x, y = torch.eye(shape[2], dtype=torch.float64)[:2]
+    weight = torch.zeros(shape, dtype=torch.float64)
+    for vectors in ((a, a, y), (a, b, x), (b, a, x)):
+        weight[..., 0] += torch.einsum("o,i,h->oih", *vectors)
+    return weight
+
+
+def test_terms_that_cancel_are_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of `_als`, where it binds: without the ridge this fit has a degeneracy of 3.9, and the bound there is 3.1."""
+    weight = border((16, 16, 3, 3))
+    monkeypatch.setattr(cp, "_SWEEPS", 1000)
+    monkeypatch.setattr(cp, "_TOLERANCE", -1.0)
+    monkeypatch.setattr(cp, "_DAMPING", 1.0)
+    factors, error = fitted(CP(1), weight, (2,))
+    start = CP(1).error_estimate(weight)((2,))
+    terms = torch.einsum("ir,hr,wr,or->roihw", *factors.values())
+    assert terms.square().sum() / weight.square().sum() <= 1 + math.log(start / error**2)
+    assert error**2 < start / 100
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("method", [CP(1), CPMatrix(1)], ids=["CP", "CPMatrix"])
+def test_terms_stay_of_the_weights_size(method: Factorization, scale: float) -> None:
+    assert isinstance(method, CP)
+    found = weights((16, 16, 3, 3)) | {"border": border((16, 16, 3, 3))}
+    for kind, weight in found.items():
+        scaled = scale * (weight if type(method) is CP else weight.flatten(2)[..., 0])
+        for rank in (1, 2, 3, 20):
+            factors, error = fitted(method, scaled, (rank,))
+            assert math.isfinite(error)
+            assert method.degeneracy(factors) < 4, (kind, rank)
+
+
+def test_degeneracy_is_that_of_the_terms() -> None:
+    factors = {
+        name: torch.randn(2, 5, 3) for name in ("input", "height", "width", "output")
+    }  # two groups of three terms
+    terms = torch.einsum("gir,ghr,gwr,gor->rgoihw", *map(Tensor.double, factors.values()))
+    expected = float(terms.square().sum().sqrt() / terms.sum(dim=0).norm())
+    assert CP(3).degeneracy(factors) == pytest.approx(expected)
+    assert CP(3).degeneracy({name: 1e-80 * factor.double() for name, factor in factors.items()}) == pytest.approx(
+        expected
+    )
+    assert CP(3).degeneracy({name: 0 * factor for name, factor in factors.items()}) == 0

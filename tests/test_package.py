@@ -76,6 +76,7 @@ FLOORS = [
     "layers",
     "joint",
     "methods",
+    "exchange",
     "table",
     "rules",
     "reasons",
@@ -109,7 +110,7 @@ def test_at_most_three_layers_of_imports_lie_between_a_method_and_tensorize() ->
     layer: dict[str, int] = {}
     for name in FLOORS:
         layer[name] = 1 + max((layer[other] for other in _imports(name) & layer.keys()), default=0)
-        assert "methods" not in _imports(name) - {name}
+        assert "methods" not in _imports(name) - {name} or name == "exchange"  # which knows what others call them
     assert layer["surgery"] - layer["methods"] - 1 <= 3
 
 

@@ -2,6 +2,7 @@
 
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
+from tnlayers.exchange import from_layers, from_tensorly, to_tensorly
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.layers import (
     FactorizedConv1d,
@@ -17,13 +18,17 @@ from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
 from tnlayers.methods.cp import CP, CPConv2d
+from tnlayers.methods.cpmatrix import CPLinear, CPMatrix
+from tnlayers.methods.fulltucker import FullTucker, FullTuckerConv2d
 from tnlayers.methods.kronecker import Kronecker, KroneckerConv2d
 from tnlayers.methods.lowrank import LowRank, LowRankConv2d, LowRankEmbedding, LowRankLinear
 from tnlayers.methods.mps import MPS, MPSConv2d
 from tnlayers.methods.svd import SVD, SVDConv2d
+from tnlayers.methods.tensorring import TensorRing, TensorRingConv2d, TensorRingLinear
 from tnlayers.methods.tt import TT, TTEmbedding, TTLinear
 from tnlayers.methods.ttconv import TTConv, TTConv2d
 from tnlayers.methods.tucker import Tucker, TuckerConv2d
+from tnlayers.methods.tuckermatrix import TuckerLinear, TuckerMatrix
 from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
@@ -43,6 +48,8 @@ __all__ = [
     "ADTNConv2d",
     "ADTNLinear",
     "CPConv2d",
+    "CPLinear",
+    "CPMatrix",
     "CheckpointError",
     "Factorization",
     "FactorizedConv1d",
@@ -54,6 +61,8 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLayer",
     "FactorizedLinear",
+    "FullTucker",
+    "FullTuckerConv2d",
     "Kronecker",
     "KroneckerConv2d",
     "LayerSpec",
@@ -75,11 +84,18 @@ __all__ = [
     "TTConv2d",
     "TTEmbedding",
     "TTLinear",
+    "TensorRing",
+    "TensorRingConv2d",
+    "TensorRingLinear",
     "Tucker",
     "TuckerConv2d",
+    "TuckerLinear",
+    "TuckerMatrix",
     "UnsupportedLayer",
     "UserError",
     "fraction_kept",
+    "from_layers",
+    "from_tensorly",
     "kinds_table",
     "load_checkpoint",
     "methods_table",
@@ -91,5 +107,6 @@ __all__ = [
     "summarize",
     "tensorize",
     "to_dense",
+    "to_tensorly",
     "truncate",
 ]

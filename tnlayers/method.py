@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import get_annotations, isabstract
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -169,14 +169,12 @@ class Factorization(ABC):
             modes = weight.reshape([sizes[index] for index in network.weight_indices])
             energy, spectra = _energies(modes, _sides(network, sizes))
         total = float(energy.sum())
-        lost_list: Any = _lost(energy).tolist()
+        lost_table = _lost(energy).cpu().numpy()  # which may have as many entries as the weight
         discarded = {place: tails(values) for place, values in spectra.items()}
         outer = [place for place in range(len(network.bonds)) if place not in spectra]
 
         def error(ranks: Ranks) -> float:
-            lost = lost_list
-            for place in outer:
-                lost = lost[ranks[place] - 1]
+            lost = lost_table.item(*(ranks[place] - 1 for place in outer))
             lost = lost + sum(lost_by[ranks[place]] for place, lost_by in discarded.items())
             return lost / total if total > 0 else 0.0
 

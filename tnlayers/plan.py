@@ -136,7 +136,7 @@ class _Step:
         if self.arranged:
             x = _arrange(x, self.channels, self.order, channels_last=channels_last and self.carried == 1)
         if self.carried > 1:
-            x = x.view(batch * self.carried, self.kept * self.consumed, *x.shape[2:])
+            x = x.unflatten(1, (self.carried, self.kept * self.consumed)).flatten(0, 1)
         if not self.stride:
             x = _linear(x, weight, bias, self.kept)
         elif self.output_padding:
@@ -159,7 +159,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tensor
     """Takes (n, kept * consumed) to (n, kept * produced), by one matrix for each of the kept."""
     if kept == 1:
         return F.linear(x, weight, bias)
-    split = x.reshape(len(x), kept, -1).transpose(0, 1)
+    split = x.unflatten(1, (kept, -1)).transpose(0, 1)
     y = torch.bmm(split, weight.unflatten(0, (kept, -1)).mT).transpose(0, 1).flatten(1)
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -9,7 +9,7 @@ from tnlayers.method import Factorization, known_methods
 
 __all__ = ["kinds_table", "methods_table"]
 
-_WEIGHT_SHAPES = {"Conv2d": (64, 64, 3, 3), "Linear": (64, 64)}
+_WEIGHT_SHAPES = {"Conv2d": (64, 64, 3, 3), "Linear": (64, 64), "Embedding": (64, 1000)}
 _COMMON = {field.name for field in fields(Factorization)}
 _KINDS = sorted((kind.__name__ for kind in DENSE), key=lambda name: (name[:4] == "Conv", "Transpose" in name, name))
 

@@ -7,23 +7,25 @@ that is in closed form: in the singular bases of the window's modes, every (o, i
 terms are orthogonal, so their singular values are a spectrum whose tail is the error of dropping them; all of them are
 an exact CP of rank h w min(o, i), and ALS from there can only improve.
 
+Terms that cancel each other (degeneracy) are held down as in Phan et al., Stable low-rank tensor decomposition for
+compression of convolutional neural network (2020), arXiv 2008.05441: of two fits that are as close the one whose terms have the
+smaller norms is wanted. There it is a second optimisation under a bound on the error, here a ridge in every step of ALS.
+
 In the functions below a tensor has two matrix modes in front (o, i of a kernel) and others behind.
 """
 
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.decomposition import parafac
+from tensorly.cp_tensor import CPTensor, cp_to_tensor
 from torch import Tensor
 
 from tnlayers.layers import FactorizedConv2d
-from tnlayers.linalg import decomposing, left_singular_vectors, relative_error, tails, unfold
+from tnlayers.linalg import decomposing, left_singular_vectors, precise, relative_error, tails, unfold
 from tnlayers.method import CONVOLUTIONS, Factorization
 from tnlayers.network import MODE_NAMES, Network, window_of
 from tnlayers.ranks import Ranks
@@ -31,7 +33,14 @@ from tnlayers.ranks import Ranks
 __all__ = ["CP", "CPConv2d"]
 
 _SWEEPS = 50
-_RIDGE = 1e-8  # keeps the normal equations solvable when terms become parallel
+_TOLERANCE = 1e-6  # of the relative error, between two sweeps
+_DAMPING = 1e-2  # of the squared error; see `_als`
+_LEAST_RIDGE = 1e-12  # keeps the normal equations solvable where nothing is left
+_MOST_ENTRIES = 200_000_000  # of what a step of ALS holds; above, the closed form stays as it is
+_MOST_WORK = (
+    200_000_000_000  # multiply-accumulates of all sweeps: some minutes on two cores; above there are fewer sweeps
+)
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,34 @@ class CP(Factorization):
         discarded = tails(spectrum)
         return lambda ranks: discarded[ranks[0]] / discarded[0] if discarded[0] > 0 else 0.0
 
+    def degeneracy(self, factors: Mapping[str, Tensor]) -> float:
+        """Returns sqrt(sum_r ||term_r||^2) / ||sum_r term_r||: 1 for orthogonal terms, large for terms that cancel each other.
+
+        Rounding in a low precision, and errors made while training, are magnified by as much. Terms of zeros have 0.
+
+        Args:
+            factors: of a layer, as in `layer.spec.method.degeneracy(layer.factors)`.
+        """
+        with decomposing():
+            lengths, alike = [], []
+            for factor in map(precise, factors.values()):
+                length = torch.linalg.vector_norm(factor, dim=-2, keepdim=True)
+                unit = factor / length.clamp_min(_TINY)
+                lengths.append(length)
+                alike.append(unit.mT @ unit)
+            terms = torch.stack(lengths).log().sum(dim=0)
+            if not torch.isfinite(terms).any():
+                return 0.0
+            terms = (terms - terms.max()).exp()  # the product itself may be out of range
+            whole = (terms.mT @ terms * torch.stack(alike).prod(dim=0)).sum().clamp_min(0)
+            return float((terms.square().sum() / whole).sqrt())
+
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         (rank,) = ranks
         tensor, names = self.tensor(weight)
         candidates = [_orthogonal_terms(tensor, rank)]
-        if rank < self.max_ranks(tuple(weight.shape))[0] and weight.any():
+        fits = tensor.numel() // max(tensor.shape) * rank <= _MOST_ENTRIES
+        if rank < self.max_ranks(tuple(weight.shape))[0] and weight.any() and fits:
             candidates.append(_fit(tensor, candidates[0]))
         balanced = [dict(zip(names, _balanced(terms), strict=True)) for terms in candidates]
         network = self.network(tuple(weight.shape))
@@ -106,23 +138,61 @@ def _orthogonal_terms(tensor: Tensor, rank: int) -> CPTensor:
 
 
 def _fit(tensor: Tensor, start: CPTensor) -> CPTensor:
-    """Runs ALS on the tensor compressed to the matrix subspaces that the rank can use (Tucker first: the core is smaller).
-
-    The core is fitted at norm 1, so that the ridge means the same for every weight.
-    """
+    """Runs ALS on the tensor compressed to the matrix subspaces that the rank can use (Tucker first: the core is smaller)."""
     rank, norm = start.rank, torch.linalg.vector_norm(tensor)
     first = left_singular_vectors(unfold(tensor, [0]))[:, :rank]
     second = left_singular_vectors(unfold(tensor, [1]))[:, :rank]
     core = torch.einsum("oi...,or,is->rs...", tensor / norm, first, second)
     factors = [first.mT @ start.factors[0] / norm, second.mT @ start.factors[1], *start.factors[2:]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorLy warns of its own solver's fallbacks; the caller compares the errors
-        fitted = parafac(
-            core, rank, init=CPTensor((start.weights, factors)), n_iter_max=_SWEEPS, tol=1e-6, l2_reg=_RIDGE
-        )
-    return CPTensor(
-        (fitted.weights, [norm * first @ fitted.factors[0], second @ fitted.factors[1], *fitted.factors[2:]])
+    weights, factors = _als(core, factors)
+    return CPTensor((norm * weights, [first @ factors[0], second @ factors[1], *factors[2:]]))
+
+
+def _als(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Returns the norms of the terms and their unit vectors after ALS on a tensor of norm 1 or a little less.
+
+    While one factor is solved for, the columns of the others have norm 1, so that a ridge weighs the norms of the terms: every
+    step lowers error^2 + ridge * sum_r ||term_r||^2, and terms that cancel each other cost more than they gain. With a ridge of
+    c times the present error^2 the sum stays below its start plus log(error_start^2 / error^2) / c.
+    """
+    norms, factors = torch.ones_like(factors[0][0]), list(factors)
+    for mode, factor in enumerate(factors):
+        length = torch.linalg.vector_norm(factor, dim=0)
+        norms, factors[mode] = norms * length, factor / length.clamp_min(_TINY)
+    size, left = core.square().sum(), (core - _product(norms, factors)).square().sum()
+    work = core.dim() * core.numel() * len(norms)
+    for _ in range(min(_SWEEPS, 1 + _MOST_WORK // work)):
+        for mode in range(core.dim()):
+            gram = torch.ones_like(factors[0].mT @ factors[0])
+            for other, factor in enumerate(factors):
+                gram = gram if other == mode else gram * (factor.mT @ factor)
+            projected = _contracted(core, factors, mode)
+            ridge = (_DAMPING * left).clamp_min(_LEAST_RIDGE)
+            solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), projected.mT).mT
+            norms = torch.linalg.vector_norm(solved, dim=0)
+            factors[mode] = solved / norms.clamp_min(_TINY)
+        before, left = left, (size - 2 * (projected * solved).sum() + (gram * (solved.mT @ solved)).sum()).clamp_min(0)
+        if before.sqrt() - left.sqrt() <= _TOLERANCE:
+            break
+    return norms, factors
+
+
+def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
+    """Returns (n, r), the tensor times each term's vectors of all modes but one; nothing between is as large as their products."""
+    first, *others = sorted(
+        (axis for axis in range(tensor.dim()) if axis != mode), key=lambda axis: -tensor.shape[axis]
     )
+    held = [axis for axis in range(tensor.dim()) if axis != first]
+    product = torch.tensordot(tensor, factors[first], dims=([first], [0]))
+    for axis in others:
+        place = held.index(axis)
+        product = torch.linalg.vecdot(product.movedim(place, -2), factors[axis], dim=-2)
+        held.remove(axis)
+    return product
+
+
+def _product(norms: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    return cp_to_tensor(CPTensor((norms, list(factors))))
 
 
 def _balanced(terms: CPTensor) -> list[Tensor]:

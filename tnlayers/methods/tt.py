@@ -18,9 +18,7 @@ from tnlayers.method import Factorization
 from tnlayers.network import Network, window_of
 from tnlayers.ranks import Ranks
 
-__all__ = ["TT", "TTEmbedding", "TTLinear", "Tensorized", "balanced_shape"]
-
-_MAX_CORES = 10  # a train of d cores has 2^(d - 1) plans
+__all__ = ["TT", "TTEmbedding", "TTLinear", "Tensorized", "balanced_shape", "train"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,17 @@ class Tensorized(Factorization):
 
     cores: ClassVar[int] = 3
     """The number of modes by default."""
+    most_cores: ClassVar[int] = 10
+    """The largest number of modes: n factors have 2^(n - 1) plans."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("in_shape", "out_shape"):
             if (shape := getattr(self, name)) is not None:
-                modes = shape if isinstance(shape, (list, tuple)) and len(shape) <= _MAX_CORES else ()
+                modes = shape if isinstance(shape, (list, tuple)) and len(shape) <= self.most_cores else ()
                 if not modes or not all(type(mode) is int and mode > 0 for mode in modes):
                     raise UserError(
-                        f"{name} {shape!r}: expected a tuple of at most {_MAX_CORES} positive ints, such as (4, 8, 4)"
+                        f"{name} {shape!r}: expected a tuple of at most {self.most_cores} positive ints, such as (4, 8, 4)"
                     )
                 object.__setattr__(self, name, tuple(shape))
 
@@ -72,7 +72,7 @@ class Tensorized(Factorization):
         return out_shape, in_shape
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _train(len(self.shapes(weight_shape)[0]), window_of(weight_shape))
+        return train(len(self.shapes(weight_shape)[0]), window_of(weight_shape))
 
     def mode_sizes(self, weight_shape: tuple[int, ...]) -> dict[str, int]:
         out_shape, in_shape = self.shapes(weight_shape)
@@ -80,17 +80,27 @@ class Tensorized(Factorization):
         sizes |= {f"i{n}": size for n, size in enumerate(in_shape, 1)}
         return sizes | dict(zip(window_of(weight_shape).split(), weight_shape[2:], strict=True))
 
+    def tensorized(self, weight: Tensor) -> Tensor:
+        """Returns the weight with its modes split: one axis for each index of the network's weight."""
+        shape = tuple(weight.shape)
+        sizes = self.mode_sizes(shape)
+        return weight.reshape([sizes[index] for index in self.network(shape).weight_indices])
+
+    def fused(self, weight: Tensor) -> Tensor:
+        """Returns the weight with one axis for each core, in which the core's own modes are fused."""
+        network, tensor = self.network(tuple(weight.shape)), self.tensorized(weight)
+        cores = [
+            [network.weight_indices.index(index) for index in indices if index in network.weight_indices]
+            for indices in network.indices.values()
+        ]
+        order = [axis for axes in cores for axis in axes]
+        return tensor.permute(order).reshape([math.prod(tensor.shape[axis] for axis in axes) for axes in cores])
+
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Runs TT-SVD on the weight with the indices of each core fused, in the order of the cores."""
-        network, sizes = self.network(tuple(weight.shape)), self.mode_sizes(tuple(weight.shape))
-        modes = [
-            [index for index in indices if index in network.weight_indices] for indices in network.indices.values()
-        ]
-        order = [network.weight_indices.index(index) for mode in modes for index in mode]
-        tensor = weight.reshape([sizes[index] for index in network.weight_indices]).permute(order)
-        fused = tensor.reshape([math.prod(sizes[index] for index in mode) for mode in modes])
-        cores = tensor_train(fused, rank=[1, *ranks, 1])
-        shapes = network.shapes(self.sizes(tuple(weight.shape), ranks))
+        shape = tuple(weight.shape)
+        cores = tensor_train(self.fused(weight), rank=[1, *ranks, 1])
+        shapes = self.network(shape).shapes(self.sizes(shape, ranks))
         return {name: core.reshape(shape) for core, (name, shape) in zip(cores, shapes.items(), strict=True)}
 
 
@@ -108,7 +118,7 @@ class TT(Tensorized):
 
 
 @lru_cache
-def _train(count: int, window: str) -> Network:
+def train(count: int, window: str) -> Network:
     """Returns the train of so many pairs of modes, after a core for the window where there is one."""
     modes = range(1, count + 1)
     bonds = ["r0" if window else "", *(f"r{n}" for n in modes[:-1]), ""]
