@@ -165,7 +165,7 @@ def tucker(tensor: Tensor, ranks: Mapping[int, int]) -> tuple[Tensor, dict[int, 
     """
     norm = torch.linalg.vector_norm(tensor)
     scaled = tensor / norm if norm > 0 else tensor
-    bases = {axis: left_singular_vectors(unfold(scaled, [axis]))[:, :rank] for axis, rank in ranks.items()}
+    bases = {axis: leading_subspace(unfold(scaled, [axis]), rank) for axis, rank in ranks.items()}
     core = _projected(scaled, bases)
     kept = core.square().sum()
     for _ in range(_SWEEPS):
