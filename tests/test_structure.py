@@ -290,7 +290,7 @@ HOSTILE += [
             ("pattern", "", "'' matches no layer"),
             ("pattern", "norm", "'norm' matches no layer"),
             ("pattern", "x" * 10**6, "matches no layer|xxx"),
-            ("pattern", "head", "Tucker replaces Conv2d, not Linear"),
+            ("pattern", "head", "Tucker replaces convolutions, not Linear"),
             ("method", "dense", "'rank' is not known for method dense"),
             ("method", "os.system", "'os.system' is not known"),
             ("method", ["Tucker"], "is not known"),

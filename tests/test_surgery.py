@@ -16,6 +16,7 @@ from tnlayers import (
     TT,
     FactorizedLayer,
     LayerSpec,
+    LowRank,
     MacsKept,
     ParamsKept,
     RelativeError,
@@ -31,6 +32,7 @@ from tnlayers import (
     to_dense,
     truncate,
 )
+from tnlayers.rules import fits
 from tnlayers.surgery import Example
 
 
@@ -119,10 +121,10 @@ def test_there_and_back() -> None:
     [
         (
             [Rule("bdoy.0", Tucker(2))],
-            r"pattern 'bdoy.0' matches no layer; of the 3 Conv2d layers near misses: 'body.0'",
+            r"pattern 'bdoy.0' matches no layer; of the 3 layers that Tucker replaces the nearest are 'body.0'",
         ),
-        ([Rule("bdoy.0", None)], "matches no layer; of the 4 layers near misses"),
-        ([Rule("head", Tucker(2))], "matches only Linear layers such as 'head', and Tucker replaces Conv2d"),
+        ([Rule("bdoy.0", None)], "matches no layer; of the 4 layers the nearest are"),
+        ([Rule("head", Tucker(2))], "matches only Linear layers such as 'head', and Tucker replaces convolutions"),
         ([Rule("*", Tucker(MacsKept(0.5)))], "depends on how the layers are used; give an example_input"),
         ([Rule("*", Tucker(ParamsKept(1e-6)))], "cannot be reached: rank 1 in every layer keeps"),
     ],
@@ -233,15 +235,22 @@ def test_a_layer_with_hooks_stays_dense_with_the_reason() -> None:
     assert resolved["body.2"].factorization is not None
 
 
-def test_attention_is_not_taken_apart() -> None:
-    """MultiheadAttention reads its projection's weight itself, so replacing that layer would be ignored or crash."""
-    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    tensorize(net, [Rule("*", TT(2))])
-    assert [name for name, module in net.named_modules() if isinstance(module, FactorizedLayer)] == [
-        "linear1",
-        "linear2",
-    ]
-    assert net(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+@pytest.mark.parametrize("pattern", ["*", "*.in_proj", "*.out_proj", "linear1"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.filterwarnings("ignore:.*above what a weight", "ignore:.*parameters and the dense weight")
+def test_attention_is_opened_and_computes_the_same(pattern: str, training: bool) -> None:
+    """MultiheadAttention reads its projections' weights itself, and torch's fused encoder those of all its layers."""
+    dense = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, dtype=torch.float64).train(training)
+    net, x = copy.deepcopy(dense), torch.randn(2, 5, 16, dtype=torch.float64)
+    tensorize(net, [Rule(pattern, LowRank(10**6))])
+    names = {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    factorized = {name for name, module in net.named_modules() if isinstance(module, FactorizedLayer)}
+    assert factorized == {name for name in names if fits(name, pattern)}
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), dense(x), **FLOAT64)
+        torch.testing.assert_close(to_dense(net)(x), dense(x), **FLOAT64)
+    assert type(net.self_attn) is nn.MultiheadAttention
+    assert net.state_dict().keys() == dense.state_dict().keys()
 
 
 def test_a_model_that_is_one_layer_comes_back_replaced() -> None:

@@ -83,7 +83,7 @@ def _replaces(method: Factorization, layer: nn.Module) -> bool:
 def _no_match(model: nn.Module, owners: Owners, rule: Rule) -> str:
     """Says what a pattern matches, if anything, and why that cannot be taken."""
     method, start = type(rule.factorization).__name__, f"pattern {rule.pattern!r} matches"
-    replaced = " and ".join(rule.factorization.replaces) if rule.factorization else ""
+    replaced = rule.factorization.replaced() if rule.factorization else ""
     other = [name for name in owners if fits(name, rule.pattern)]
     if other and (reason := kind_refusal(model, other[0])):
         return f"{start} only layers that no method takes, such as {other[0]!r}: {reason}"
@@ -96,6 +96,6 @@ def _no_match(model: nn.Module, owners: Owners, rule: Rule) -> str:
         return f"{start} {kind_of(there)} {rule.pattern!r}, which has no weight that could be factorized"
     names = [name for name in owners if _takes(rule, model, name)]
     near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4) or names[:3]
-    layers = f"{replaced} layers" if replaced else "layers"
-    hint = f"near misses: {', '.join(map(repr, near))}" if near else "the model has none that could be replaced"
+    layers = f"layers that {method} replaces" if replaced else "layers"
+    hint = f"the nearest are {', '.join(map(repr, near))}" if near else "the model has none that could be replaced"
     return f"{start} no layer; of the {len(names)} {layers} {hint}"

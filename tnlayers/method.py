@@ -153,8 +153,15 @@ class Factorization(ABC):
             UnsupportedLayer: the torch layer is none that the method replaces.
         """
         if dense_type.__name__ not in self.replaces:
-            replaced = ", ".join(self.replaces)
-            raise UnsupportedLayer(f"{type(self).__name__} replaces {replaced}, not {dense_type.__name__}")
+            raise UnsupportedLayer(f"{type(self).__name__} replaces {self.replaced()}, not {dense_type.__name__}")
+
+    @classmethod
+    def replaced(cls) -> str:
+        """Returns what the method replaces, in words."""
+        convolutions = ["convolutions"] if {*CONVOLUTIONS} <= {*cls.replaces} else []
+        return " and ".join(
+            [*convolutions, *(kind for kind in cls.replaces if not convolutions or kind not in CONVOLUTIONS)]
+        )
 
     def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
         """Ranks -> the squared relative error of truncating the weight to them; never below the error of the best fit.
