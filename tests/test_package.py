@@ -57,6 +57,7 @@ def test_help_needs_no_torch() -> None:
 FLOORS = [
     "errors",
     "files",
+    "optimizers",
     "opened",
     "markdown",
     "network",

@@ -253,6 +253,17 @@ def test_attention_is_opened_and_computes_the_same(pattern: str, training: bool)
     assert net.state_dict().keys() == dense.state_dict().keys()
 
 
+def test_an_optimizer_that_was_made_before_is_warned_of() -> None:
+    net, other = Net(), Net()
+    fine = torch.optim.SGD(other.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(net.parameters())
+    with pytest.warns(UserWarning, match=r"Adam was made before .*: 2 of the \d+ parameters .* make it anew") as caught:
+        tensorize(net, [Rule("body.0", Tucker(2))])
+    assert len(caught) == 1
+    assert optimizer.param_groups
+    assert fine.param_groups
+
+
 def test_a_model_that_is_one_layer_comes_back_replaced() -> None:
     layer = tensorize(nn.Linear(12, 20), [Rule("*", TT(2))])
     assert isinstance(layer, FactorizedLayer)

@@ -187,6 +187,10 @@ class Factorization(ABC):
 
         return error
 
+    def remark(self, factors: Mapping[str, Tensor]) -> str:
+        """Returns what a report should say of a layer's factors; mostly nothing."""
+        return ""
+
     # ---- parameters: the factors themselves, unless a method generates those
 
     def alone(self) -> Self:

@@ -251,7 +251,8 @@ def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Ru
         note = reasons.get(name, "") or "; ".join(sorted(within - {""}))
         if isinstance(layer, FactorizedLayer):
             generator = generator_of(layer.spec.method)
-            notes[name] = f"made by generator {generator!r}, whose parameters count once" if generator else note
+            shared = f"made by generator {generator!r}, whose parameters count once" if generator else ""
+            notes[name] = shared or note or layer.spec.method.remark(dict(layer.factors.items()))
         else:
             notes[name] = note or kind_refusal(model, name) or ("no rule takes it" if rules else "")
     return notes

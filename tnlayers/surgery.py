@@ -15,6 +15,7 @@ from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
 from tnlayers.opened import close_in_place, open_in_place, opened_view, replace_layers
+from tnlayers.optimizers import warn_of_optimizers
 from tnlayers.ranks import Rank, RankRule
 from tnlayers.reasons import refusal, weight_owners, weight_type
 from tnlayers.rules import Rule, fits
@@ -150,7 +151,10 @@ def tensorize(
     limit = num_params(model, dense=True)
     dense = {name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer for name, layer in layers.items()}
     made = factorize(dense, chosen, init, limit)
-    return replace_layers(model, {layers[name]: made[name] for name in made})
+    before = set(model.parameters())
+    model = replace_layers(model, {layers[name]: made[name] for name in made})
+    warn_of_optimizers(before.difference(model.parameters()))
+    return model
 
 
 def factorize(

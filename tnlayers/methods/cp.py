@@ -73,6 +73,9 @@ class CP(Factorization):
         discarded = tails(spectrum)
         return lambda ranks: discarded[ranks[0]] / discarded[0] if discarded[0] > 0 else 0.0
 
+    def remark(self, factors: Mapping[str, Tensor]) -> str:
+        return f"degeneracy {self.degeneracy(factors):.2f}"
+
     def degeneracy(self, factors: Mapping[str, Tensor]) -> float:
         """Returns sqrt(sum_r ||term_r||^2) / ||sum_r term_r||: 1 for orthogonal terms, large for terms that cancel each other.
 
