@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tnlayers.leaf import Leaf
 from tnlayers.linalg import precise
 from tnlayers.lookup import Lookup
 from tnlayers.plan import Plan
@@ -77,7 +78,7 @@ def _lies_as(factor: Tensor, alias: Tensor) -> bool:
     return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace
 
 
-class Merging(nn.Module):
+class Merging(Leaf):
     """A layer of factors that are merged for a plan, in evaluation once.
 
     Attributes:

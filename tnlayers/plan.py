@@ -159,7 +159,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tensor
     """Takes (n, kept * consumed) to (n, kept * produced), by one matrix for each of the kept."""
     if kept == 1:
         return F.linear(x, weight, bias)
-    split = x.reshape(len(x), kept, -1).transpose(0, 1)
+    split = x.reshape(x.shape[0], kept, -1).transpose(0, 1)
     y = torch.bmm(split, weight.unflatten(0, (kept, -1)).mT).transpose(0, 1).flatten(1)
     return y if bias is None else y + bias.to(y.dtype)
 
