@@ -1,5 +1,6 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
+from tnlayers.chains import to_chains
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
@@ -89,6 +90,7 @@ __all__ = [
     "save_safetensors",
     "summarize",
     "tensorize",
+    "to_chains",
     "to_dense",
     "truncate",
 ]

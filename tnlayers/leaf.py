@@ -17,5 +17,6 @@ class Leaf(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):
-                return value.tracer.create_proxy("call_module", value.tracer.path_of_module(self), args, kwargs)
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return super().__call__(*args, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tnlayers.errors import UserError
 from tnlayers.leaf import Leaf
 from tnlayers.linalg import precise
 from tnlayers.lookup import Lookup
@@ -115,6 +116,19 @@ class Merging(Leaf):
         It is built at each access, so code that gives it to a function, as in `F.linear(x, layer.weight)`, saves no operation.
         """
         return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses a weight, which tools that know only torch's own layers set.
+
+        Raises:
+            UserError: the name is "weight".
+        """
+        if name == "weight":
+            raise UserError(
+                f"{type(self).__name__} has no weight to set, it has factors; tnlayers.to_chains makes torch's own layers of "
+                "them, for tools that know only those"
+            )
+        super().register_parameter(name, param)
 
     @contextmanager
     def merged_once(self) -> Iterator[None]:
