@@ -65,9 +65,10 @@ def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
     def tell(optimizer: torch.optim.Optimizer, *_: object) -> None:
         # Other threads may add to it meanwhile, so it is not iterated over; it is empty while everything trains.
         kept = [merged for reference in present.valuerefs() if (merged := reference()) is not None]
-        stepped = {id(value) for group in optimizer.param_groups if kept for value in group["params"]}
-        for merged in kept:
-            merged.stepped |= any(id(factor) in stepped for factor in merged.factors)
+        values = [value for group in optimizer.param_groups if kept for value in group["params"]]
+        stepped, sharded = {id(value) for value in values}, any(hasattr(value, "full_tensor") for value in values)
+        for merged in kept:  # layers see factors that are sharded as others, which are made of them for a call
+            merged.stepped |= sharded or any(id(factor) in stepped for factor in merged.factors)
 
     register_optimizer_step_post_hook(tell)
     return present

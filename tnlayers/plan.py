@@ -284,7 +284,9 @@ class Plan:
     def is_chain(self) -> bool:
         """Whether each step takes what the step before gives as it is, and is a convolution or one matmul of it."""
         one = all(step.carried == 1 and (step.stride or step.kept == 1) for step in self.steps)
-        return one and all(list(order) == sorted(order) for order in (self.output_order, *(s.order for s in self.steps)))
+        return one and all(
+            list(order) == sorted(order) for order in (self.output_order, *(s.order for s in self.steps))
+        )
 
     def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Returns the merged weight of each step, differentiable in the factors."""
