@@ -55,6 +55,7 @@ def test_help_needs_no_torch() -> None:
 
 
 FLOORS = [
+    "leaf",
     "errors",
     "files",
     "opened",
@@ -71,7 +72,6 @@ FLOORS = [
     "method",
     "spec",
     "budget",
-    "leaf",
     "merged",
     "factorized",
     "layers",
