@@ -55,6 +55,7 @@ def test_help_needs_no_torch() -> None:
 
 
 FLOORS = [
+    "leaf",
     "errors",
     "files",
     "optimizers",
@@ -87,6 +88,7 @@ FLOORS = [
     "assigning",
     "settling",
     "surgery",
+    "chains",
     "truncation",
     "summary",
     "state_dicts",

@@ -1,5 +1,6 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
+from tnlayers.chains import to_chains
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.exchange import from_layers, from_tensorly, to_tensorly
@@ -106,6 +107,7 @@ __all__ = [
     "save_safetensors",
     "summarize",
     "tensorize",
+    "to_chains",
     "to_dense",
     "to_tensorly",
     "truncate",

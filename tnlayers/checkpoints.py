@@ -34,7 +34,8 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
     """Saves a network with its structure; `load_checkpoint` reads it into a freshly built dense one.
 
     The file is there in whole or not at all, and what was there before is replaced. Any reader of safetensors sees the
-    tensors of the state dict; those that several keys share are stored once.
+    tensors of the state dict; those that several keys share are stored once. Where a model is sharded over processes, as FSDP
+    does it, every process has to call this: the whole tensors are gathered, and the first process writes them.
 
     Args:
         model: dense or tensorized.
@@ -52,18 +53,29 @@ def save_safetensors(model: nn.Module, path: str | Path, hyper_parameters: Mappi
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     owners: dict[Any, str] = {}
+    writes = True
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             raise UserError(f"{key} is no ordinary tensor, and safetensors holds nothing else")
-        owner = owners.setdefault((value.data_ptr(), value.device, value.dtype, value.shape, value.stride()), key)
-        if owner == key:
+        own = _own_part(value)
+        owner = owners.setdefault((own.data_ptr(), own.device, own.dtype, value.shape, value.stride()), key)
+        if owner != key:
+            shared[key] = owner
+        elif own is value:
             tensors[key] = value.detach().cpu().contiguous().clone()
         else:
-            shared[key] = owner
+            tensors[key] = value.full_tensor().detach().cpu().contiguous()  # type: ignore[attr-defined]
+            writes = torch.distributed.get_rank() == 0
     about = {"tensorization": structure_of(model), "shared": shared, "hyper_parameters": dict(hyper_parameters or {})}
     check_plain(about)
     metadata = {"format": "pt", _METADATA: json.dumps(about, allow_nan=False)}
-    write_files(path.parent, {path.name: save(tensors, metadata)})
+    if writes:
+        write_files(path.parent, {path.name: save(tensors, metadata)})
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """Returns what this process holds of a tensor: a part where it is sharded, else the tensor itself."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, *, strict: bool = True) -> LoadReport:

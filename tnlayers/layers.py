@@ -195,6 +195,8 @@ class FactorizedLinear(_Planned):
         self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 2:
+            return self.plan(input, self._weights(), self.bias)
         rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
         return rows.reshape(*input.shape[:-1], self.out_features)
 

@@ -48,7 +48,7 @@ class _Digits:
             # The leading digit is left as it is, so that the row after the last is none of them.
             place = place + slices * (digit if distance * size == self.rows else digit % size)
         kept = [factor.shape[axis] for axis in self.order[len(self.steps) :]]
-        return F.embedding(place, factor.permute(self.order).reshape(self.slices, -1)).view(len(rows), *kept)
+        return F.embedding(place, factor.permute(self.order).reshape(self.slices, -1)).view(rows.shape[0], *kept)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tnlayers.errors import UserError
+from tnlayers.leaf import Leaf
 from tnlayers.linalg import precise
 from tnlayers.lookup import Lookup
 from tnlayers.plan import Plan
@@ -63,9 +65,10 @@ def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
     def tell(optimizer: torch.optim.Optimizer, *_: object) -> None:
         # Other threads may add to it meanwhile, so it is not iterated over; it is empty while everything trains.
         kept = [merged for reference in present.valuerefs() if (merged := reference()) is not None]
-        stepped = {id(value) for group in optimizer.param_groups if kept for value in group["params"]}
-        for merged in kept:
-            merged.stepped |= any(id(factor) in stepped for factor in merged.factors)
+        values = [value for group in optimizer.param_groups if kept for value in group["params"]]
+        stepped, sharded = {id(value) for value in values}, any(hasattr(value, "full_tensor") for value in values)
+        for merged in kept:  # layers see factors that are sharded as others, which are made of them for a call
+            merged.stepped |= sharded or any(id(factor) in stepped for factor in merged.factors)
 
     register_optimizer_step_post_hook(tell)
     return present
@@ -77,7 +80,7 @@ def _lies_as(factor: Tensor, alias: Tensor) -> bool:
     return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace
 
 
-class Merging(nn.Module):
+class Merging(Leaf):
     """A layer of factors that are merged for a plan, in evaluation once.
 
     Attributes:
@@ -114,6 +117,19 @@ class Merging(nn.Module):
         It is built at each access, so code that gives it to a function, as in `F.linear(x, layer.weight)`, saves no operation.
         """
         return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses a weight, which tools that know only torch's own layers set.
+
+        Raises:
+            UserError: the name is "weight".
+        """
+        if name == "weight":
+            raise UserError(
+                f"{type(self).__name__} has no weight to set, it has factors; tnlayers.to_chains makes torch's own layers of "
+                "them, for tools that know only those"
+            )
+        super().register_parameter(name, param)
 
     @contextmanager
     def merged_once(self) -> Iterator[None]:

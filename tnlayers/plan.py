@@ -22,7 +22,7 @@ from tnlayers.errors import UserError
 from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
 from tnlayers.roles import Partition, Roles, roles_of
 
-__all__ = ["Axis", "Partition", "Plan", "PlanChoice", "check_plan", "partitions"]
+__all__ = ["Axis", "Partition", "Plan", "PlanChoice", "Step", "check_plan", "partitions"]
 
 PlanChoice = Literal["auto", "factors", "dense"] | Partition
 
@@ -89,7 +89,7 @@ def _partition(network: Network, choice: PlanChoice) -> Partition:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One group, compiled: how to merge its factors, and the convolution or matmul that follows."""
 
     merge: Contraction
@@ -199,7 +199,7 @@ def _compile_step(
     pad_mode: str,
     *,
     after_carrying: bool,
-) -> _Step:
+) -> Step:
     """Compiles one group; `after_carrying` is whether the step before carried indices."""
     here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
     channels = tuple(sizes[index] for index in roles.before)
@@ -216,7 +216,7 @@ def _compile_step(
     if transposed:
         output = (*roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
         merge, leading = network.contraction(roles.names, output), (kept * consumed, produced)
-    return _Step(
+    return Step(
         merge=merge,
         weight_shape=(*leading, *(axis.kernel for axis in here.values())),
         channels=channels,
@@ -244,7 +244,7 @@ class Plan:
     """A partition, compiled to integers: `plan(x, plan.weights(factors), bias)` computes the layer."""
 
     groups: Partition
-    steps: tuple[_Step, ...]
+    steps: tuple[Step, ...]
     output_channels: tuple[int, ...]
     output_order: tuple[int, ...]
     output_arranged: bool
@@ -267,7 +267,7 @@ class Plan:
             ValueError: the groups are not a partition of the factors, in order.
         """
         partition = _partition(network, groups)
-        steps: list[_Step] = []
+        steps: list[Step] = []
         for roles in roles_of(network, partition):
             after_carrying = bool(steps) and steps[-1].carried > 1
             steps.append(_compile_step(network, sizes, roles, axes, pad_mode, after_carrying=after_carrying))
@@ -278,6 +278,14 @@ class Plan:
             output_channels=tuple(sizes[index] for index in last),
             output_order=_order(last, output),
             output_arranged=last != output or steps[-1].carried > 1,
+        )
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each step takes what the step before gives as it is, and is a convolution or one matmul of it."""
+        one = all(step.carried == 1 and (step.stride or step.kept == 1) for step in self.steps)
+        return one and all(
+            list(order) == sorted(order) for order in (self.output_order, *(s.order for s in self.steps))
         )
 
     def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:

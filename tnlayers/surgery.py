@@ -24,6 +24,7 @@ from tnlayers.tracing import Example
 
 __all__ = [
     "factorize",
+    "matching_layers",
     "methods_of",
     "resolve",
     "rules_of",
@@ -187,9 +188,14 @@ def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:
         model: the model.
         rules: only layers that one of them matches; by default all.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    chosen = {name: layer for name, layer in layers.items() if rules is None or _matches(rules, name, layer)}
+    chosen = matching_layers(model, rules)
     return close_in_place(replace_layers(model, {layer: layer.to_dense() for layer in chosen.values()}))
+
+
+def matching_layers(model: nn.Module, rules: Sequence[Rule] | None) -> dict[str, FactorizedLayer]:
+    """Returns the factorized layers that one of the rules matches, by name; all of them where there are no rules."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    return {name: layer for name, layer in layers.items() if rules is None or _matches(rules, name, layer)}
 
 
 def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:

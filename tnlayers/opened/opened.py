@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers.errors import UserError
+from tnlayers.leaf import Leaf
 
 __all__ = ["Opened", "State", "linear", "stacked", "twin"]
 
@@ -14,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 State = dict[str, Tensor]
 
 
-class Opened(nn.Module):
+class Opened(Leaf):
     """A module that computes what another one does, whose linears are children of its own.
 
     The children are plain `nn.Linear` layers until somebody replaces them, by layers with the same call. Where nothing else
