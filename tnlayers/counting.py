@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tnlayers.dense_form import dense_form
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.opened import Opened
 from tnlayers.tracing import Example, arguments_of, evaluating, tensors_in
 
 __all__ = ["Counted", "count_macs", "num_params", "whole_cost"]
@@ -69,13 +70,21 @@ def num_params(model: nn.Module, *, dense: bool = False) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLayer)] if dense else []
     made = {parameter for layer in layers for parameter in layer.factors.parameters()}
     rest = sum(parameter.numel() for parameter in model.parameters() if parameter not in made)
-    return rest + sum(layer.spec.geometry.params for layer in layers)
+    return rest + sum(layer.spec.geometry.params for layer in layers) + (_folded(model) if dense else 0)
+
+
+def _folded(model: nn.Module) -> int:
+    """Counts the parameters of modules before they were opened that no layer has any more."""
+    return sum(module.folded for module in model.modules() if isinstance(module, Opened))
 
 
 def whole_cost(model: nn.Module, example_input: Example | None, *, by_macs: bool) -> tuple[int, int]:
-    """Returns what a model costs as it is and in its dense form: parameters, or multiply-accumulates of the example."""
+    """Returns what a model costs as it is and in its dense form: parameters, or multiply-accumulates of the example.
+
+    The model may be a view in which more is opened than will be: no parameter is taken for gone.
+    """
     if not by_macs:
-        return num_params(model), num_params(model, dense=True)
+        return num_params(model) + _folded(model), num_params(model, dense=True)
     assert example_input is not None
     present = count_macs(model, example_input).total
     if not any(isinstance(module, FactorizedLayer) for module in model.modules()):
