@@ -32,6 +32,7 @@ from tnlayers import (
     MacsKept,
     ParamsKept,
     Rule,
+    fraction_kept,
     load_checkpoint,
     resolve,
     save_safetensors,
@@ -272,6 +273,7 @@ def test_half_of_the_parameters_of_a_net(name: str, tmp_path: Path) -> None:
     rules = resolve(net, under(ParamsKept(0.5, of="model")), example)
     tensorize(net, rules)
     assert 0.99 * 0.5 <= num_params(net) / dense <= 0.5
+    assert fraction_kept(net, ParamsKept, example, of="model") == num_params(net) / dense
     summary = summarize(net, example, rules=rules, measure=False)
     assert (summary.totals.params, summary.totals.dense_params) == (num_params(net), dense)
     rows = {row.name: row for row in summary.layers}

@@ -66,25 +66,26 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
 
 
 def num_params(model: nn.Module, *, dense: bool = False) -> int:
-    """Counts a model's parameters, shared ones once: as it is, or with dense layers in place of factorized ones."""
+    """Counts a model's parameters, shared ones once: as it is, or with dense layers in place of factorized ones.
+
+    Of a view it counts what the model has.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLayer)] if dense else []
     made = {parameter for layer in layers for parameter in layer.factors.parameters()}
     rest = sum(parameter.numel() for parameter in model.parameters() if parameter not in made)
-    return rest + sum(layer.spec.geometry.params for layer in layers) + (_folded(model) if dense else 0)
+    return rest + sum(layer.spec.geometry.params for layer in layers) + _folded(model, dense=dense)
 
 
-def _folded(model: nn.Module) -> int:
-    """Counts the parameters of modules before they were opened that no layer has any more."""
-    return sum(module.folded for module in model.modules() if isinstance(module, Opened))
+def _folded(model: nn.Module, *, dense: bool) -> int:
+    """Counts the parameters that only the modules have that were opened: those that are still there, or all."""
+    opened = (module for module in model.modules() if isinstance(module, Opened))
+    return sum(module.folded for module in opened if dense or module.in_view)
 
 
 def whole_cost(model: nn.Module, example_input: Example | None, *, by_macs: bool) -> tuple[int, int]:
-    """Returns what a model costs as it is and in its dense form: parameters, or multiply-accumulates of the example.
-
-    The model may be a view in which more is opened than will be: no parameter is taken for gone.
-    """
+    """Returns what a model costs as it is and in its dense form: parameters, or multiply-accumulates of the example."""
     if not by_macs:
-        return num_params(model) + _folded(model), num_params(model, dense=True)
+        return num_params(model), num_params(model, dense=True)
     assert example_input is not None
     present = count_macs(model, example_input).total
     if not any(isinstance(module, FactorizedLayer) for module in model.modules()):

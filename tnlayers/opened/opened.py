@@ -24,10 +24,12 @@ class Opened(Leaf):
     Attributes:
         kind: the name of the type of that module.
         folded: how many parameters of that module the children do without.
+        in_view: whether it stands in a view, so that the model still has that module.
     """
 
     kind: str = ""
     folded: int = 0
+    in_view: bool = False
 
     @classmethod
     @abstractmethod

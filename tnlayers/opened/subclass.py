@@ -64,7 +64,7 @@ class OpenedSubclass(Opened):
             raise UserError(f"{self._kind.__name__} does not hold the weight that it would have to: leave it opened")
         dense = twin(self, self._kind)
         dense._parameters, dense._modules = dict(self._layer._parameters), {}
-        for key in ("_kind", "_padding", "_is_own", "folded", "kind"):
+        for key in ("_kind", "_padding", "_is_own", "folded", "kind", "in_view"):
             vars(dense).pop(key, None)
         return dense
 

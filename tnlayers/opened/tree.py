@@ -75,6 +75,8 @@ def opened_view(model: Model) -> Model:
             return made[module]
         opened = _open_within(parent, module)
         made[module] = opened or module
+        if opened:
+            opened.in_view = True
         children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
         seen = {name: view(child, module) for name, child in children.items()}
         if any(seen[name] is not child for name, child in children.items()):
