@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tnlayers.dense_form import dense_form
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.opened import Opened
 from tnlayers.tracing import Example, arguments_of, evaluating, tensors_in
 
 __all__ = ["Counted", "count_macs", "num_params", "whole_cost"]
@@ -65,11 +66,20 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
 
 
 def num_params(model: nn.Module, *, dense: bool = False) -> int:
-    """Counts a model's parameters, shared ones once: as it is, or with dense layers in place of factorized ones."""
+    """Counts a model's parameters, shared ones once: as it is, or with dense layers in place of factorized ones.
+
+    Of a view it counts what the model has.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, FactorizedLayer)] if dense else []
     made = {parameter for layer in layers for parameter in layer.factors.parameters()}
     rest = sum(parameter.numel() for parameter in model.parameters() if parameter not in made)
-    return rest + sum(layer.spec.geometry.params for layer in layers)
+    return rest + sum(layer.spec.geometry.params for layer in layers) + _folded(model, dense=dense)
+
+
+def _folded(model: nn.Module, *, dense: bool) -> int:
+    """Counts the parameters that only the modules have that were opened: those that are still there, or all."""
+    opened = (module for module in model.modules() if isinstance(module, Opened))
+    return sum(module.folded for module in opened if dense or module.in_view)
 
 
 def whole_cost(model: nn.Module, example_input: Example | None, *, by_macs: bool) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def weight_owners(model: nn.Module) -> dict[str, nn.Module]:
             inside |= set(module.modules())
         elif is_parametrized(module):
             inside |= set(module.parametrizations.modules())
-        elif not weight_shape(module) and not _weights(module):
+        elif not _weights(module) and (isinstance(module, Opened) or not weight_shape(module)):
             continue
         owners[name] = module
     return owners

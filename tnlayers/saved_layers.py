@@ -3,8 +3,8 @@
     {"version": 1, "layers": [{"pattern": "conv2", "method": "Tucker", "rank": [4, 4], "dense": {"type": "Conv2d", ...}}]}
 
 A layer is a resolved rule, and under "dense" the arguments of the torch layer that it stands for, of which some (a stride, a
-padding) show in no shape of a state dict. A file may be hostile: what it says is only compared, and nothing is allocated
-before all of it fits the model.
+padding) show in no shape of a state dict. An entry "opened" names the dense layers of opened modules, where there are some. A
+file may be hostile: what it says is only compared, and nothing is allocated before all of it fits the model.
 """
 
 import warnings
@@ -43,7 +43,14 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
             stacklevel=2,
         )
     layers = [rule.to_plain() | {"dense": _dense(model.get_submodule(rule.pattern))} for rule in rules]
-    return {"version": _VERSION, "layers": layers}
+    opened = [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, Opened)
+        for child, layer in module.linears.items()
+        if not isinstance(layer, FactorizedLayer)
+    ]
+    return {"version": _VERSION, "layers": layers} | ({"opened": opened} if opened else {})
 
 
 def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.Module, nn.Module]:
@@ -70,10 +77,12 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
         for name, (_, dense) in wanted.items():
             _check_dense(name, dense, layers)
         rules = {name: rule for name, (rule, _) in wanted.items()}
+        opened = _opened(structure, layers)
         if rules == {rule.pattern: rule for rule in rules_of(model)}:
+            open_in_place(model, opened)
             return {}
         made = _made(view, layers, rules)
-    open_in_place(model, made)
+    open_in_place(model, [*made, *opened])
     replacements = {model.get_submodule(name): layer for name, layer in made.items()}
     replace_layers(model, replacements)
     return replacements
@@ -117,6 +126,16 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
             raise UserError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
         found[rule.pattern] = (rule, dense)
     return found
+
+
+def _opened(structure: Any, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the dense layers of modules that the file has opened."""
+    names = structure.get("opened", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("'opened' is no list of names")
+    if unknown := [name for name in names if name not in layers]:
+        raise UserError(f"{unknown[0]!r} matches no layer of an opened module")
+    return names
 
 
 def _dense(layer: nn.Module) -> dict[str, Any]:

@@ -23,14 +23,18 @@ class Opened(Leaf):
 
     Attributes:
         kind: the name of the type of that module.
+        folded: how many parameters of that module the children do without.
+        in_view: whether it stands in a view, so that the model still has that module.
     """
 
     kind: str = ""
+    folded: int = 0
+    in_view: bool = False
 
     @classmethod
     @abstractmethod
-    def of(cls, dense: Any) -> Self:
-        """Opens a module, which is not changed: the same parameters, mode, device and dtype."""
+    def of(cls, dense: Any) -> Self | None:
+        """Opens a module, which is not changed: the same parameters, mode, device and dtype; None if it cannot be opened."""
 
     @abstractmethod
     def closed(self) -> nn.Module:

@@ -10,6 +10,7 @@ from tnlayers.opened.conv1d import OpenedConv1D, is_conv1d
 from tnlayers.opened.fast_path import choose_fast_paths
 from tnlayers.opened.opened import Opened, twin
 from tnlayers.opened.recurrent import OpenedCell, OpenedRecurrent
+from tnlayers.opened.subclass import OpenedSubclass, is_subclass
 from tnlayers.opened.swin import OpenedWindowAttention, is_window_attention
 
 __all__ = ["close_in_place", "open_in_place", "open_module", "opened_state", "opened_view", "replace_layers"]
@@ -28,6 +29,7 @@ _KINDS: dict[type[nn.Module], type[Opened]] = {
 _OTHERS: dict[Callable[[nn.Module], bool], type[Opened]] = {
     is_conv1d: OpenedConv1D,
     is_window_attention: OpenedWindowAttention,
+    is_subclass: OpenedSubclass,
 }
 """The modules of other libraries."""
 
@@ -35,8 +37,8 @@ _OTHERS: dict[Callable[[nn.Module], bool], type[Opened]] = {
 def open_module(module: nn.Module) -> Opened | None:
     """Opens one module: what computes the same with layers for its linears; None if it is of no kind that can be opened.
 
-    A subclass may compute something else, so the type has to be one of the kinds itself. A module with hooks stays as it
-    is, since they would be lost.
+    A subclass may compute something else, so the type has to be one of the kinds itself; subclasses of plain layers are
+    called to find out. A module with hooks stays as it is, since they would be lost.
     """
     kind = _KINDS.get(type(module)) or next((made for test, made in _OTHERS.items() if test(module)), None)
     if kind is None or any(map(_is_hooked, module.modules())):
@@ -46,8 +48,9 @@ def open_module(module: nn.Module) -> Opened | None:
     return _named(kind.of(module), module)
 
 
-def _named(opened: Opened, module: nn.Module) -> Opened:
-    opened.kind = type(module).__name__
+def _named(opened: Opened | None, module: nn.Module) -> Opened | None:
+    if opened:
+        opened.kind = type(module).__name__
     return opened
 
 
@@ -72,6 +75,8 @@ def opened_view(model: Model) -> Model:
             return made[module]
         opened = _open_within(parent, module)
         made[module] = opened or module
+        if opened:
+            opened.in_view = True
         children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
         seen = {name: view(child, module) for name, child in children.items()}
         if any(seen[name] is not child for name, child in children.items()):
@@ -127,6 +132,8 @@ def opened_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _open_within(parent: nn.Module | None, module: nn.Module) -> Opened | None:
     """Opens a module, if it can be; of torch's decoders it is known that they give one attention different inputs."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return None  # it does not call its linear, whose type is a subclass of its own
     opened = open_module(module)
     if opened and isinstance(parent, nn.TransformerDecoderLayer) and module is parent.multihead_attn:
         return _named(OpenedAttention.of(module, packed=False), module)
