@@ -26,13 +26,14 @@ class FromLayer:
         example: (n, channels, height, width) pictures.
 
     Attributes:
-        layers: names of the convolutions and linears in the order in which they are called.
+        layers: names of the two-dimensional convolutions and linears in the order in which they are called.
         splits: whether what lies before a layer is computed once.
     """
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         self._net = net
-        self.layers = list(layer_inputs(net, example))
+        called = layer_inputs(net, example)
+        self.layers = [name for name in called if type(net.get_submodule(name)) in (nn.Conv2d, nn.Linear)]
         self._interpreter: fx.Interpreter | None = None
         try:
             self._interpreter = fx.Interpreter(fx.symbolic_trace(net))

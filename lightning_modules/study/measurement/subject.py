@@ -218,7 +218,7 @@ class Subject:
         """Factorizes the net as truncations that lost at most `tolerance` allow, and trains it unless another tolerance gave the same."""
         findings = Findings(rows)
         rules = recommend(findings, self.modules, self._calls, tolerance)
-        resolved = resolve(self._net, rules, self._example)
+        resolved = [rule for rule in resolve(self._net, rules, self._example) if rule.pattern in self.modules]
         plain = tuple(rule.to_plain() for rule in resolved)
         for known in findings.recommendations:
             if json.dumps(known.rules) == json.dumps(plain):
