@@ -26,6 +26,7 @@ from tnlayers import (
     tensorize,
     truncate,
 )
+from tnlayers.geometry import Geometry
 from tnlayers.ranks import Candidate, allocate, check_rank, within_error
 
 
@@ -176,7 +177,7 @@ def test_the_relative_error_of_the_layer_as_it_is_then_is_kept(case: Case, dtype
     for _ in range(15):
         dense, error = drawn(case, dtype), 10 ** random.uniform(random.choice([-13, lowest]), -0.05)
         assert isinstance(dense.weight, Tensor)
-        weight, method = dense.weight.detach().double(), case.method(RelativeError(error))
+        weight, method = Geometry.of(dense).exchanged(dense.weight.detach().double()), case.method(RelativeError(error))
         net = nn.Sequential(dense)
         rules = [Rule("0", method)]
         (resolved,) = resolve(net, rules)

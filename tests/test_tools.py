@@ -16,18 +16,22 @@ from tests.tolerances import EXACT, FLOAT32, FLOAT64
 from tnlayers import (
     CP,
     TT,
+    CPMatrix,
     FactorizedConv1d,
     FactorizedConv2d,
     FactorizedConvTranspose2d,
     FactorizedLayer,
+    FullTucker,
     Kronecker,
     LowRank,
     LowRankEmbedding,
     LowRankLinear,
     Rule,
+    TensorRing,
     TTConv,
     Tucker,
     TuckerConv2d,
+    TuckerMatrix,
     UserError,
     tensorize,
     to_chains,
@@ -189,7 +193,7 @@ def test_chains_compute_the_same(case: Case, plan: Any) -> None:
 
 def test_every_method_that_is_steps_of_torch_has_chains() -> None:
     """The others mix the channels' parts between two steps."""
-    without = {Kronecker, TTConv, TT}
+    without = {Kronecker, TTConv, TT, FullTucker, TensorRing, TuckerMatrix, CPMatrix}
     for case in CASES:
         layer = case.convert(case.dense(), case.rank)
         layer.set_plan("factors")
