@@ -72,8 +72,8 @@ class Report:
             lines.append("accuracy    " + ", ".join(f"{stage} {value:.2%}" for stage, value in self.accuracy.items()))
         reasons: dict[tuple[str, str, str], list[str]] = {}
         for layer in self.summary.layers:
-            if layer.method == "dense" or "generator" in layer.note:  # other notes are in the table alone
-                what, kind = ("left dense", f" ({layer.kind})") if layer.method == "dense" else ("shared", "")
+            if layer.note:
+                what, kind = ("left dense", f" ({layer.kind})") if layer.method == "dense" else ("note", "")
                 reasons.setdefault((what, kind, layer.note), []).append(layer.name or "the model itself")
         lines += [f"{what:11} {', '.join(names)}{kind}: {reason}" for (what, kind, reason), names in reasons.items()]
         return [*lines, *self.notes]

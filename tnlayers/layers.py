@@ -31,6 +31,12 @@ class _Planned(FactorizedLayer):
 
     plan: Plan
 
+    def _convolved(self, input: Tensor, output_padding: Sequence[int] | None = None) -> Tensor:
+        """Computes a convolution of an input with a batch dimension or without."""
+        if input.dim() == len(self.spec.geometry.axes) + 1:
+            return self.plan(input.unsqueeze(0), self._weights(), self.bias, output_padding).squeeze(0)
+        return self.plan(input, self._weights(), self.bias, output_padding)
+
 
 class _Convolution(_Planned):
     transposed = False
@@ -62,9 +68,7 @@ class _Convolution(_Planned):
         return (0,) * len(self.spec.geometry.axes)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == len(self.spec.geometry.axes) + 1:
-            return self.plan(input.unsqueeze(0), self._weights(), self.bias).squeeze(0)
-        return self.plan(input, self._weights(), self.bias)
+        return self._convolved(input)
 
 
 class FactorizedConv1d(_Convolution):
@@ -121,11 +125,7 @@ class _TransposedConvolution(_Planned):
         self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        axes = self.spec.geometry.axes
-        more = None if output_size is None else self._output_padding(input, output_size)
-        if input.dim() == len(axes) + 1:
-            return self.plan(input.unsqueeze(0), self._weights(), self.bias, more).squeeze(0)
-        return self.plan(input, self._weights(), self.bias, more)
+        return self._convolved(input, None if output_size is None else self._output_padding(input, output_size))
 
     def _output_padding(self, input: Tensor, output_size: Sequence[int]) -> list[int]:
         """Returns the output padding that gives an output of this size.

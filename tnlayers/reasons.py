@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, dense_type_of
 from tnlayers.joint import generator_of
-from tnlayers.opened import Opened
+from tnlayers.opened import Opened, is_hooked
 
 __all__ = ["kind_of", "kind_refusal", "refusal", "weight_owners", "weight_shape", "weight_type"]
 
@@ -101,8 +101,7 @@ def refusal(model: nn.Module, name: str) -> str:
         holders = {key for key, other in model.named_parameters(remove_duplicate=False) if other is parameter}
         if holders - own:
             return f"it is tied to {sorted(holders - own)[0]!r}"
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks):
+    if is_hooked(layer):
         return "it has hooks, which a replacement would lose"
     kind = weight_type(layer)
     return f"its weight is {kind}" if kind else ""

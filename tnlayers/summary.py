@@ -46,6 +46,7 @@ class LayerSummary:
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
         note: why the layer is dense, or what it shares with others.
+        remark: what else there is to say of its factors, such as a CP's degeneracy.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerSummary:
     dense_seconds: float | None
     seconds: float | None
     note: str
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Summary:
                 *_costs(layer),
                 "" if layer.error is None else f"{layer.error:.3f}",
                 *_times(layer),
-                layer.note,
+                layer.note or layer.remark,
             ]
             for layer in self.layers
         ]
@@ -251,8 +253,7 @@ def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Ru
         note = reasons.get(name, "") or "; ".join(sorted(within - {""}))
         if isinstance(layer, FactorizedLayer):
             generator = generator_of(layer.spec.method)
-            shared = f"made by generator {generator!r}, whose parameters count once" if generator else ""
-            notes[name] = shared or note or layer.spec.method.remark(dict(layer.factors.items()))
+            notes[name] = f"made by generator {generator!r}, whose parameters count once" if generator else note
         else:
             notes[name] = note or kind_refusal(model, name) or ("no rule takes it" if rules else "")
     return notes
@@ -286,6 +287,7 @@ def _layer(
         dense_seconds=seconds[0],
         seconds=seconds[1],
         note=note,
+        remark=factorized.spec.method.remark(dict(factorized.factors.items())) if factorized else "",
     )
 
 

@@ -9,9 +9,9 @@ from tnlayers.opened.fast_path import choose_fast_paths
 from tnlayers.opened.opened import Opened
 from tnlayers.opened.tree import (
     close_in_place,
+    is_hooked,
     open_in_place,
     open_module,
-    opened_state,
     opened_view,
     replace_layers,
 )
@@ -20,9 +20,9 @@ __all__ = [
     "Opened",
     "choose_fast_paths",
     "close_in_place",
+    "is_hooked",
     "open_in_place",
     "open_module",
-    "opened_state",
     "opened_view",
     "replace_layers",
 ]

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from tnlayers.opened.attention import OpenedAttention
 from tnlayers.opened.conv1d import OpenedConv1D, is_conv1d
@@ -13,7 +14,7 @@ from tnlayers.opened.recurrent import OpenedCell, OpenedRecurrent
 from tnlayers.opened.subclass import OpenedSubclass, is_subclass
 from tnlayers.opened.swin import OpenedWindowAttention, is_window_attention
 
-__all__ = ["close_in_place", "open_in_place", "open_module", "opened_state", "opened_view", "replace_layers"]
+__all__ = ["close_in_place", "is_hooked", "open_in_place", "open_module", "opened_view", "replace_layers"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,9 +42,9 @@ def open_module(module: nn.Module) -> Opened | None:
     called to find out. A module with hooks stays as it is, since they would be lost.
     """
     kind = _KINDS.get(type(module)) or next((made for test, made in _OTHERS.items() if test(module)), None)
-    if kind is None or any(map(_is_hooked, module.modules())):
+    if kind is None or any(map(is_hooked, module.modules())):
         return None
-    if type(module) is nn.MultiheadAttention and type(module.out_proj) is not _OUT_PROJ:
+    if type(module) is nn.MultiheadAttention and type(module.out_proj) is not NonDynamicallyQuantizableLinear:
         return None
     return _named(kind.of(module), module)
 
@@ -54,10 +55,8 @@ def _named(opened: Opened | None, module: nn.Module) -> Opened | None:
     return opened
 
 
-_OUT_PROJ = type(nn.MultiheadAttention(1, 1, device="meta").out_proj)
-
-
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Tells whether a module has hooks, which what replaces it would not have."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
@@ -113,21 +112,6 @@ def close_in_place(model: Model) -> Model:
     """Closes all opened modules of a model whose layers are plain linears; returns the model (the closed one if it is it)."""
     opened = [module for module in model.modules() if isinstance(module, Opened) and module.is_plain]
     return replace_layers(model, {module: module.closed() for module in opened})
-
-
-def opened_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translates a state dict to a model's keys, where the model has opened modules and the state has closed ones.
-
-    `load_state_dict` does that by itself; this is for those who compare keys before.
-    """
-    translated = dict(state)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Opened):
-            prefix = f"{name}." if name else ""
-            own = {key: translated.pop(key) for key in list(translated) if key.startswith(prefix)}
-            renamed = module.renamed({key.removeprefix(prefix): value for key, value in own.items()})
-            translated |= {prefix + key: value for key, value in renamed.items()}
-    return translated
 
 
 def _open_within(parent: nn.Module | None, module: nn.Module) -> Opened | None:
