@@ -2,17 +2,20 @@
 
     python -W ignore -m tests.drawn_layers --cases 20000 --seed 0
 
+stops at the first that is wrong and shows the simplest of its kind.
+
 The oracle is torch's own layer in float64, in the default layout, with the weight that the factors make.
 """
 
 import argparse
 import random
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,7 @@ from tnlayers import Factorization, FactorizedLayer, Rule, tensorize
 from tnlayers.geometry import DENSE, arguments
 from tnlayers.method import known_methods
 
-__all__ = ["Drawn", "draw", "wrong"]
+__all__ = ["Drawn", "cases", "drawn_layers", "wrong"]
 
 METHODS = tuple(method for name, method in known_methods().items() if "." not in name and name != "ADTN")
 KINDS = (nn.Conv2d,) * 4 + tuple(kind for kind in DENSE if kind is not nn.Embedding)
@@ -45,56 +48,68 @@ class Drawn:
     seed: int
 
 
-def draw(rng: random.Random) -> Drawn:
+def cases(number: int, **options: Any) -> hypothesis.settings:
+    """As many cases, nothing of earlier runs, and no limit of time: the machine may be busy."""
+    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+    return hypothesis.settings(
+        max_examples=number, database=None, deadline=None, suppress_health_check=slow, print_blob=False, **options
+    )
+
+
+@st.composite
+def drawn_layers(draw: st.DrawFn) -> Drawn:
     """Small sizes, ones among them: there strides are ambiguous."""
-    while True:
-        kind = rng.choice(KINDS)
-        geometry = _linear(rng) if kind is nn.Linear else _convolution(rng, kind)
-        if kind is nn.Linear:
-            shape = (*rng.choice(((), (1,), (3,), (2, 3), (0,))), geometry["in_features"])
-        else:
-            size = tuple(rng.randint(1, 9) for _ in geometry["kernel_size"])
-            shape = (*rng.choice(((), (1,), (1,), (2,), (3,))), geometry["in_channels"], *size)
-        drawn = Drawn(
-            kind=kind,
-            method=rng.choice([method for method in METHODS if kind.__name__ in method.replaces]),
-            rank=rng.choice((1, 1, 2, 3, 99)),
-            geometry=geometry,
-            dtype=rng.choice(tuple(TOLERANCES)),
-            shape=shape,
-            channels_last_module=kind is nn.Conv2d and rng.random() < 0.5,
-            seed=rng.getrandbits(32),
-        )
-        if _fits(drawn):
-            return drawn
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    kind = one_of(*KINDS)
+    geometry = _linear(one_of) if kind is nn.Linear else _convolution(one_of, kind)
+    if kind is nn.Linear:
+        shape = (*one_of((), (1,), (3,), (2, 3), (0,)), geometry["in_features"])
+    else:
+        size = tuple(draw(st.integers(1, 9)) for _ in geometry["kernel_size"])
+        shape = (*one_of((), (1,), (1,), (2,), (3,)), geometry["in_channels"], *size)
+    drawn = Drawn(
+        kind=kind,
+        method=one_of(*(method for method in METHODS if kind.__name__ in method.replaces)),
+        rank=one_of(1, 1, 2, 3, 99),
+        geometry=geometry,
+        dtype=one_of(*TOLERANCES),
+        shape=shape,
+        channels_last_module=kind is nn.Conv2d and one_of(False, True),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+    hypothesis.assume(_fits(drawn))
+    return drawn
 
 
-def _linear(rng: random.Random) -> dict[str, Any]:
+def _linear(one_of: Callable[..., Any]) -> dict[str, Any]:
     sizes = (1, 2, 3, 4, 6, 7, 12)
-    return {"in_features": rng.choice(sizes), "out_features": rng.choice(sizes), "bias": rng.random() < 0.5}
+    return {"in_features": one_of(*sizes), "out_features": one_of(*sizes), "bias": one_of(False, True)}
 
 
-def _convolution(rng: random.Random, kind: type[nn.Module]) -> dict[str, Any]:
-    groups, axes = rng.choice((1, 1, 1, 2, 3)), range(int(kind.__name__[-2]))
+def _convolution(one_of: Callable[..., Any], kind: type[nn.Module]) -> dict[str, Any]:
+    groups, axes = one_of(1, 1, 1, 2, 3), range(int(kind.__name__[-2]))
 
     def each(*values: int) -> tuple[int, ...]:
-        return tuple(rng.choice(values) for _ in axes)
+        return tuple(one_of(*values) for _ in axes)
 
     geometry: dict[str, Any] = {
-        "in_channels": groups * rng.choice((1, 1, 2, 3, 4)),
-        "out_channels": groups * rng.choice((1, 1, 2, 4, 6)),
+        "in_channels": groups * one_of(1, 1, 2, 3, 4),
+        "out_channels": groups * one_of(1, 1, 2, 4, 6),
         "kernel_size": each(1, 2, 3),
         "stride": each(1, 1, 2, 3),
         "padding": each(0, 1, 2),
         "dilation": each(1, 1, 2),
         "groups": groups,
-        "bias": rng.random() < 0.5,
+        "bias": one_of(False, True),
     }
     if "Transpose" in kind.__name__:
         return geometry | {"output_padding": each(0, 0, 1)}
-    if max(geometry["stride"]) == 1 and rng.random() < 0.2:
-        geometry["padding"] = rng.choice(("same", "valid"))
-    return geometry | {"padding_mode": rng.choice(("zeros", "zeros", "zeros", "reflect", "replicate", "circular"))}
+    if max(geometry["stride"]) == 1:
+        geometry["padding"] = one_of(*[geometry["padding"]] * 4, "same", "valid")
+    return geometry | {"padding_mode": one_of("zeros", "zeros", "zeros", "reflect", "replicate", "circular")}
 
 
 def _fits(drawn: Drawn) -> bool:
@@ -177,26 +192,21 @@ def _reference(layer: FactorizedLayer, x: Tensor) -> tuple[list[Tensor], list[Te
     return both[0], both[1]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    rng, found = random.Random(given.seed), 0
-    for number in range(1, given.cases + 1):
-        drawn = draw(rng)
-        try:
-            problems = list(wrong(drawn))
-        except RuntimeError as error:
-            problems = [f"raises {error}"]
-        found += bool(problems)
-        for problem in problems[:3]:
-            print(f"{drawn}\n    {problem}", flush=True)
-        if number % 1000 == 0:
-            print(f"{number} cases, {found} of them wrong", flush=True)
-    print(f"{given.cases} cases from seed {given.seed}, {found} of them wrong")
-    return min(found, 1)
+
+    @hypothesis.seed(given.seed)
+    @cases(given.cases)
+    @hypothesis.given(drawn_layers())
+    def run(drawn: Drawn) -> None:
+        assert not list(wrong(drawn))
+
+    run()
+    print(f"{given.cases} cases from seed {given.seed}, none of them wrong")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

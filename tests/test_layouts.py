@@ -1,15 +1,15 @@
 """Numbers do not depend on how a tensor lies in memory, in any plan, forward or backward."""
 
-import random
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from tests.cases import CASES, Case
-from tests.drawn_layers import Drawn, draw, wrong
+from tests.drawn_layers import Drawn, cases, drawn_layers, wrong
 from tests.tolerances import FLOAT64
 from tnlayers import CP, MPS, Factorization, LowRank, MacsKept, Rule, TTConv, Tucker, tensorize
 
@@ -20,12 +20,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_drawn_layers(seed: int) -> None:
-    """Fifty of the 20,000 that `python -m tests.drawn_layers` draws, each in all its plans and layouts."""
-    rng = random.Random(seed)
-    for drawn in (draw(rng) for _ in range(50)):
-        assert not list(wrong(drawn)), drawn
+@pytest.mark.slow
+@cases(1000, derandomize=True)
+@hypothesis.given(drawn_layers())
+def test_drawn_layers(drawn: Drawn) -> None:
+    """Each in all its plans and layouts; `python -m tests.drawn_layers` draws as many as one likes."""
+    assert not list(wrong(drawn))
 
 
 SEEN: tuple[tuple[type[Factorization], dict[str, Any], tuple[int, ...]], ...] = (
