@@ -17,7 +17,10 @@ CNN4, RESNET20 = ("cnn4", (1, 8, 8)), ("resnet20", (3, 32, 32))
 RESOLVED = [
     ("experiment/digits.yaml", *CNN4),
     *((f"experiment/{name}.yaml", *RESNET20) for name in ("cifar10_resnet20", "cifar10_resnet20_stages")),
-    *((f"rules/{name}.yaml", *CNN4) for name in ("dense", "tucker", "cp", "mps", "tt", "lowrank", "ttconv", "adtn")),
+    *(
+        (f"rules/{name}.yaml", *CNN4)
+        for name in ("dense", "tucker", "cp", "mps", "tt", "lowrank", "ttconv", "adtn", "svd")
+    ),
     *((f"rules/{name}.yaml", *RESNET20) for name in ("dense", "tucker", "mps", "lowrank", "ttconv")),
     *((f"rules/{name}.yaml", *RESNET20) for name in ("cp_half_macs", "lowrank_half_macs", "ttconv_30_percent")),
     *((f"rules/{net}_tt.yaml", net, (3, 32, 32)) for net in ("garipov_conv", "garipov_conv_fc")),
