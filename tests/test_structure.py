@@ -332,6 +332,16 @@ HOSTILE += [
     ("modes without end",
      {"version": 1, "layers": [{"pattern": "second", "method": "TTConv", "rank": [1] * 99, "in_shape": [1] * 99}]},
      "at most 10"),
+    *((f"opened {number}", {"version": 1, "layers": [LAYER], "opened": value}, message)
+      for number, (value, message) in enumerate([
+          ("head", "'opened' is no list of names"),
+          ({"head": 1}, "'opened' is no list of names"),
+          (["head", 3], "'opened' is no list of names"),
+          (["norm"], "'norm' matches no layer of an opened module"),
+          (["os.system"], "'os.system' matches no layer of an opened module"),
+          (["x" * 10**6], "matches no layer|xxx"),
+          (NESTED, "levels deep"),
+      ])),
 ]  # fmt: skip
 
 
