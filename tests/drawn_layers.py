@@ -28,7 +28,7 @@ __all__ = ["Drawn", "cases", "drawn_layers", "wrong"]
 METHODS = tuple(method for name, method in known_methods().items() if "." not in name and name != "ADTN")
 KINDS = (nn.Conv2d,) * 4 + tuple(kind for kind in DENSE if kind is not nn.Embedding)
 # Of the same computation on absolute values, so that what cancels does not count: a few roundings for each step.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _MOST_PLANS = 16
 LAYOUTS = ("contiguous", "channels_last")
 ODD_LAYOUTS = ("sliced", "expanded")
