@@ -322,8 +322,9 @@ def test_compiles_to_one_graph(case: Case, plan: str) -> None:
 
 
 @pytest.mark.slow
-@every_layer
+@pytest.mark.parametrize("case", {case.layer.dense_type: case for case in reversed(CASES)}.values(), ids=lambda case: case.name)
 def test_compiles_with_inductor(case: Case) -> None:
+    """One layer of each kind: plans make the same few operations of every method."""
     layer, x = converted(case, dtype=torch.float32), case.input(dtype=torch.float32)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), **FLOAT32)
@@ -392,7 +393,7 @@ def test_relative_error_is_met_by_less_than_the_dense_layer(case: Case) -> None:
         scratch(case, RelativeError(0.1))
 
 
-@pytest.mark.parametrize("error", [0.5, 0.7, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("error", [0.5, 0.8, 0.95])
 @every_exact_layer
 def test_relative_error_holds_where_ranks_hold_each_other_down(case: Case, error: float) -> None:
     net = tensorize(nn.Sequential(case.dense()), [Rule("0", case.method(RelativeError(error)))])
