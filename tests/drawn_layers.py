@@ -112,14 +112,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         moved = x.movedim(-3, -1).reshape(-1).view(*x.shape[:-3], *x.shape[-2:], x.shape[-3])
         return moved.movedim(-1, -3)
     if layout == "sliced":
-        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     return x.clone()
 
 
-def wrong(drawn: Drawn) -> Iterator[str]:
-    """What differs from torch's convolution; nothing, if all is well."""
+def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
+    """What differs on the device from torch's convolution on the CPU; nothing, if all is well."""
     torch.manual_seed(drawn.seed)
     dense = drawn.kind(**drawn.geometry, dtype=torch.float64)
     with warnings.catch_warnings():
@@ -135,6 +135,7 @@ def wrong(drawn: Drawn) -> Iterator[str]:
         layer = layer.to(memory_format=torch.channels_last)
     x = torch.randn(drawn.shape).to(drawn.dtype)
     expected, scales = _reference(layer, x)
+    layer, x = layer.to(device), x.to(device)
     rng = random.Random(drawn.seed)
     layouts = LAYOUTS if drawn.kind is nn.Conv2d else LAYOUTS[:1]
     for plan in layer.spec.plans if len(layer.spec.plans) <= _MOST_PLANS else rng.sample(layer.spec.plans, _MOST_PLANS):
@@ -152,7 +153,7 @@ def wrong(drawn: Drawn) -> Iterator[str]:
             found = [out, *torch.autograd.grad(loss, parts)]
             names = ["output", "input's gradient", *(f"gradient of {name}" for name, _ in layer.named_parameters())]
             for name, value, right, scale in zip(names, found, expected, scales, strict=True):
-                error = float((value.detach().double() - right).norm() / scale.norm().clamp_min(1e-300))
+                error = float((value.detach().cpu().double() - right).norm() / scale.norm().clamp_min(1e-300))
                 if not error <= TOLERANCES[drawn.dtype]:
                     yield f"{plan} {layout}: {name} differs by {error:.1e}"
 
@@ -181,12 +182,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     rng, found = random.Random(given.seed), 0
     for number in range(1, given.cases + 1):
         drawn = draw(rng)
         try:
-            problems = list(wrong(drawn))
+            problems = list(wrong(drawn, given.device))
         except RuntimeError as error:
             problems = [f"raises {error}"]
         found += bool(problems)
