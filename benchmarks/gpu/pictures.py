@@ -3,17 +3,15 @@
 Shapes: n pictures, c channels, h rows, w columns.
 """
 
-import io
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from lightning_modules.data.augment import crop_flip, normalise
 
@@ -60,9 +58,9 @@ def read(archive: Path, device: torch.device) -> dict[str, Part]:
         for part, pictures in found.items():
             decoded = list(pool.map(_decode, (content for _, content in pictures), chunksize=500))
             labels = torch.tensor([classes[name] for name, _ in pictures], device=device)
-            parts[part] = Part(torch.from_numpy(np.stack(decoded)).to(device).movedim(3, 1).contiguous(), labels)
+            parts[part] = Part(torch.stack(decoded).to(device), labels)
     return parts
 
 
-def _decode(content: bytes) -> "np.ndarray":
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+def _decode(content: bytes) -> Tensor:
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)

@@ -1,4 +1,4 @@
-"""The tables of a results file, as Markdown: `python -m benchmarks.gpu.tables results/gpu/h100.json`."""
+"""The page of a results file: `python -m benchmarks.gpu.tables results/gpu/h100.json > docs/gpu.md`."""
 
 import argparse
 import json
@@ -12,14 +12,16 @@ from tnlayers.markdown import markdown_table
 __all__ = ["tables"]
 
 Measured = dict[str, Any]
+_QUIET = 8
+"""A load average below which nothing else keeps the processors from launching kernels."""
 
 
 def tables(result: Measured) -> str:
-    """Writes a heading, a sentence and a table for each part that has rows."""
+    """Writes a page: a heading, a sentence and a table for each part that has rows."""
     of: dict[str, list[Measured]] = {}
     for row in result["rows"]:
         of.setdefault(row["part"], []).append(row)
-    sections = [_about(result)]
+    sections = ["# On a GPU", _about(result)]
     for part, write in _WRITERS.items():
         rows = [row for row in of.get(part, []) if "error" not in row]
         if rows:
@@ -100,7 +102,8 @@ def _training(rows: Sequence[Measured]) -> str:
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
         kept = [f"{first['convolution_weights_kept']:.1%}", f"{first['macs_kept']:.1%}"]
         after = f"{100 * first['right_after']:.2f}" if "right_after" in first else ""
-        epoch = f"{statistics.median(row['epoch_seconds'] for row in runs):.2f} s"
+        seconds = [row["epoch_seconds"] for row in runs if row["load"] < _QUIET]
+        epoch = f"{statistics.median(seconds):.2f} s" if seconds else ""
         reached = f"{statistics.mean(accuracies):.2f}{spread}"
         cells.append([net, start, method, *kept, first["epochs"], epoch, after, reached, len(runs)])
     return markdown_table(heading, cells, numbers=range(3, len(heading)))
