@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test docs lint format clean
+.PHONY: help install quickstart test gpu docs lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -24,6 +24,11 @@ quickstart: install  ## train, compress and retrain a CNN on the embedded digits
 test: export OMP_NUM_THREADS ?= 1
 test: install  ## run every test, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The pictures and the published net are where TNLAYERS_SHARED says, as for the tests; without them nothing is trained.
+gpu: SHARED = $(if $(TNLAYERS_SHARED),--data $(TNLAYERS_SHARED)/data/cifar10-jpeg.tar.xz --checkpoint $(TNLAYERS_SHARED)/checkpoints/resnet20-12fca82f.th)
+gpu: install  ## measure on a CUDA card for 8 minutes, into results/gpu/
+	$(BIN)/python -m benchmarks.gpu --out results/gpu/gpu.json --seconds 480 $(SHARED)
 
 docs: install  ## build the pages of docs/ as a site in site/
 	$(BIN)/mkdocs build --strict

@@ -322,7 +322,9 @@ def test_compiles_to_one_graph(case: Case, plan: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", {case.layer.dense_type: case for case in reversed(CASES)}.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", {case.layer.dense_type: case for case in reversed(CASES)}.values(), ids=lambda case: case.name
+)
 def test_compiles_with_inductor(case: Case) -> None:
     """One layer of each kind: plans make the same few operations of every method."""
     layer, x = converted(case, dtype=torch.float32), case.input(dtype=torch.float32)
