@@ -130,7 +130,9 @@ def test_als_improves_on_its_start(method: Factorization, ranks: tuple[int, ...]
 def test_block_terms_lie_between_their_bounds() -> None:
     """One block is Tucker; several lose what no sum of that many inner channels keeps, and less than Tucker as dear."""
     weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
-    assert error_at(BlockTerm(1, blocks=1), weight, (5, 6)) == pytest.approx(error_at(Tucker(1), weight, (5, 6)), abs=2e-3)
+    assert error_at(BlockTerm(1, blocks=1), weight, (5, 6)) == pytest.approx(
+        error_at(Tucker(1), weight, (5, 6)), abs=2e-3
+    )
     error = error_at(BlockTerm(1), weight, (2, 4))
     for axis, kept in ((0, 4 * 2), (1, 4 * 4)):
         values = np.linalg.svd(unfold(weight, [axis]).numpy(), compute_uv=False)

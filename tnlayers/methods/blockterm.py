@@ -5,7 +5,7 @@ Anal. Appl. 30, the type-2 decomposition in rank-(L, M, .) terms; the fit is the
 Lathauwer and Nion 2008). As layers: Chen, Jin, Kang, Feng and Yan, Sharing residual units through collective tensor
 factorization (2017), arXiv 1703.02180, where ResNeXt's bottleneck is a sum of such blocks.
 
-Block terms have no SVD, and ALS needs a start. Here the singular vectors of the output are dealt out to the blocks like cards,
+A sum of blocks has no SVD, and ALS needs a start. Here the singular vectors of the output are dealt out to the blocks like cards,
 and each block takes the best inputs for its own. What blocks of disjoint outputs lose adds up, so that the start's error is known
 before it is made. It vanishes when every output is dealt out and every block has all the inputs that it can use.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
-from tnlayers.linalg import decomposing, leading_subspace, relative_error, unfold
+from tnlayers.linalg import decomposing, leading_subspace, relative_error, tails, unfold
 from tnlayers.method import CONVOLUTIONS, Factorization
 from tnlayers.methods.tucker import Tucker
 from tnlayers.network import Indices, Network, window_of
@@ -34,7 +34,7 @@ __all__ = ["BlockTerm", "BlockTermConv2d"]
 _SWEEPS = 30
 _TOLERANCE = 1e-4  # of the relative error, between two sweeps
 _DAMPING = 1e-2  # of the squared error; see `_als`
-_MOST_WORK = 200_000_000_000  # multiply-accumulates of all sweeps, some ten seconds; above there are fewer sweeps
+_MOST_WORK = 100_000_000_000  # multiply-accumulates of all sweeps, some ten seconds; above there are fewer sweeps
 
 Block = tuple[Tensor, Tensor, Tensor]
 """The output's basis (o, r), the core (r, s, k) and the input's basis (i, s); both are orthonormal after a step of ALS."""
@@ -45,6 +45,8 @@ class BlockTerm(Factorization):
     """W[o,i,h,w] = sum_brs output[o,b,r] core[b,r,s,h,w] input[b,s,i]; rank = (rank_out, rank_in) = (r, s) of each block.
 
     At the same number of inner channels the core has `blocks` times fewer parameters and multiplications than that of `Tucker`.
+
+    Ranks that a rule chooses are those that the start of the fit needs, so that the error of the fit is smaller than asked.
 
     Args:
         blocks: how many, at most one for each output channel of a group.
@@ -88,25 +90,23 @@ class BlockTerm(Factorization):
             inputs = leading_subspace(unfold(tensor, [1]), min(unfold(tensor, [1]).shape))
             dealt = torch.tensordot(_dealt(tensor, blocks), tensor, dims=([0], [0]))  # (b, r, i, k)
             energy = torch.einsum("brik,is->brsk", dealt, inputs).square().sum(dim=-1)
-            of_block = energy.cumsum(dim=1).sort(dim=2).values.cumsum(dim=2).sum(dim=0)  # the worst s inputs of the first r outputs
-            undealt = energy.sum(dim=(0, 2)).flip(0).cumsum(0).flip(0)
-        total = float(undealt[0])
-        left_out, unused = of_block.cpu().numpy(), [*undealt.tolist()[1:], 0.0]
+            # of the first r outputs of every block, what is in its s weakest inputs
+            weakest = energy.cumsum(dim=1).sort(dim=2).values.cumsum(dim=2).sum(dim=0).cpu().numpy()
+        undealt = tails(energy.sum(dim=(0, 2)).tolist())
 
         def error(ranks: Ranks) -> float:
-            worst = left_out.shape[1] - ranks[1]
-            lost = unused[ranks[0] - 1] + (left_out.item(ranks[0] - 1, worst - 1) if worst > 0 else 0.0)
-            return lost / total if total > 0 else 0.0
+            dropped = weakest.shape[1] - ranks[1]
+            lost = undealt[ranks[0]] + (weakest.item(ranks[0] - 1, dropped - 1) if dropped > 0 else 0.0)
+            return lost / undealt[0] if undealt[0] > 0 else 0.0
 
         return error
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         shape, tensor = tuple(weight.shape), weight.flatten(2)
-        candidates = [_start(tensor, self.mode_sizes(shape)["b"], ranks)]
+        blocks = _start(tensor, self.mode_sizes(shape)["b"], ranks)
         if ranks != self.max_ranks(shape) and weight.any():
-            candidates.append(_als(tensor, candidates[0]))
-        best = min(reversed(candidates), key=lambda blocks: relative_error(tensor, sum(map(_product, blocks))))
-        outputs, cores, inputs = map(torch.stack, zip(*best, strict=True))
+            blocks = min(_als(tensor, blocks), blocks, key=lambda blocks: relative_error(tensor, _product(blocks)))
+        outputs, cores, inputs = map(torch.stack, zip(*blocks, strict=True))
         return {
             "input": inputs.mT,
             "core": cores.reshape(*cores.shape[:3], *shape[2:]),
@@ -149,15 +149,15 @@ def _als(tensor: Tensor, start: Sequence[Block]) -> list[Block]:
     A ridge weighs the norms of the blocks, as in `tnlayers.methods.cp`: every step lowers error^2 + ridge * sum_b ||block_b||^2, so that
     blocks that cancel each other cost more than they gain.
     """
-    blocks, rest = list(start), tensor - sum(map(_product, start))
+    blocks, rest = list(start), tensor - _product(start)
     size, left = tensor.square().sum(), rest.square().sum()
     work = tensor.numel() * len(blocks) * (3 * start[0][0].shape[1] + start[0][2].shape[1])
     for _ in range(min(_SWEEPS, 1 + _MOST_WORK // work)):
         ridge = _DAMPING * left / size
         for place, block in enumerate(blocks):
-            wanted = rest + _product(block)
+            wanted = rest + _product([block])
             blocks[place] = _improved(block, wanted, 1 + ridge)
-            rest = wanted - _product(blocks[place])
+            rest = wanted - _product([blocks[place]])
         before, left = left, rest.square().sum()
         if (before / size).sqrt() - (left / size).sqrt() <= _TOLERANCE:
             break
@@ -175,9 +175,10 @@ def _improved(block: Block, wanted: Tensor, damping: Tensor) -> Block:
     return output, torch.einsum("osk,or->rsk", seen, output) / damping, inputs
 
 
-def _product(block: Block) -> Tensor:
-    output, core, inputs = block
-    return torch.tensordot(output, torch.einsum("rsk,is->rik", core, inputs), dims=1)
+def _product(blocks: Sequence[Block]) -> Tensor:
+    """Returns (o, i, k), the sum of the blocks."""
+    outputs = torch.cat([output for output, _, _ in blocks], dim=1)
+    return torch.tensordot(outputs, torch.cat([torch.einsum("rsk,is->rik", *rest) for _, *rest in blocks]), dims=1)
 
 
 class BlockTermConv2d(FactorizedConv2d):
