@@ -14,6 +14,8 @@ from tnlayers import (
     SVD,
     ADTNConv2d,
     ADTNLinear,
+    BlockTerm,
+    BlockTermConv2d,
     CPConv2d,
     CPLinear,
     Factorization,
@@ -116,6 +118,7 @@ CASES = (
     Case(MPSConv2d, (3, 6, 8), (2, 4, 3), ("height", "width", "input", "output"), {"order": "h w i o"}),
     Case(LowRankConv2d, 6, 3, ("vertical", "horizontal"), trained=12),
     Case(SVDConv2d, 6, 3, ("filters", "output"), trained=12),
+    Case(BlockTermConv2d, (5, 3), (3, 2), ("input", "core", "output"), {"blocks": 2}, trained=4),
     Case(KroneckerConv2d, 5, 3, ("kernel", "matrix"), trained=8),
     Case(FactorizedConv2d, 3, 2, ("kernel", "matrix"), {"blocks": 4}, own=Blocks),
     Case(TTConv2d, (4, 6, 3), (3, 3, 2), ("spatial", "core1", "core2", "core3"), trained=6),
@@ -133,6 +136,7 @@ CASES = (
     Case(FactorizedConvTranspose1d, 3, 2, ("filters", "output"), own=SVD),
     Case(FactorizedConvTranspose2d, (4, 6, 5), (3, 3, 3), ("input", "height", "width", "output"), own=MPS),
     Case(FactorizedConvTranspose3d, 6, 3, ("depth", "plane"), own=LowRank),
+    Case(FactorizedConvTranspose3d, (3, 3), (2, 2), ("input", "core", "output"), {"blocks": 3}, own=BlockTerm),
     Case(ADTNLinear, 3, 2, ("layer1", "layer2", "layer3"), {"fit_steps": 20}, exact=False),
 )
 

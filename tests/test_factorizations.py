@@ -10,10 +10,24 @@ import numpy as np
 import pytest
 import tensorly
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.cases import CASES
-from tnlayers import CP, CPMatrix, Factorization, LayerSpec, TensorRing, TTConv, Tucker, TuckerMatrix, UserError
+from tnlayers import (
+    CP,
+    BlockTerm,
+    CPMatrix,
+    Factorization,
+    LayerSpec,
+    Rule,
+    TensorRing,
+    TTConv,
+    Tucker,
+    TuckerMatrix,
+    UserError,
+    tensorize,
+    to_chains,
+)
 from tnlayers.geometry import Geometry
 from tnlayers.linalg import left_singular_vectors, singular_values, unfold
 from tnlayers.methods import cp
@@ -36,7 +50,7 @@ def weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 METHODS = {case.name: case.method(1) for case in CASES if case.exact}
-UNCUT = (CP, TensorRing)
+UNCUT = (CP, BlockTerm, TensorRing)
 """Of these a bond is a hyperedge, or part of a loop."""
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -107,9 +121,30 @@ def test_hooi_improves_on_the_truncated_hosvd() -> None:
     assert error_at(Tucker(1), weight, (5, 6)) < math.sqrt(Tucker(1).error_estimate(weight)((5, 6)))
 
 
-def test_als_improves_on_its_start() -> None:
+@pytest.mark.parametrize(("method", "ranks"), [(CP(1), (24,)), (BlockTerm(1), (3, 6))], ids=["CP", "BlockTerm"])
+def test_als_improves_on_its_start(method: Factorization, ranks: tuple[int, ...]) -> None:
     weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
-    assert error_at(CP(1), weight, (24,)) < 0.95 * math.sqrt(CP(1).error_estimate(weight)((24,)))
+    assert error_at(method, weight, ranks) < 0.95 * math.sqrt(method.error_estimate(weight)(ranks))
+
+
+def test_block_terms_lie_between_their_bounds() -> None:
+    """One block is Tucker; several lose what no sum of that many inner channels keeps, and less than Tucker as dear."""
+    weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
+    assert error_at(BlockTerm(1, blocks=1), weight, (5, 6)) == pytest.approx(
+        error_at(Tucker(1), weight, (5, 6)), abs=2e-3
+    )
+    error = error_at(BlockTerm(1), weight, (2, 4))
+    for axis, kept in ((0, 4 * 2), (1, 4 * 4)):
+        values = np.linalg.svd(unfold(weight, [axis]).numpy(), compute_uv=False)
+        assert error >= math.sqrt((values[kept:] ** 2).sum() / (values**2).sum()) - 1e-12
+    assert error < error_at(Tucker(1), weight, (8, 7))  # 744 parameters, and 672 of the blocks
+
+
+def test_blocks_are_the_groups_of_one_convolution() -> None:
+    net = tensorize(nn.Sequential(nn.Conv2d(16, 24, 3, padding=1)), [Rule("0", BlockTerm((2, 3)))])
+    net[0].set_plan("factors")
+    first, core, last = to_chains(net)[0]
+    assert (first.out_channels, core.groups, core.weight.shape, last.in_channels) == (12, 4, (8, 3, 3, 3), 8)
 
 
 @every_method
@@ -155,7 +190,7 @@ def test_ranks_are_clamped_next_to_each_other(method: Factorization) -> None:
         for indices in network.indices.values():
             for bond in set(indices) & set(network.bonds):
                 others = math.prod(sizes[index] for index in indices if index != bond)
-                assert sizes[bond] <= others or isinstance(method, CP)
+                assert sizes[bond] <= others or isinstance(method, UNCUT)
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (1, 9)])
@@ -193,6 +228,7 @@ def test_a_ring_of_one_is_the_train() -> None:
     [
         (TensorRing, {"ring": 0}, "ring 0: expected the size of the bond"),
         (TensorRing, {"ring": True}, "ring True: expected the size of the bond"),
+        (BlockTerm, {"blocks": 0}, "blocks 0: expected how many blocks are summed"),
         (TuckerMatrix, {"in_shape": (2,) * 5}, "expected a tuple of at most 4 positive ints"),
     ],
 )

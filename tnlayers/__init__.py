@@ -18,6 +18,7 @@ from tnlayers.layers import (
 from tnlayers.matching import LoadReport
 from tnlayers.method import Factorization
 from tnlayers.methods.adtn import ADTN, ADTNConv2d, ADTNLinear
+from tnlayers.methods.blockterm import BlockTerm, BlockTermConv2d
 from tnlayers.methods.cp import CP, CPConv2d
 from tnlayers.methods.cpmatrix import CPLinear, CPMatrix
 from tnlayers.methods.fulltucker import FullTucker, FullTuckerConv2d
@@ -48,6 +49,8 @@ __all__ = [
     "TT",
     "ADTNConv2d",
     "ADTNLinear",
+    "BlockTerm",
+    "BlockTermConv2d",
     "CPConv2d",
     "CPLinear",
     "CPMatrix",

@@ -21,7 +21,8 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from tensorly.cp_tensor import CPTensor, cp_to_tensor
+from tensorly.cp_tensor import CPTensor
+from tensorly.tenalg import khatri_rao
 from torch import Tensor
 
 from tnlayers.layers import FactorizedConv2d
@@ -37,9 +38,7 @@ _TOLERANCE = 1e-6  # of the relative error, between two sweeps
 _DAMPING = 1e-2  # of the squared error; see `_als`
 _LEAST_RIDGE = 1e-12  # keeps the normal equations solvable where nothing is left
 _MOST_ENTRIES = 200_000_000  # of what a step of ALS holds; above, the closed form stays as it is
-_MOST_WORK = (
-    200_000_000_000  # multiply-accumulates of all sweeps: some minutes on two cores; above there are fewer sweeps
-)
+_MOST_WORK = 220_000_000_000  # multiply-accumulates of all sweeps, some fifteen seconds; above there are fewer sweeps
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -101,13 +100,10 @@ class CP(Factorization):
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         (rank,) = ranks
         tensor, names = self.tensor(weight)
-        candidates = [_orthogonal_terms(tensor, rank)]
-        fits = tensor.numel() // max(tensor.shape) * rank <= _MOST_ENTRIES
-        if rank < self.max_ranks(tuple(weight.shape))[0] and weight.any() and fits:
-            candidates.append(_fit(tensor, candidates[0]))
-        balanced = [dict(zip(names, _balanced(terms), strict=True)) for terms in candidates]
-        network = self.network(tuple(weight.shape))
-        return min(reversed(balanced), key=lambda factors: relative_error(weight, network.reconstruct(factors)))
+        terms = _orthogonal_terms(tensor, rank)
+        if rank < self.max_ranks(tuple(weight.shape))[0] and weight.any() and _sweeps(_core_shape(tensor, rank), rank):
+            terms = min(_fit(tensor, terms), terms, key=lambda terms: relative_error(tensor, _product(terms)))
+        return dict(zip(names, _balanced(terms), strict=True))
 
 
 @lru_cache
@@ -142,13 +138,24 @@ def _orthogonal_terms(tensor: Tensor, rank: int) -> CPTensor:
 
 def _fit(tensor: Tensor, start: CPTensor) -> CPTensor:
     """Runs ALS on the tensor compressed to the matrix subspaces that the rank can use (Tucker first: the core is smaller)."""
-    rank, norm = start.rank, torch.linalg.vector_norm(tensor)
-    first = left_singular_vectors(unfold(tensor, [0]))[:, :rank]
-    second = left_singular_vectors(unfold(tensor, [1]))[:, :rank]
+    norm, (size_first, size_second, *_) = torch.linalg.vector_norm(tensor), _core_shape(tensor, start.rank)
+    first = left_singular_vectors(unfold(tensor, [0]))[:, :size_first]
+    second = left_singular_vectors(unfold(tensor, [1]))[:, :size_second]
     core = torch.einsum("oi...,or,is->rs...", tensor / norm, first, second)
     factors = [first.mT @ start.factors[0] / norm, second.mT @ start.factors[1], *start.factors[2:]]
     weights, factors = _als(core, factors)
     return CPTensor((norm * weights, [first @ factors[0], second @ factors[1], *factors[2:]]))
+
+
+def _core_shape(tensor: Tensor, rank: int) -> tuple[int, ...]:
+    return (*(min(size, rank) for size in tensor.shape[:2]), *tensor.shape[2:])
+
+
+def _sweeps(shape: Sequence[int], rank: int) -> int:
+    """Returns how many sweeps over a tensor of this shape are worth their time: fewer, at last none, as it and the rank grow."""
+    if max(map(math.prod, _halves(shape))) * rank > _MOST_ENTRIES:
+        return 0
+    return min(_SWEEPS, _MOST_WORK // (2 * math.prod(shape) * rank + len(shape) * rank**3))
 
 
 def _als(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -162,40 +169,56 @@ def _als(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
     for mode, factor in enumerate(factors):
         length = torch.linalg.vector_norm(factor, dim=0)
         norms, factors[mode] = norms * length, factor / length.clamp_min(_TINY)
-    size, left = core.square().sum(), (core - _product(norms, factors)).square().sum()
-    work = core.dim() * core.numel() * len(norms)
-    for _ in range(min(_SWEEPS, 1 + _MOST_WORK // work)):
-        for mode in range(core.dim()):
-            gram = torch.ones_like(factors[0].mT @ factors[0])
-            for other, factor in enumerate(factors):
-                gram = gram if other == mode else gram * (factor.mT @ factor)
-            projected = _contracted(core, factors, mode)
-            ridge = (_DAMPING * left).clamp_min(_LEAST_RIDGE)
-            solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), projected.mT).mT
-            norms = torch.linalg.vector_norm(solved, dim=0)
-            factors[mode] = solved / norms.clamp_min(_TINY)
+    size, left = core.square().sum(), (core - _product(CPTensor((norms, factors)))).square().sum()
+    grams = [factor.mT @ factor for factor in factors]
+    split = len(_halves(core.shape)[0])
+    matrix = core.flatten(split).flatten(0, split - 1)
+    halves = ((range(split), matrix), (range(split, core.dim()), matrix.mT))
+    for _ in range(_sweeps(core.shape, len(norms))):
+        for modes, unfolded in halves:
+            product = unfolded @ _joined([factor for other, factor in enumerate(factors) if other not in modes])
+            product = product.unflatten(0, [core.shape[mode] for mode in modes])
+            for mode in modes:
+                projected = _contracted(product, [factors[other] for other in modes], mode - modes[0])
+                gram = torch.stack(grams[:mode] + grams[mode + 1 :]).prod(dim=0)
+                ridge = (_DAMPING * left).clamp_min(_LEAST_RIDGE)
+                solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), projected.mT).mT
+                norms = torch.linalg.vector_norm(solved, dim=0)
+                factors[mode] = solved / norms.clamp_min(_TINY)
+                grams[mode] = factors[mode].mT @ factors[mode]
         before, left = left, (size - 2 * (projected * solved).sum() + (gram * (solved.mT @ solved)).sum()).clamp_min(0)
         if before.sqrt() - left.sqrt() <= _TOLERANCE:
             break
     return norms, factors
 
 
-def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
-    """Returns (n, r), the tensor times each term's vectors of all modes but one; nothing between is as large as their products."""
-    first, *others = sorted(
-        (axis for axis in range(tensor.dim()) if axis != mode), key=lambda axis: -tensor.shape[axis]
-    )
-    held = [axis for axis in range(tensor.dim()) if axis != first]
-    product = torch.tensordot(tensor, factors[first], dims=([first], [0]))
-    for axis in others:
-        place = held.index(axis)
-        product = torch.linalg.vecdot(product.movedim(place, -2), factors[axis], dim=-2)
-        held.remove(axis)
+def _halves(shape: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Splits the modes in two whose products are as even as their order allows.
+
+    What a tensor is when multiplied by the terms' vectors of one half serves every mode of the other (Phan, Tichavsky and
+    Cichocki 2013, Fast alternating LS algorithms for high order CANDECOMP/PARAFAC), and is small.
+    """
+    splits = [(shape[:n], shape[n:]) for n in range(1, len(shape))]
+    return min(splits, key=lambda halves: max(map(math.prod, halves)))
+
+
+def _contracted(product: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
+    """Returns (n, r): of (n1, n2, ..., r) all modes but one are summed with each term's vectors."""
+    for axis in reversed(range(len(factors))):
+        if axis != mode:
+            product = torch.linalg.vecdot(product.movedim(axis, -2), factors[axis], dim=-2)
     return product
 
 
-def _product(norms: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    return cp_to_tensor(CPTensor((norms, list(factors))))
+def _joined(factors: Sequence[Tensor]) -> Tensor:
+    """Returns (n1 n2 ..., r), the products of each term's vectors."""
+    return khatri_rao(factors) if len(factors) > 1 else factors[0]
+
+
+def _product(terms: CPTensor) -> Tensor:
+    """Returns the tensor that the terms make, by the halves of its modes: TensorLy holds all modes but one of every term."""
+    split = len(_halves(terms.shape)[0])
+    return (_joined(terms.factors[:split]) * terms.weights @ _joined(terms.factors[split:]).mT).reshape(terms.shape)
 
 
 def _balanced(terms: CPTensor) -> list[Tensor]:
