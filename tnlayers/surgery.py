@@ -1,5 +1,6 @@
 """From rules to the layers of a model, and back. Ranks are decided first; weights are touched second."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -137,7 +138,14 @@ def tensorize(
     Raises:
         ValueError: what `resolve` raises.
     """
-    chosen = {name: choice for name, choice in _resolved(model, rules, example_input, init).items() if choice.spec}
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    model = _tensorized(model, _resolved(model, rules, example_input, init), init)
+    warn_of_optimizers(before, model)
+    return model
+
+
+def _tensorized(model: Model, resolved: Mapping[str, Choice], init: Init) -> Model:
+    chosen = {name: choice for name, choice in resolved.items() if choice.spec}
     model = open_in_place(model, chosen)
     layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in chosen}
     for name, choice in list(chosen.items()):
@@ -152,10 +160,7 @@ def tensorize(
     limit = num_params(model, dense=True)
     dense = {name: layer.to_dense() if isinstance(layer, FactorizedLayer) else layer for name, layer in layers.items()}
     made = factorize(dense, chosen, init, limit)
-    before = set(model.parameters())
-    model = replace_layers(model, {layers[name]: made[name] for name in made})
-    warn_of_optimizers(before.difference(model.parameters()))
-    return model
+    return replace_layers(model, {layers[name]: made[name] for name in made})
 
 
 def factorize(

@@ -67,25 +67,24 @@ def opened_view(model: Model) -> Model:
     All parameters, buffers and modules are shared with the model, except for the opened ones and those above them. So it
     shows which layers there are and how they are called, and changes of its parameters are changes of the model's.
     """
-    made: dict[nn.Module, nn.Module] = {}
-
-    def view(module: nn.Module, parent: nn.Module | None) -> nn.Module:
-        if module in made:
-            return made[module]
-        opened = _open_within(parent, module)
-        made[module] = opened or module
-        if opened:
-            opened.in_view = True
-        children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
-        seen = {name: view(child, module) for name, child in children.items()}
-        if any(seen[name] is not child for name, child in children.items()):
-            made[module] = twin(module, type(module))
-            made[module]._modules.update(seen)
-        return made[module]
-
-    seen = view(model, None)
+    seen = _view(model, None, {})
     choose_fast_paths(seen)
     return seen  # type: ignore[return-value]
+
+
+def _view(module: nn.Module, parent: nn.Module | None, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in made:
+        return made[module]
+    opened = _open_within(parent, module)
+    made[module] = opened or module
+    if opened:
+        opened.in_view = True
+    children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
+    seen = {name: _view(child, module, made) for name, child in children.items()}
+    if any(seen[name] is not child for name, child in children.items()):
+        made[module] = twin(module, type(module))
+        made[module]._modules.update(seen)
+    return made[module]
 
 
 def open_in_place(model: Model, names: Iterable[str]) -> Model:
