@@ -26,6 +26,7 @@ from tests.cases import CASES, GEOMETRIES, Case
 from tests.processes import HANGING
 from tnlayers import (
     CP,
+    SVD,
     TT,
     FactorizedLayer,
     LayerSpec,
@@ -460,6 +461,25 @@ def test_a_budget_of_the_whole_model_is_what_torch_counts(budget: Any, rules: st
     assert 0.98 * smaller.fraction <= fraction_kept(net, budget, X, of="model") <= smaller.fraction
     tensorize(net, [Rule("[wp]*", Tucker(budget(0.5, of="model")))], example_input=X)
     assert 0.98 * 0.5 <= fraction_kept(net, budget, X, of="model") <= 0.5
+
+
+class ReadsWeights(nn.Module):
+    """Reads dtypes of weights, as Hugging Face's T5, ViT and CLIP do, and gives a weight to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x.to(self.wide.weight.dtype)).relu()
+        return F.linear(self.back(x.to(self.back.weight.dtype)), self.back.weight.t())
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.7, 0.9])
+def test_weights_that_are_read_do_not_overdraw_a_budget(fraction: float) -> None:
+    dense, x = ReadsWeights(), torch.randn(32, 64)
+    net = tensorize(copy.deepcopy(dense), [Rule("*", SVD(MacsKept(fraction, of="model")))], example_input=x)
+    assert 0.99 * fraction <= torch_counts(net, x) / torch_counts(dense, x) <= fraction
 
 
 def test_whole_models_that_cannot_be_had() -> None:
