@@ -236,6 +236,30 @@ class Calls(nn.Module):
         return self.function(*args, **kwargs)
 
 
+class Token(nn.Module):
+    """Gives a view of a parameter to a module, as Hugging Face's Perceiver does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.linear = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.token.expand(len(x), -1))
+
+
+class Force(nn.Module):
+    """Returns the gradient of an energy with respect to positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+
 S, Q = torch.randn(3, 5, 6), torch.randn(2, 4, 5, 8)
 ATTENTION = 2 * 4 * 5 * 5 * (8 + 8)
 ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
@@ -273,6 +297,8 @@ OPERATIONS: dict[str, tuple[nn.Module, Example, int]] = {
         torch.randn(1, 4, 8, 8),
         64 * 4 * 3 * 9,
     ),
+    "a view of a parameter": (Token(), torch.randn(3, 4), 3 * 20),
+    "a gradient": (Force(), torch.randn(3, 4), 2 * 3 * (20 + 5)),
     "interpolation": (nn.Upsample(scale_factor=2, mode="bilinear"), PICTURE, 0),
 }
 
