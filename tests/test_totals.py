@@ -46,6 +46,7 @@ from tnlayers import (
     rules_of,
     summarize,
     tensorize,
+    to_dense,
     truncate,
 )
 from tnlayers.counting import count_macs
@@ -438,6 +439,46 @@ def test_macs_of_a_layer_that_is_never_called_are_not_known() -> None:
     assert (summary.other.macs, summary.totals.macs) == (256, 512)
     with pytest.raises(UserError, match="give an example_input that reaches 'read'"):
         resolve(net, [Rule("read", TT(MacsKept(0.5)))], x)
+
+
+class Listed(nn.Module):
+    """Calls its layers through something that is no module."""
+
+    def __init__(self, hold: Callable[[nn.Module, nn.Module], Any], take: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.LSTM(16, 16)
+        self.held, self.take = hold(self.first, self.second), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.take(self.held)
+        return second(first(x))[0]
+
+
+HOLDERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "list": (lambda *layers: [*layers], list),
+    "tuple": (lambda *layers: layers, list),
+    "dict": (lambda *layers: dict(zip("ab", layers, strict=True)), lambda held: held.values()),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_layers_in_plain_lists_are_replaced(holder: str) -> None:
+    net, x = Listed(*HOLDERS[holder]), torch.randn(3, 2, 16)
+    dense = torch_counts(net.double(), x.double())
+    tensorize(net, [Rule("*", SVD(2))])
+    assert torch_counts(net, x.double()) < dense / 2
+    summary = summarize(net, x.double(), measure=False)
+    assert (summary.totals.dense_macs, summary.other.macs) == (dense // 3, 0)
+    assert not any(row.note for row in summary.layers)
+    to_dense(net)
+    assert torch_counts(net, x.double()) == dense
+
+
+def test_a_layer_that_is_called_behind_the_back_of_the_model_is_said_never_to_be() -> None:
+    net, x = Listed(lambda *layers: lambda: layers, lambda held: held()), torch.randn(3, 2, 16)
+    first, *others = summarize(tensorize(net, [Rule("first", SVD(2))]), x, measure=False).layers
+    assert (first.method, first.macs, first.note) == ("SVD", 0, "the example input never calls it")
+    assert others[-1].macs > 0
 
 
 # ---- budgets of the whole model

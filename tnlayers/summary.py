@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class LayerSummary:
             counted. A weight that another module uses itself is counted there, or in the row of other operations.
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
-        note: why the layer is dense, or what it shares with others.
+        note: why the layer is dense, what it shares with others, or that the example input never calls it.
         remark: what else there is to say of its factors, such as a CP's degeneracy.
     """
 
@@ -198,7 +198,7 @@ def summarize(
         if tensorized
         else counted
     )
-    notes = _notes(model, owners, rules)
+    notes = _notes(model, owners, rules, inputs)
     num_params_of = _params(owners)
     layers = []
     reference = opened_view(reference) if reference else None
@@ -242,7 +242,9 @@ def _params(owners: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Rule]) -> dict[str, str]:
+def _notes(
+    model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Rule], called: Container[str]
+) -> dict[str, str]:
     """Returns why each module is as it is: the rules' reasons, or what keeps it from being replaced."""
     reasons = {rule.pattern: rule.reason for rule in rules}
     notes = {}
@@ -253,7 +255,9 @@ def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Ru
         note = reasons.get(name, "") or "; ".join(sorted(within - {""}))
         if isinstance(layer, FactorizedLayer):
             generator = generator_of(layer.spec.method)
-            notes[name] = f"made by generator {generator!r}, whose parameters count once" if generator else note
+            note = f"made by generator {generator!r}, whose parameters count once" if generator else note
+            uncalled = "" if name in called else "the example input never calls it"
+            notes[name] = "; ".join(filter(None, (note, uncalled)))
         else:
             notes[name] = note or kind_refusal(model, name) or ("no rule takes it" if rules else "")
     return notes
