@@ -1,5 +1,6 @@
 """What was gained: parameters, multiply-accumulates, time and error, for each layer and in all."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,14 +22,19 @@ from tnlayers.reasons import kind_of, kind_refusal, weight_owners, weight_shape
 from tnlayers.rules import Rule
 from tnlayers.tracing import Example, arguments_of, evaluating, layer_inputs, num_samples, tensors_in
 
-__all__ = ["LayerSummary", "Summary", "Totals", "kept", "summarize"]
+__all__ = ["LayerSummary", "Summary", "Totals", "kept", "percent", "summarize"]
 
 _RUNS, _SECONDS = 9, 0.2  # at least so many calls of each, and for so long: short calls need more of them
 
 
 def kept(count: int, dense: int) -> float:
-    """Returns the fraction that is left of what the dense model has; all of it is left where that is nothing."""
-    return count / dense if dense else 1.0
+    """Returns the fraction that is left of what the dense model has; of nothing, 1 if it is still nothing, else infinity."""
+    return count / dense if dense else math.inf if count else 1.0
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Writes what is left as percents; a dash where there was nothing, as for the multiply-accumulates of an embedding."""
+    return f"{fraction:.{digits}%}" if math.isfinite(fraction) else "-"
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,9 @@ class Summary:
 def _costs(entry: LayerSummary | Totals) -> list[str]:
     return [
         f"{entry.params:,}",
-        f"{kept(entry.params, entry.dense_params):.1%}",
+        percent(kept(entry.params, entry.dense_params)),
         f"{entry.macs:,}",
-        f"{kept(entry.macs, entry.dense_macs):.1%}",
+        percent(kept(entry.macs, entry.dense_macs)),
     ]
 
 
