@@ -86,6 +86,7 @@ def plot_accuracy(summary: Summary, accuracy: dict[str, float]) -> Figure:
     kept = {"parameters": totals.params_kept, "MACs": totals.macs_kept}
     if totals.seconds and totals.dense_seconds:
         kept["time"] = totals.seconds / totals.dense_seconds
+    kept = {name: value for name, value in kept.items() if math.isfinite(value)}
     bars = right.bar(list(kept), [100 * value for value in kept.values()], width=0.6, color=_OURS)
     right.bar_label(bars, fmt="%.0f", fontsize=9)
     right.axhline(100, color=INK, linewidth=0.8, linestyle=":")

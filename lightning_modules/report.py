@@ -16,7 +16,7 @@ from rich.table import Table
 from lightning_modules.plots import plot_accuracy, plot_layers, png
 from tnlayers import Summary
 from tnlayers.files import write_files
-from tnlayers.summary import LayerSummary, Totals, kept
+from tnlayers.summary import LayerSummary, Totals, kept, percent
 
 __all__ = ["Report", "environment"]
 
@@ -57,8 +57,8 @@ class Report:
     def sentences(self) -> list[str]:
         totals = self.summary.totals
         lines = [
-            f"parameters  {totals.dense_params:,} -> {totals.params:,} ({totals.params_kept:.1%} kept)",
-            f"MACs        {totals.dense_macs:,} -> {totals.macs:,} ({totals.macs_kept:.1%} kept), for one sample",
+            f"parameters  {totals.dense_params:,} -> {totals.params:,} ({percent(totals.params_kept)} kept)",
+            f"MACs        {totals.dense_macs:,} -> {totals.macs:,} ({percent(totals.macs_kept)} kept), for one sample",
         ]
         if self.summary.unknown:
             lines.append(f"not counted {', '.join(self.summary.unknown)}: no formula is known for what they do")
@@ -111,9 +111,9 @@ def _figures(entry: LayerSummary | Totals, error: float | None) -> list[str]:
     speed = f"{entry.dense_seconds / entry.seconds:.2f}x" if entry.seconds and entry.dense_seconds else ""
     return [
         f"{entry.params:,}",
-        f"{kept(entry.params, entry.dense_params):.0%}",
+        percent(kept(entry.params, entry.dense_params), 0),
         f"{entry.macs / 1e6:.2f}M",
-        f"{kept(entry.macs, entry.dense_macs):.0%}",
+        percent(kept(entry.macs, entry.dense_macs), 0),
         "" if error is None else f"{error:.3f}",
         speed,
     ]

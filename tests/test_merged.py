@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
-from tnlayers import ADTN, FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, TuckerConv2d, tensorize
+from tnlayers import ADTN, SVD, FactorizedLayer, MacsKept, Rule, TTLinear, Tucker, TuckerConv2d, tensorize
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -45,10 +46,16 @@ class Scene:
 
     def assert_present(self) -> None:
         """Against the dense layer of the factors as they are now."""
-        expected = self.layer.to_dense()(self.x).detach()
+        dense = self.layer.to_dense()
         for context in (torch.no_grad, torch.inference_mode):
-            found, scale = self.look(context).clone(), expected.norm() + 1
-            torch.testing.assert_close(found / scale, expected / scale, **FLOAT64)
+            pairs = [(self.look(context), dense(self.x)), (self.read(context), dense.weight)]
+            for found, expected in pairs:
+                scale = expected.norm() + 1
+                torch.testing.assert_close(found.clone() / scale, expected.detach() / scale, **FLOAT64)
+
+    def read(self, context: Callable[[], Any] = torch.no_grad) -> Tensor:
+        with context():
+            return self.layer.weight
 
     def backward(self) -> None:
         self.layer(self.x).square().mean().backward()
@@ -69,6 +76,10 @@ class Scene:
         """Uncounted, so `eval()` follows."""
         next(iter(self.layer.factors.values())).data.mul_(-1.5)
         self.layer.eval()
+
+    def write_to_the_weight(self) -> None:
+        """It is the layer's factors that make it, whatever becomes of one that was read."""
+        self.read().mul_(-1.5)
 
     def exchange(self) -> None:
         factor = next(iter(self.layer.factors.values()))
@@ -98,6 +109,8 @@ EVENTS: tuple[Event, ...] = (
     lambda scene: scene.layer.eval(),
     lambda scene: scene.look(),
     lambda scene: scene.look(torch.inference_mode),
+    Scene.read,
+    Scene.write_to_the_weight,
     Scene.backward,
     Scene.backward,
     Scene.gradients_by_hand,
@@ -293,6 +306,49 @@ def test_every_layer_is_a_constant_in_evaluation(case: Case, form: Form) -> None
         out, names = form(layer, x)
         torch.testing.assert_close(out, layer(x), **FLOAT32)
     assert contractions(names) == (len(layer.plan.steps) if case.layer.dense_type is nn.Linear else 0), names
+
+
+class ReadsWeights(nn.Module):
+    """Reads the dtype of a weight, as Hugging Face's T5, ViT and CLIP do, and gives the weight to a function, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(30, 28)
+        tensorize(self, [Rule("*", SVD(4), plan="factors")]).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.layer(x.to(self.layer.weight.dtype)), self.layer.weight.t())
+
+
+@ignores_deprecation
+@every_form
+def test_a_weight_that_is_read_is_a_constant_in_evaluation(form: Form) -> None:
+    """Once it was read, without gradients; the layer has two products of its own, and the function one."""
+    net, x = ReadsWeights(), torch.randn(4, 30)
+    with torch.no_grad():
+        expected = net(x)
+        out, names = form(net, x)
+    torch.testing.assert_close(out, expected, **FLOAT32)
+    assert contractions(names) == 3, names
+    net.layer.load_state_dict({name: -value for name, value in net.layer.state_dict().items()})
+    with torch.no_grad():
+        out, names = form(net, x)
+        torch.testing.assert_close(out, F.linear(net.layer(x), net.layer.to_dense().weight.t()), **FLOAT32)
+    assert contractions(names) == 3, names
+
+
+def test_a_weight_is_kept_where_it_is_read() -> None:
+    layer = TTLinear(30, 28, rank=4).eval()
+    with torch.no_grad():
+        layer(torch.randn(4, 30))
+        assert layer._whole is None
+        assert layer.weight is layer.weight
+    assert layer.weight.requires_grad
+    assert layer.train()._whole is None
+    with torch.no_grad():
+        assert layer.weight is not layer.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.weight.dtype is layer.eval().weight.dtype is torch.float32
 
 
 def test_built_in_inference_mode_weights_are_kept() -> None:

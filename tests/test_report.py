@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from lightning_modules.folders import whole_folder
 from lightning_modules.locks import FolderInUse
@@ -19,7 +20,7 @@ from lightning_modules.nets import build_net
 from lightning_modules.plots import plot_accuracy, plot_layers
 from lightning_modules.report import Report
 from tests.processes import HANGING
-from tnlayers import Summary, rules_from_plain, summarize, tensorize
+from tnlayers import LowRank, Rule, Summary, rules_from_plain, summarize, tensorize
 from tnlayers.markdown import markdown_table
 
 RULES = [
@@ -71,6 +72,19 @@ def test_json_adds_up_and_agrees(summary: Summary, tmp_path: Path) -> None:
 def test_markdown_table() -> None:
     text = markdown_table(["name", "a|b"], [["x|y", 1]], numbers=[1])
     assert text == "| name | a\\|b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_no_fraction_is_kept_of_nothing() -> None:
+    """A look-up multiplies nothing, its factors do: that is not all of it."""
+    net = tensorize(nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 16)), [Rule("0", LowRank(4))])
+    summary = summarize(net, torch.zeros(2, 3, dtype=torch.long), measure=False)
+    headings, (row, *_) = summary.table()
+    place = headings.index("MACs")
+    assert row[place : place + 2] == ["192", "-"]
+    report, console = Report("net", summary, {}), Console(file=StringIO(), width=80)
+    report.show(console)
+    plot_accuracy(summarize(net[:1], torch.zeros(2, 3, dtype=torch.long), measure=False), STAGES)
+    assert re.search(r"0 +LowRank 4 .* 0\.00M +- ", console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_markdown_agrees(summary: Summary, tmp_path: Path) -> None:

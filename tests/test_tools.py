@@ -171,6 +171,20 @@ def test_gradients_of_each_sample(kind: str) -> None:
             assert_close(found[name][place], gradient, **FLOAT32)
 
 
+@every_layer
+def test_layers_of_many_inputs_at_once(case: Case) -> None:
+    """Also of pictures whose channels lie last."""
+    layer = case.convert(case.dense(), case.rank)
+    layer.set_plan("factors")
+    x = torch.stack([case.input(), case.input().flip(0)])
+    layouts = [x, x.movedim(2, -1).contiguous().movedim(-1, 2)] if x.dim() == 5 else [x]
+    for mode in (torch.enable_grad, torch.no_grad):
+        layer.train(mode is torch.enable_grad)
+        for each in layouts:
+            with mode():
+                assert_close(torch.vmap(layer)(each), torch.stack([layer(part) for part in each]), **FLOAT64)
+
+
 # ---- tools that know only torch's own layers
 
 

@@ -26,6 +26,7 @@ from tests.cases import CASES, GEOMETRIES, Case
 from tests.processes import HANGING
 from tnlayers import (
     CP,
+    SVD,
     TT,
     FactorizedLayer,
     LayerSpec,
@@ -45,6 +46,7 @@ from tnlayers import (
     rules_of,
     summarize,
     tensorize,
+    to_dense,
     truncate,
 )
 from tnlayers.counting import count_macs
@@ -235,6 +237,30 @@ class Calls(nn.Module):
         return self.function(*args, **kwargs)
 
 
+class Token(nn.Module):
+    """Gives a view of a parameter to a module, as Hugging Face's Perceiver does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.linear = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.token.expand(len(x), -1))
+
+
+class Force(nn.Module):
+    """Returns the gradient of an energy with respect to positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+
 S, Q = torch.randn(3, 5, 6), torch.randn(2, 4, 5, 8)
 ATTENTION = 2 * 4 * 5 * 5 * (8 + 8)
 ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
@@ -272,6 +298,8 @@ OPERATIONS: dict[str, tuple[nn.Module, Example, int]] = {
         torch.randn(1, 4, 8, 8),
         64 * 4 * 3 * 9,
     ),
+    "a view of a parameter": (Token(), torch.randn(3, 4), 3 * 20),
+    "a gradient": (Force(), torch.randn(3, 4), 2 * 3 * (20 + 5)),
     "interpolation": (nn.Upsample(scale_factor=2, mode="bilinear"), PICTURE, 0),
 }
 
@@ -413,6 +441,46 @@ def test_macs_of_a_layer_that_is_never_called_are_not_known() -> None:
         resolve(net, [Rule("read", TT(MacsKept(0.5)))], x)
 
 
+class Listed(nn.Module):
+    """Calls its layers through something that is no module."""
+
+    def __init__(self, hold: Callable[[nn.Module, nn.Module], Any], take: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.LSTM(16, 16)
+        self.held, self.take = hold(self.first, self.second), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.take(self.held)
+        return second(first(x))[0]
+
+
+HOLDERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "list": (lambda *layers: [*layers], list),
+    "tuple": (lambda *layers: layers, list),
+    "dict": (lambda *layers: dict(zip("ab", layers, strict=True)), lambda held: held.values()),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_layers_in_plain_lists_are_replaced(holder: str) -> None:
+    net, x = Listed(*HOLDERS[holder]), torch.randn(3, 2, 16)
+    dense = torch_counts(net.double(), x.double())
+    tensorize(net, [Rule("*", SVD(2))])
+    assert torch_counts(net, x.double()) < dense / 2
+    summary = summarize(net, x.double(), measure=False)
+    assert (summary.totals.dense_macs, summary.other.macs) == (dense // 3, 0)
+    assert not any(row.note for row in summary.layers)
+    to_dense(net)
+    assert torch_counts(net, x.double()) == dense
+
+
+def test_a_layer_that_is_called_behind_the_back_of_the_model_is_said_never_to_be() -> None:
+    net, x = Listed(lambda *layers: lambda: layers, lambda held: held()), torch.randn(3, 2, 16)
+    first, *others = summarize(tensorize(net, [Rule("first", SVD(2))]), x, measure=False).layers
+    assert (first.method, first.macs, first.note) == ("SVD", 0, "the example input never calls it")
+    assert others[-1].macs > 0
+
+
 # ---- budgets of the whole model
 
 
@@ -460,6 +528,25 @@ def test_a_budget_of_the_whole_model_is_what_torch_counts(budget: Any, rules: st
     assert 0.98 * smaller.fraction <= fraction_kept(net, budget, X, of="model") <= smaller.fraction
     tensorize(net, [Rule("[wp]*", Tucker(budget(0.5, of="model")))], example_input=X)
     assert 0.98 * 0.5 <= fraction_kept(net, budget, X, of="model") <= 0.5
+
+
+class ReadsWeights(nn.Module):
+    """Reads dtypes of weights, as Hugging Face's T5, ViT and CLIP do, and gives a weight to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x.to(self.wide.weight.dtype)).relu()
+        return F.linear(self.back(x.to(self.back.weight.dtype)), self.back.weight.t())
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.7, 0.9])
+def test_weights_that_are_read_do_not_overdraw_a_budget(fraction: float) -> None:
+    dense, x = ReadsWeights(), torch.randn(32, 64)
+    net = tensorize(copy.deepcopy(dense), [Rule("*", SVD(MacsKept(fraction, of="model")))], example_input=x)
+    assert 0.99 * fraction <= torch_counts(net, x) / torch_counts(dense, x) <= fraction
 
 
 def test_whole_models_that_cannot_be_had() -> None:

@@ -51,7 +51,7 @@ def _chain(layer: FactorizedLayer) -> nn.Sequential:
             "by `to_dense`, or leave it by giving rules for the others"
         )
     with torch.no_grad():
-        weights = layer._merge()
+        weights = layer._make("_merged")
     made: OrderedDict[str, nn.Module] = OrderedDict()
     for group, step, weight in zip(plan.groups, plan.steps, weights, strict=True):
         name, last = "_".join(group), step is plan.steps[-1]

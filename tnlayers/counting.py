@@ -5,12 +5,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # there is no public way to see operators
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from tnlayers.dense_form import dense_form
 from tnlayers.factorized import FactorizedLayer
@@ -53,6 +54,9 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
     """
     args, kwargs = arguments_of(example_input)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = (
+        _Everywhere()
+    )  # torch's own hooks gradients, which fails for views and gradients within a forward
     unknown = _Unknown(model, counter.flop_registry)
     own: dict[str, int] = {}
     eager = torch.compiler.set_stance("force_eager")  # a compiled graph has no operators to be seen
@@ -91,6 +95,16 @@ def whole_cost(model: nn.Module, example_input: Example | None, *, by_macs: bool
     if not any(isinstance(module, FactorizedLayer) for module in model.modules()):
         return present, present
     return present, count_macs(dense_form(model), example_input).total
+
+
+class _Everywhere(ModuleTracker):
+    """Tells torch's counter of no module that is called: all is counted together."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 @contextmanager

@@ -259,10 +259,8 @@ class FactorizedEmbedding(FactorizedLayer):
             rows = rows.masked_fill((input.reshape(-1) == self.padding_idx)[:, None], 0)
         return rows.reshape(*input.shape, self.embedding_dim)
 
-    @property
-    def weight(self) -> Tensor:
-        """The table that the factors make, differentiable in them."""
-        return self._padded(super().weight)
+    def _dense_weight(self) -> Tensor:
+        return self._padded(super()._dense_weight())
 
     def to_dense(self) -> nn.Module:
         dense = super().to_dense()

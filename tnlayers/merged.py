@@ -1,5 +1,7 @@
 """The merged weights of a layer's plan, kept while it evaluates: there they do not change from call to call.
 
+So is the dense weight of a layer whose `.weight` is read, as by `x.to(layer.weight.dtype)`.
+
 A graph that is compiled, exported or traced cannot ask whether a factor has changed since. So what is kept is made before it:
 by `eval()`, by a load and by a move to another device or dtype. Eager calls ask each time.
 """
@@ -7,7 +9,7 @@ by `eval()`, by a load and by a move to another device or dtype. Eager calls ask
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,6 +25,8 @@ from tnlayers.spec import LayerSpec
 
 __all__ = ["Merged", "Merging"]
 
+_Kept = Literal["_merged", "_whole"]
+
 
 class Merged:
     """Weights, and what tells whether they are still those of their factors.
@@ -31,7 +35,7 @@ class Merged:
     another process is seen at the next `eval()`.
 
     Attributes:
-        weights: the merged weight of each step of the plan.
+        weights: the merged weight of each step of the plan, or the dense weight alone.
         factors: the parameters that they were made of.
         stepped: whether an optimizer of one of the factors has taken a step since.
         checked: whether they were made by a forward call. Those made by `eval()` are merged once more, since callers often
@@ -41,7 +45,9 @@ class Merged:
     def __init__(self, weights: list[Tensor], factors: Sequence[nn.Parameter], *, checked: bool) -> None:
         self.weights, self.factors, self.checked, self.stepped = weights, list(factors), checked, False
         self._aliases = [factor.detach() for factor in factors]  # their memory is not given to another tensor
-        self._counts = [factor._version for factor in factors]
+        self._counts = [
+            value._version for value in (*factors, *weights)
+        ]  # code that reads a dense weight may write to it
         _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Sequence[Tensor]) -> bool:
@@ -50,10 +56,9 @@ class Merged:
 
     def unwritten(self) -> bool:
         """Tells whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
-        return not self.stepped and all(
-            factor._version == count and _lies_as(factor, alias)
-            for factor, count, alias in zip(self.factors, self._counts, self._aliases, strict=True)
-        )
+        if self.stepped or [value._version for value in (*self.factors, *self.weights)] != self._counts:
+            return False
+        return all(_lies_as(factor, alias) for factor, alias in zip(self.factors, self._aliases, strict=True))
 
 
 @cache
@@ -93,6 +98,7 @@ class Merging(Leaf):
     spec: LayerSpec
     plan: Plan | Lookup
     _merged: Merged | None
+    _whole: Merged | None = None
     _held: list[Tensor] | None = None
 
     def __init__(self) -> None:
@@ -114,8 +120,12 @@ class Merging(Leaf):
     def weight(self) -> Tensor:
         """The dense weight that the factors make, as the torch layer stores it, differentiable in them.
 
-        It is built at each access, so code that gives it to a function, as in `F.linear(x, layer.weight)`, saves no operation.
+        It is made at each access, in evaluation without gradients at the first one. Code that gives it to a function, as in
+        `F.linear(x, layer.weight)`, saves no operation.
         """
+        return self._present("_whole")[0]
+
+    def _dense_weight(self) -> Tensor:
         return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -141,50 +151,58 @@ class Merging(Leaf):
             self._held = None
 
     def _weights(self) -> list[Tensor]:
-        """Returns the plan's merged weights: anew wherever a gradient may flow, else those that are kept."""
-        if self._held is not None:
-            return self._held
-        kept, by_dynamo = self._merged, torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
+        """Returns the plan's merged weights."""
+        return self._held if self._held is not None else self._present("_merged")
+
+    def _present(self, name: _Kept) -> list[Tensor]:
+        """Returns what is made of the present factors: anew wherever a gradient may flow, else what is kept."""
+        kept: Merged | None = getattr(self, name)
+        by_dynamo = torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
-            if kept is not None:  # somebody has set the mode without `train()`
-                self._merged = None
-            return self._merge()
+            if self._merged is not None or self._whole is not None:  # somebody has set the mode without `train()`
+                self._merged = self._whole = None
+            return self._make(name)
         factors = list(self.factors.values())
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             same = kept is not None and (not tracing or kept.made_of(factors))
             fresh = kept is not None and same and (not kept.stepped if by_dynamo else kept.unwritten())
-            return kept.weights if kept is not None and fresh else self._merge()
+            return kept.weights if kept is not None and fresh else self._make(name)
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            return self._merge()
+            return self._make(name)
         if by_dynamo:
             fresh = kept is not None and not kept.stepped and kept.made_of(factors)
-            return kept.weights if kept is not None and fresh else self._merge()
+            return kept.weights if kept is not None and fresh else self._make(name)
         if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
-            return self._merge()
+            return self._make(name)
         if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
-            kept = self._merged = self._kept(checked=True)
+            kept = self._kept(name, checked=True)
+            setattr(self, name, kept)
         return kept.weights
 
     def _keep(self) -> None:
         """Makes what evaluation keeps, and drops what training does not."""
-        self._merged = None
+        read = self._whole is not None
+        self._merged = self._whole = None
         factors, shapes = self.factors, self.spec.parameter_shapes
         whole = all(type(value) is nn.Parameter and value.shape == shapes.get(name) for name, value in factors.items())
         countable = whole and not any(factor.is_inference() for factor in factors.values())
         if not self.training and countable and self._like["device"].type != "meta":
             with suppress(NotImplementedError):  # a dtype that is there to be stored alone
-                self._merged = self._kept(checked=False)
+                self._merged = self._kept("_merged", checked=False)
+                self._whole = self._kept("_whole", checked=False) if read else None
 
-    def _kept(self, *, checked: bool) -> Merged:
+    def _kept(self, name: _Kept, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():
-            weights = [weight.detach() for weight in self._merge()]  # some are views of a factor
+            weights = [weight.detach() for weight in self._make(name)]  # some are views of a factor
             return Merged(weights, list(self.factors.values()), checked=checked)
 
-    def _merge(self) -> list[Tensor]:
-        """Merges in the factors' own precision: autocast would round the products, and casts the result itself."""
+    def _make(self, name: _Kept) -> list[Tensor]:
+        """Makes it in the factors' own precision: autocast would round the products, and casts the result itself."""
         device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has no autocast
+            if name == "_whole":
+                return [self._dense_weight()]
             return self.plan.weights(spec.method.factors(parameters, spec.factor_shapes))
 
     def train(self, mode: bool = True) -> Self:
@@ -202,7 +220,7 @@ class Merging(Leaf):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is derived; a shallow copy has modules and parameters of its own to exchange."""
         own = {name: dict(getattr(self, name)) for name in ("_modules", "_parameters")}
-        return self.__dict__ | own | {"_merged": None}
+        return self.__dict__ | own | {"_merged": None, "_whole": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

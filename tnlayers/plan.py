@@ -303,7 +303,8 @@ class Plan:
             bias: (o,), or None.
             output_padding: of a transposed convolution, where a call asks for another than the layer's own.
         """
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
+        channels_last = x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
         for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
             x = step(x, weight, None, channels_last=channels_last, output_padding=output_padding)
         early = None if self.output_arranged else bias
@@ -311,4 +312,4 @@ class Plan:
         if self.output_arranged:
             x = _arrange(x, self.output_channels, self.output_order, channels_last=channels_last)
             x = x if bias is None else x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
-        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if channels_last else x

@@ -1,8 +1,9 @@
 """What was gained: parameters, multiply-accumulates, time and error, for each layer and in all."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,14 +22,19 @@ from tnlayers.reasons import kind_of, kind_refusal, weight_owners, weight_shape
 from tnlayers.rules import Rule
 from tnlayers.tracing import Example, arguments_of, evaluating, layer_inputs, num_samples, tensors_in
 
-__all__ = ["LayerSummary", "Summary", "Totals", "kept", "summarize"]
+__all__ = ["LayerSummary", "Summary", "Totals", "kept", "percent", "summarize"]
 
 _RUNS, _SECONDS = 9, 0.2  # at least so many calls of each, and for so long: short calls need more of them
 
 
 def kept(count: int, dense: int) -> float:
-    """Returns the fraction that is left of what the dense model has; all of it is left where that is nothing."""
-    return count / dense if dense else 1.0
+    """Returns the fraction that is left of what the dense model has; of nothing, 1 if it is still nothing, else infinity."""
+    return count / dense if dense else math.inf if count else 1.0
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Writes what is left as percents; a dash where there was nothing, as for the multiply-accumulates of an embedding."""
+    return f"{fraction:.{digits}%}" if math.isfinite(fraction) else "-"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class LayerSummary:
             counted. A weight that another module uses itself is counted there, or in the row of other operations.
         error: ||W - W~||_F / ||W||_F against the reference; None for a layer that was trained from scratch.
         dense_seconds, seconds: median time of one call on the example input; None when it was not measured.
-        note: why the layer is dense, or what it shares with others.
+        note: why the layer is dense, what it shares with others, or that the example input never calls it.
         remark: what else there is to say of its factors, such as a CP's degeneracy.
     """
 
@@ -156,9 +162,9 @@ class Summary:
 def _costs(entry: LayerSummary | Totals) -> list[str]:
     return [
         f"{entry.params:,}",
-        f"{kept(entry.params, entry.dense_params):.1%}",
+        percent(kept(entry.params, entry.dense_params)),
         f"{entry.macs:,}",
-        f"{kept(entry.macs, entry.dense_macs):.1%}",
+        percent(kept(entry.macs, entry.dense_macs)),
     ]
 
 
@@ -198,7 +204,7 @@ def summarize(
         if tensorized
         else counted
     )
-    notes = _notes(model, owners, rules)
+    notes = _notes(model, owners, rules, inputs)
     num_params_of = _params(owners)
     layers = []
     reference = opened_view(reference) if reference else None
@@ -242,7 +248,9 @@ def _params(owners: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Rule]) -> dict[str, str]:
+def _notes(
+    model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Rule], called: Container[str]
+) -> dict[str, str]:
     """Returns why each module is as it is: the rules' reasons, or what keeps it from being replaced."""
     reasons = {rule.pattern: rule.reason for rule in rules}
     notes = {}
@@ -253,7 +261,9 @@ def _notes(model: nn.Module, owners: Mapping[str, nn.Module], rules: Sequence[Ru
         note = reasons.get(name, "") or "; ".join(sorted(within - {""}))
         if isinstance(layer, FactorizedLayer):
             generator = generator_of(layer.spec.method)
-            notes[name] = f"made by generator {generator!r}, whose parameters count once" if generator else note
+            note = f"made by generator {generator!r}, whose parameters count once" if generator else note
+            uncalled = "" if name in called else "the example input never calls it"
+            notes[name] = "; ".join(filter(None, (note, uncalled)))
         else:
             notes[name] = note or kind_refusal(model, name) or ("no rule takes it" if rules else "")
     return notes
