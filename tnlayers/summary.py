@@ -114,7 +114,8 @@ class Summary:
 
     def to_plain(self) -> dict[str, Any]:
         """Strings, numbers and lists, for JSON."""
-        kept = {"params_kept": self.totals.params_kept, "macs_kept": self.totals.macs_kept}
+        shares = {"params_kept": self.totals.params_kept, "macs_kept": self.totals.macs_kept}
+        kept = {name: share if math.isfinite(share) else None for name, share in shares.items()}  # JSON has no infinity
         return asdict(self) | {"totals": asdict(self.totals) | kept}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
