@@ -73,9 +73,8 @@ def kind_refusal(model: nn.Module, name: str) -> str:
     changed = any(
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     )
-    return f"{kind} is a subclass of {base.__name__} " + (
-        "with a forward of its own" if changed else "that no method knows"
-    )
+    own = "with a forward of its own" if changed else "with methods, buffers or modules of its own"
+    return f"{kind} is a subclass of {base.__name__} {own}"
 
 
 def weight_type(module: nn.Module) -> str:
