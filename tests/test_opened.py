@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tolerances import EXACT, FLOAT32, FLOAT64
-from tnlayers import TT, FactorizedLinear, MacsKept, Rule, TTLinear, UserError, resolve, tensorize, to_dense
+from tnlayers import SVD, TT, FactorizedLinear, MacsKept, Rule, TTLinear, UserError, resolve, tensorize, to_dense
 from tnlayers.opened import (
     Opened,
     close_in_place,
@@ -326,6 +326,35 @@ def test_the_fused_encoder_runs_no_factorized_layer(name: str, place: int, paddi
     assert model.state_dict().keys() == dense.state_dict().keys()
 
 
+@pytest.mark.parametrize("name", ["layers.1.linear1", "layers.0.linear2", "layers.1.self_attn.in_proj"])
+def test_a_nested_tensor_is_refused_by_whatever_is_factorized(name: str) -> None:
+    nested = torch.nested.nested_tensor([normal(5, E), normal(4, E)])
+    model = tensorize(encoder(), [Rule(name, TT(2))])
+    with torch.no_grad(), pytest.raises(UserError, match=r"takes no nested tensors: .* set use_nested_tensor = False"):
+        model(nested)
+
+
+class OtherFeedForward(nn.TransformerEncoderLayer):
+    def __init__(self) -> None:
+        super().__init__(E, 4, 20, batch_first=True, dtype=torch.float64)
+        del self.linear1, self.linear2
+        self.inner = nn.Linear(E, E, dtype=torch.float64)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore:.* parameters and the dense weight")
+def test_an_encoder_layer_without_the_linears_of_torchs() -> None:
+    dense, x = OtherFeedForward(), normal(2, 5, E)  # torch's own evaluation needs the linears
+    model = tensorize(nn.ModuleList([copy.deepcopy(dense)]), [Rule("*", TT(FULL))])[0]
+    assert isinstance(model.inner, FactorizedLinear)
+    assert isinstance(model.self_attn, Opened)
+    for module in (dense, model):
+        module.dropout1.p = module.dropout2.p = module.self_attn.dropout = 0.0
+    assert_close(model(x), dense(x), **FLOAT64)
+
+
 def test_an_opened_attention_that_was_put_in_by_hand_is_called() -> None:
     dense = encoder()
     model, x = copy.deepcopy(dense), normal(2, 5, E)
@@ -444,6 +473,73 @@ def test_what_is_not_opened() -> None:
     nn.utils.parametrizations.weight_norm(normed, "weight_hh_l0")
     for module in (Mine(3, 4), hooked, parametrized, normed, nn.Linear(3, 4), nn.Sequential()):
         assert open_module(module) is None
+
+
+def test_a_module_that_is_not_opened_is_listed_with_the_reason() -> None:
+    net = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.MultiheadAttention(4, 2), "c": attention(), "d": nn.Linear(8, 8)})
+    net["a"].register_forward_hook(lambda *_: None)
+    nn.utils.prune.random_unstructured(net["b"], "in_proj_weight", 0.5)
+    net["c"].forward = lambda x: x
+    reasons = {rule.pattern: rule.reason for rule in resolve(net, [Rule("*", SVD(2))])}
+    assert reasons["a"] == reasons["b"] == "it has hooks, which a replacement would lose"
+    assert reasons["c"] == "its forward was replaced by another"
+    for pattern in ("a.hh*", "*.ih_l0"):
+        with pytest.raises(UserError, match=r"matches no layer, and LSTM 'a' is not opened: it has hooks"):
+            resolve(net, [Rule(pattern, SVD(2))])
+
+
+def _viewed(dense: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(dense.detach().t())
+
+
+def _tied_decoder() -> Any:
+    net: Any = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, 2, 20), 2)
+    net.layers[1].multihead_attn.in_proj_weight = net.layers[0].multihead_attn.in_proj_weight
+    return net, "layers.0.multihead_attn", "layers.1.multihead_attn.in_proj_weight"
+
+
+def _tied_gpt2(*, view: bool) -> Any:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    net: Any = nn.Sequential(conv1d(E, E), conv1d(E, E))
+    net[1].weight = _viewed(net[0].weight) if view else net[0].weight
+    return net, "0", "1.weight"
+
+
+def _tied_standardized() -> Any:
+    kind = pytest.importorskip("timm.layers").StdConv2d
+    net: Any = nn.Sequential(kind(E, E, 3), kind(E, E, 3))
+    net[1].weight = net[0].weight
+    return net, "0", "1.weight"
+
+
+def _tied_to_a_parent() -> Any:
+    net: Any = nn.ModuleDict({"lstm": nn.LSTM(E, E)})
+    net.register_parameter("kept", net["lstm"].weight_hh_l0)
+    return net, "lstm", "kept"
+
+
+TIED = {
+    "decoder": _tied_decoder,
+    "gpt2": lambda: _tied_gpt2(view=False),
+    "gpt2, a view": lambda: _tied_gpt2(view=True),
+    "standardized": _tied_standardized,
+    "parent": _tied_to_a_parent,
+}
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_what_is_tied_stays_tied(tied: str) -> None:
+    net, name, other = TIED[tied]()
+    net.append(nn.Linear(E, E)) if isinstance(net, nn.Sequential) else net.add_module("head", nn.Linear(E, E))
+    before, size = set(net.parameters()), sum(parameter.numel() for parameter in net.parameters())
+    reasons = {rule.pattern: rule.reason for rule in resolve(net, [Rule("*", SVD(2))])}
+    assert reasons[name] == f"it is tied to {other!r}"
+    holder = net.get_submodule(name)
+    assert tensorize(net, [Rule("*", SVD(2))]).get_submodule(name) is holder
+    assert set(holder.parameters()) <= before
+    open_in_place(net, [f"{name}.{part}" for part in ("linear", "conv", "in_proj", "q_proj", "hh_l0")])
+    assert net.get_submodule(name) is holder
+    assert sum(parameter.numel() for parameter in net.parameters()) < size
 
 
 # --- recurrent

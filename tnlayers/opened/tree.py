@@ -13,8 +13,17 @@ from tnlayers.opened.opened import Opened, twin
 from tnlayers.opened.recurrent import OpenedCell, OpenedRecurrent
 from tnlayers.opened.subclass import OpenedSubclass, is_subclass
 from tnlayers.opened.swin import OpenedWindowAttention, is_window_attention
+from tnlayers.opened.ties import tied_modules
 
-__all__ = ["close_in_place", "is_hooked", "open_in_place", "open_module", "opened_view", "replace_layers"]
+__all__ = [
+    "close_in_place",
+    "is_hooked",
+    "open_in_place",
+    "open_module",
+    "opened_view",
+    "replace_layers",
+    "unopened_reason",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,15 +47,35 @@ _OTHERS: dict[Callable[[nn.Module], bool], type[Opened]] = {
 def open_module(module: nn.Module) -> Opened | None:
     """Opens one module: what computes the same with layers for its linears; None if it is of no kind that can be opened.
 
-    A subclass may compute something else, so the type has to be one of the kinds itself; subclasses of plain layers are
-    called to find out. A module with hooks stays as it is, since they would be lost.
+    A subclass may compute something else, so the type has to be one of the kinds itself, or be known to be plain. A module
+    with hooks stays as it is, since they would be lost.
     """
-    kind = _KINDS.get(type(module)) or next((made for test, made in _OTHERS.items() if test(module)), None)
-    if kind is None or any(map(is_hooked, module.modules())):
-        return None
+    kind = _kind_of(module)
+    return _named(kind.of(module), module) if kind and not _obstacle(module) else None
+
+
+def unopened_reason(model: nn.Module, module: nn.Module) -> str:
+    """Returns why a module of a model stays closed although it is of a kind that is opened; empty for others."""
+    return (_obstacle(module) or _tie(module, tied_modules(model))) if _kind_of(module) else ""
+
+
+def _kind_of(module: nn.Module) -> type[Opened] | None:
+    return _KINDS.get(type(module)) or next((made for test, made in _OTHERS.items() if test(module)), None)
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Returns what in a module itself keeps it from being opened."""
+    if any(map(is_hooked, module.modules())):
+        return "it has hooks, which a replacement would lose"
+    if "forward" in vars(module):
+        return "its forward was replaced by another"
     if type(module) is nn.MultiheadAttention and type(module.out_proj) is not NonDynamicallyQuantizableLinear:
-        return None
-    return _named(kind.of(module), module)
+        return "its out_proj is not torch's own"
+    return ""
+
+
+def _tie(module: nn.Module, tied: Mapping[nn.Module, str]) -> str:
+    return f"it is tied to {tied[module]!r}" if module in tied else ""
 
 
 def _named(opened: Opened | None, module: nn.Module) -> Opened | None:
@@ -64,23 +93,27 @@ def is_hooked(module: nn.Module) -> bool:
 def opened_view(model: Model) -> Model:
     """Returns a copy of the tree of modules in which all that can be opened is; the model is not changed.
 
+    A module stays closed if another holds one of its parameters too: the two would no longer be tied.
+
     All parameters, buffers and modules are shared with the model, except for the opened ones and those above them. So it
     shows which layers there are and how they are called, and changes of its parameters are changes of the model's.
     """
-    seen = _view(model, None, {})
+    seen = _view(model, None, {}, tied_modules(model))
     choose_fast_paths(seen)
     return seen  # type: ignore[return-value]
 
 
-def _view(module: nn.Module, parent: nn.Module | None, made: dict[nn.Module, nn.Module]) -> nn.Module:
+def _view(
+    module: nn.Module, parent: nn.Module | None, made: dict[nn.Module, nn.Module], tied: Mapping[nn.Module, str]
+) -> nn.Module:
     if module in made:
         return made[module]
-    opened = _open_within(parent, module)
+    opened = None if module in tied else _open_within(parent, module)
     made[module] = opened or module
     if opened:
         opened.in_view = True
     children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
-    seen = {name: _view(child, module, made) for name, child in children.items()}
+    seen = {name: _view(child, module, made, tied) for name, child in children.items()}
     if any(seen[name] is not child for name, child in children.items()):
         made[module] = twin(module, type(module))
         made[module]._modules.update(seen)
@@ -97,9 +130,10 @@ def open_in_place(model: Model, names: Iterable[str]) -> Model:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     holders: dict[nn.Module, Opened] = {}
+    tied = tied_modules(model)
     for name in names:
         path, _, child = name.rpartition(".")
-        if (holder := modules.get(path)) is not None:
+        if (holder := modules.get(path)) is not None and holder not in tied:
             above = modules[path.rpartition(".")[0]] if path else None
             opened = holders.get(holder) or _open_within(above, holder)
             if opened and child in opened.linears:
