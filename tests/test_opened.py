@@ -17,7 +17,22 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tolerances import EXACT, FLOAT32, FLOAT64
-from tnlayers import SVD, TT, FactorizedLinear, MacsKept, Rule, TTLinear, UserError, resolve, tensorize, to_dense
+from tnlayers import (
+    SVD,
+    TT,
+    FactorizedLinear,
+    MacsKept,
+    Rule,
+    TTLinear,
+    UserError,
+    load_checkpoint,
+    resolve,
+    resolve_truncation,
+    save_safetensors,
+    summarize,
+    tensorize,
+    to_dense,
+)
 from tnlayers.opened import (
     Opened,
     close_in_place,
@@ -213,18 +228,67 @@ def test_attention_in_training_drops_what_torch_drops(need_weights: bool) -> Non
     assert_close(opened(x, x, x, need_weights=need_weights), expected, **FLOAT64)
 
 
-@pytest.mark.parametrize("rank", [None, FULL])
-def test_each_distinct_input_is_projected_once(rank: int | None) -> None:
-    dense = attention()
-    opened: Any = open_module(dense)
-    opened = factorized(opened) if rank else opened
-    calls = []
-    opened.in_proj.register_forward_hook(lambda *_: calls.append(1))
-    a, b, c = normal(5, 3, E), normal(5, 3, E), normal(5, 3, E)
-    for given, count in (((a, a, a), 1), ((a, b, b), 2), ((a, a, b), 2), ((a, b, a), 2), ((a, b, c), 3)):
-        calls.clear()
-        assert_close(opened(*given), dense(*given), **FLOAT64)
-        assert len(calls) == count
+DISTINCT = [("aaa", 1), ("abb", 2), ("aab", 2), ("aba", 2), ("abc", 3)]
+
+
+@pytest.mark.parametrize(("which", "count"), DISTINCT)
+def test_each_distinct_input_is_projected_once_by_factors_and_by_its_third_if_dense(which: str, count: int) -> None:
+    dense, made = attention(), {name: normal(5, 3, E) for name in "abc"}
+    given, taken = [made[name] for name in which], {}
+    plain: Any = open_module(dense)
+    for opened in (plain, factorized(open_module(dense))):
+        calls: list[Any] = []
+        opened.in_proj.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            assert_close(opened(*given), dense(*given), **FLOAT64)
+        taken[opened] = counter.get_total_flops()
+        assert len(calls) == (count if opened is not plain or count == 1 else 3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        dense(*given)
+    assert taken[plain] == 2 * counter.get_total_flops()
+    plain(*given)[0].sum().backward()
+    assert plain.in_proj.weight.grad is not None
+
+
+class Detection(nn.Module):
+    """Positions are added to queries and keys only, as in DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.MultiheadAttention(64, 4, batch_first=True), nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x + 1
+        y = self.a(q, q, value=x)[0]
+        return self.b(y, y, y)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.* parameters and the dense weight")
+@pytest.mark.parametrize("of", ["rule", "model"])
+def test_an_example_tells_which_attentions_get_different_inputs(of: Any, tmp_path: Any) -> None:
+    net, x = Detection().eval(), torch.randn(1, 16, 64)
+    dense, expected = copy.deepcopy(net), net(x)
+    rules = [Rule("*", SVD(MacsKept(0.7, of=of)))]
+    plan = resolve(net, rules, x)
+    parts = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    assert [rule.pattern for rule in plan] == [*(f"a.{part}" for part in parts), "b.in_proj", "b.out_proj"]
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    tensorize(net, plan)  # without the example: the names tell
+    totals = summarize(net, x, rules=plan, measure=False).totals
+    for model, macs in ((dense.train(), totals.dense_macs), (net, totals.macs)):  # no fused kernel in training
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x)
+        assert counter.get_total_flops() == 2 * macs
+    assert 0.6 < totals.macs / totals.dense_macs <= (0.7 if of == "model" else 0.8)
+    save_safetensors(net, tmp_path / "net.safetensors")
+    again = Detection().eval()
+    load_checkpoint(tmp_path / "net.safetensors", again)
+    assert_close(again(x), net(x), **EXACT)
+    assert "a.v_proj" in {rule.pattern for rule in resolve_truncation(dense, MacsKept(0.7, of=of), x, rules=rules)}
+    assert summarize(net, x, reference=dense, measure=False).layers[0].name == "a.q_proj"
+    assert "a.v_proj" in dict(tensorize(dense.eval(), [Rule("a.v_proj", TT(FULL))]).named_modules())
+    assert_close(to_dense(dense)(x), expected, **FLOAT32)
+    assert type(dense.a) is nn.MultiheadAttention
 
 
 def test_attributes_that_others_read() -> None:
@@ -263,6 +327,11 @@ def test_attention_is_compiled_and_exported() -> None:
         assert_close(compiled(x, x, x, pad), expected, **FLOAT64)
         program = torch.export.export(opened, (x, x, x, pad), strict=False)
         assert_close(program.module()(x, x, x, pad), expected, **FLOAT64)
+    torch.compiler.reset()
+    plain, y = open_module(attention(batch_first=True)), normal(2, 4, E)
+    expected = plain(x, y, y)  # by thirds of a dense weight
+    assert_close(torch.compile(plain, fullgraph=True, backend="eager")(x, y, y), expected, **FLOAT64)
+    assert_close(torch.export.export(plain, (x, y, y)).module()(x, y, y), expected, **FLOAT64)
 
 
 # --- torch's transformers

@@ -73,7 +73,7 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
     """Decides by name what becomes of each layer that a rule takes, and of each that holds a weight and stays."""
     if init not in ("decompose", "random"):
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
-    model = opened_view(model)
+    model = opened_view(model, [rule.pattern for rule in rules], example_input)
     owners = weight_owners(model)
     taken = assign(model, owners, rules)
     resolved: dict[str, Choice] = {}

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tnlayers.errors import UserError
 from tnlayers.opened.opened import Opened, State, linear, stacked
@@ -22,9 +23,9 @@ class OpenedAttention(Opened):
     """Drop-in for `nn.MultiheadAttention`; its linears are `in_proj` (e -> 3e) or `q_proj`, `k_proj`, `v_proj`, and `out_proj`.
 
     There is one `in_proj` where queries, keys and values have the same width. Self-attention calls it once. Where the
-    three inputs differ, it is called on each distinct one and a third of its output is used, since no third of a
-    factorized layer can be computed by itself in general. An attention that is known to get different inputs is
-    therefore opened with three projections.
+    three inputs differ, each meets its third of a dense weight. A factorized layer is called on each distinct input
+    and a third of its output is used, since no third of it can be computed by itself in general. An attention that is
+    known to get different inputs is therefore opened with three projections.
 
     The children hold the very Parameters of the module that was opened, with one exception: three projections hold copies
     of the thirds of what that module keeps in one Parameter (the bias, and the weight if the widths are equal).
@@ -189,6 +190,8 @@ class OpenedAttention(Opened):
         """Returns queries, keys and values, each (..., e)."""
         if not self._is_packed:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if type(self.in_proj) is nn.Linear and not (query is key is value):
+            return tuple(map(self._third, range(3), (query, key, value)))
         q, k, v = queried = self.in_proj(query).chunk(3, dim=-1)
         if key is not query:
             _, k, v = self.in_proj(key).chunk(3, dim=-1)
@@ -197,6 +200,11 @@ class OpenedAttention(Opened):
         elif value is not key:
             v = self.in_proj(value).chunk(3, dim=-1)[2]
         return q, k, v
+
+    def _third(self, place: int, x: Tensor) -> Tensor:
+        """Calls a plain `in_proj` with a third of its weight and bias."""
+        parts = {key: value.chunk(3)[place] for key, value in self.in_proj.named_parameters()}
+        return functional_call(self.in_proj, parts, (x,))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Turns (n, l, e), (l, n, e) if not batch_first, or (l, e) into (n, h, l, d)."""

@@ -1,11 +1,12 @@
 """Opening and closing the modules of a model."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from tnlayers.opened.apart import attentions_apart
 from tnlayers.opened.attention import OpenedAttention
 from tnlayers.opened.conv1d import OpenedConv1D, is_conv1d
 from tnlayers.opened.fast_path import choose_fast_paths
@@ -14,6 +15,7 @@ from tnlayers.opened.recurrent import OpenedCell, OpenedRecurrent
 from tnlayers.opened.subclass import OpenedSubclass, is_subclass
 from tnlayers.opened.swin import OpenedWindowAttention, is_window_attention
 from tnlayers.opened.ties import tied_modules
+from tnlayers.tracing import Example
 
 __all__ = [
     "close_in_place",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
+_Opener = Callable[[nn.Module | None, nn.Module], Opened | None]
 
 _KINDS: dict[type[nn.Module], type[Opened]] = {
     nn.MultiheadAttention: OpenedAttention,
@@ -90,37 +93,54 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def opened_view(model: Model) -> Model:
+def opened_view(model: Model, names: Iterable[str] = (), example_input: Example | None = None) -> Model:
     """Returns a copy of the tree of modules in which all that can be opened is; the model is not changed.
 
     A module stays closed if another holds one of its parameters too: the two would no longer be tied.
 
     All parameters, buffers and modules are shared with the model, except for the opened ones and those above them. So it
     shows which layers there are and how they are called, and changes of its parameters are changes of the model's.
+
+    Args:
+        model: the model.
+        names: names of layers that are expected, as far as they are known; an attention may be opened in two ways.
+        example_input: what the model takes; tells which attentions get different inputs.
     """
-    seen = _view(model, None, {}, tied_modules(model))
+    seen = _view(model, None, {}, _opener(model, names, example_input))
     choose_fast_paths(seen)
     return seen  # type: ignore[return-value]
 
 
-def _view(
-    module: nn.Module, parent: nn.Module | None, made: dict[nn.Module, nn.Module], tied: Mapping[nn.Module, str]
-) -> nn.Module:
+def _view(module: nn.Module, parent: nn.Module | None, made: dict[nn.Module, nn.Module], opener: _Opener) -> nn.Module:
     if module in made:
         return made[module]
-    opened = None if module in tied else _open_within(parent, module)
+    opened = opener(parent, module)
     made[module] = opened or module
     if opened:
         opened.in_view = True
     children = {} if opened else {name: child for name, child in module._modules.items() if child is not None}
-    seen = {name: _view(child, module, made, tied) for name, child in children.items()}
+    seen = {name: _view(child, module, made, opener) for name, child in children.items()}
     if any(seen[name] is not child for name, child in children.items()):
         made[module] = twin(module, type(module))
         made[module]._modules.update(seen)
     return made[module]
 
 
-def open_in_place(model: Model, names: Iterable[str]) -> Model:
+def _opener(model: nn.Module, names: Iterable[str], example_input: Example | None = None) -> _Opener:
+    """Returns what opens a module of the model, given the one above it, if it can be opened where it stands."""
+    tied, apart = tied_modules(model), attentions_apart(model, names, example_input)
+
+    def opened(parent: nn.Module | None, module: nn.Module) -> Opened | None:
+        if module in tied or isinstance(parent, nn.MultiheadAttention):
+            return None  # an attention does not call its linear, whose type is a subclass of its own
+        if module in apart and not _obstacle(module):
+            return _named(OpenedAttention.of(module, packed=False), module)
+        return open_module(module)
+
+    return opened
+
+
+def open_in_place(model: Model, names: Collection[str]) -> Model:
     """Opens those modules of a model that hold layers of these names; returns the model (the opened one if it is the model).
 
     Args:
@@ -130,12 +150,12 @@ def open_in_place(model: Model, names: Iterable[str]) -> Model:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     holders: dict[nn.Module, Opened] = {}
-    tied = tied_modules(model)
+    opener = _opener(model, names)
     for name in names:
         path, _, child = name.rpartition(".")
-        if (holder := modules.get(path)) is not None and holder not in tied:
+        if (holder := modules.get(path)) is not None:
             above = modules[path.rpartition(".")[0]] if path else None
-            opened = holders.get(holder) or _open_within(above, holder)
+            opened = holders.get(holder) or opener(above, holder)
             if opened and child in opened.linears:
                 holders[holder] = opened
     return replace_layers(model, holders)
@@ -145,16 +165,6 @@ def close_in_place(model: Model) -> Model:
     """Closes all opened modules of a model whose layers are plain linears; returns the model (the closed one if it is it)."""
     opened = [module for module in model.modules() if isinstance(module, Opened) and module.is_plain]
     return replace_layers(model, {module: module.closed() for module in opened})
-
-
-def _open_within(parent: nn.Module | None, module: nn.Module) -> Opened | None:
-    """Opens a module, if it can be; of torch's decoders it is known that they give one attention different inputs."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return None  # it does not call its linear, whose type is a subclass of its own
-    opened = open_module(module)
-    if opened and isinstance(parent, nn.TransformerDecoderLayer) and module is parent.multihead_attn:
-        return _named(OpenedAttention.of(module, packed=False), module)
-    return opened
 
 
 def replace_layers(model: Model, replacements: Mapping[nn.Module, nn.Module]) -> Model:
