@@ -312,7 +312,24 @@ def test_what_an_attention_refuses() -> None:
         ((x, x[:, 0], x[:, 0]), {}, r"have \(3, 2, 2\) dimensions; expected 3 each, or 2 each"),
         ((x, x, x), {"is_causal": True}, "is_causal=True is a hint about attn_mask: give the causal mask too"),
         ((x, x, x), {"attn_mask": normal(1, 5)}, r"attn_mask has shape \(1, 5\); expected \(5, 5\)"),
+        ((x, x, x), {"attn_mask": normal(4, 5, 5)}, r"attn_mask has shape \(4, 5, 5\); expected \(5, 5\), or"),
+        (
+            (x, x, x),
+            {"attn_mask": torch.zeros(5, 5).long()},
+            r"attn_mask is of type torch.int64; expected torch.bool or",
+        ),
+        (
+            (x, x, x),
+            {"key_padding_mask": torch.zeros(3, 5).int()},
+            r"key_padding_mask is of type torch.int32; expected",
+        ),
+        ((x, x, x), {"key_padding_mask": normal(5, 3)}, r"key_padding_mask has shape \(5, 3\); expected \(3, 5\)"),
+        ((x[:, 0],) * 3, {"key_padding_mask": normal(1, 5)}, r"key_padding_mask has shape \(1, 5\); expected \(5,\)"),
+        ((x, x, normal(4, 3, E)), {"need_weights": False}, r"key and value have shapes .*; expected equal ones up to"),
+        ((x, x[:, :1], x[:, :1]), {"need_weights": False}, r"query and key have shapes .*; expected the same batch"),
     ):
+        with pytest.raises((RuntimeError, AssertionError, ValueError)):
+            attention()(*given, **options)
         with pytest.raises(UserError, match=message):
             opened(*given, **options)
 
@@ -675,6 +692,9 @@ def test_inputs_are_multiplied_once_and_states_step_by_step() -> None:
             opened(*given)
     with pytest.raises(UserError, match=r"the input has shape \(2, 3, 6\); expected 1 or 2 axes, the last of 6"):
         open_module(nn.GRUCell(6, 5))(torch.zeros(2, 3, 6))
+    for kind, state in ((nn.GRUCell, torch.zeros(1, 5)), (nn.LSTMCell, (torch.zeros(4, 5), torch.zeros(1, 5)))):
+        with pytest.raises(UserError, match=r"hx has shapes \[.*\(1, 5\)\]; expected \(4, 5\) each"):
+            open_module(kind(6, 5))(torch.zeros(4, 6), state)
 
 
 def test_factors_are_merged_once_for_all_steps_and_get_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

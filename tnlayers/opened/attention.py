@@ -139,9 +139,11 @@ class OpenedAttention(Opened):
         """Computes what `nn.MultiheadAttention` does, with the same arguments.
 
         Raises:
-            UserError: nested tensors, batched inputs beside unbatched ones, a mask of another shape, `is_causal` without a mask.
+            UserError: nested tensors, inputs of different batches, keys and values of different lengths, a mask of another shape
+                or of whole numbers, `is_causal` without a mask.
         """
-        self._check(query, key, value, attn_mask, is_causal)
+        self._check(query, key, value, is_causal and attn_mask is None)
+        self._check_masks(query, key, key_padding_mask, attn_mask)
         q, k, v = (self._heads(x) for x in self._project(query, key, value))
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k.shape[2])
@@ -170,7 +172,7 @@ class OpenedAttention(Opened):
             mixed = mixed.transpose(0, 1)
         return self.out_proj(mixed), weights
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, lacks_mask: bool) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise UserError(
                 "an opened attention takes no nested tensors: give padded ones and a key_padding_mask, and set "
@@ -179,12 +181,32 @@ class OpenedAttention(Opened):
         if not (query.dim() == key.dim() == value.dim() and query.dim() in (2, 3)):
             dims = (query.dim(), key.dim(), value.dim())
             raise UserError(f"query, key and value have {dims} dimensions; expected 3 each, or 2 each without a batch")
-        if is_causal and attn_mask is None:
+        if lacks_mask:
             raise UserError("is_causal=True is a hint about attn_mask: give the causal mask too")
-        at = 1 if self.batch_first and query.dim() == 3 else 0
-        if attn_mask is not None and attn_mask.shape[-2:] != (query.shape[at], key.shape[at]):
-            given, expected = tuple(attn_mask.shape), (query.shape[at], key.shape[at])
-            raise UserError(f"attn_mask has shape {given}; expected {expected}, or (batch * num_heads, *{expected})")
+        if key.shape[:-1] != value.shape[:-1]:
+            shapes = tuple(key.shape), tuple(value.shape)
+            raise UserError(f"key and value have shapes {shapes}; expected equal ones up to the last axis")
+        if self._sizes(query)[0] != self._sizes(key)[0]:
+            shapes = tuple(query.shape), tuple(key.shape)
+            raise UserError(f"query and key have shapes {shapes}; expected the same batch")
+
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        """Returns the batch and the length of an input, whose batch is 1 where it has none."""
+        if x.dim() == 2:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+
+    def _check_masks(self, query: Tensor, key: Tensor, padding: Tensor | None, attn: Tensor | None) -> None:
+        (n, l), (_, s) = self._sizes(query), self._sizes(key)  # noqa: E741
+        if attn is not None and attn.shape not in ((l, s), (n * self.num_heads, l, s)):
+            expected = f"{(l, s)}, or (batch * num_heads, *{(l, s)})"
+            raise UserError(f"attn_mask has shape {tuple(attn.shape)}; expected {expected}")
+        if padding is not None and padding.shape != ((n, s) if query.dim() == 3 else (s,)):
+            expected = str((n, s) if query.dim() == 3 else (s,))
+            raise UserError(f"key_padding_mask has shape {tuple(padding.shape)}; expected {expected}")
+        for name, mask in {"attn_mask": attn, "key_padding_mask": padding}.items():
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise UserError(f"{name} is of type {mask.dtype}; expected torch.bool or floating-point numbers")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Returns queries, keys and values, each (..., e)."""
