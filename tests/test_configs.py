@@ -22,10 +22,7 @@ RESOLVED = [
         for name in ("dense", "tucker", "cp", "mps", "tt", "lowrank", "ttconv", "adtn", "svd")
     ),
     *((f"rules/{name}.yaml", *RESNET20) for name in ("dense", "tucker", "mps", "lowrank", "ttconv")),
-    *(
-        (f"rules/{name}.yaml", *RESNET20)
-        for name in ("blockterm_half_macs", "cp_half_macs", "lowrank_half_macs", "ttconv_30_percent")
-    ),
+    *((f"rules/{name}.yaml", *RESNET20) for name in ("cp_half_macs", "lowrank_half_macs", "ttconv_30_percent")),
     *((f"rules/{net}_tt.yaml", net, (3, 32, 32)) for net in ("garipov_conv", "garipov_conv_fc")),
     ("rules/garipov_conv_fc_tt_small.yaml", "garipov_conv_fc", (3, 32, 32)),
     *((f"rules/{net}_lowrank.yaml", net, (3, 32, 32)) for net in ("tai_cnn", "tai_nin")),

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorly
 import torch
@@ -105,6 +106,15 @@ def test_bonds_above_the_attainable_stay_exact() -> None:
     torch.testing.assert_close(train.weight, torch.einsum("xia,awb,boy->oiw", *cores), **FLOAT64)
 
 
+def test_tensors_of_another_kind() -> None:
+    with pytest.raises(UserError, match="a tuple has no factors; expected a CPTensor"):
+        from_tensorly(nn.Linear(4, 4), (torch.zeros(2, 2), [torch.zeros(4, 2)]))
+    arrays = SimpleNamespace(factors=[torch.randn(size, 2).numpy() for size in (6, 4, 3)], weights=np.ones(2))
+    layer = from_tensorly(nn.Conv1d(4, 6, 3), arrays)
+    expected = np.einsum("or,ir,kr->oik", *arrays.factors)
+    torch.testing.assert_close(layer.weight, torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize(
     ("dense", "factors", "said"),
     [
@@ -164,8 +174,9 @@ def test_layers_in_a_row(name: str) -> None:
     ("layers", "said"),
     [
         ([nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3)], "expected two linears"),
-        ([nn.Linear(3, 2)] * 3, "are those of no method"),
-        ([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)], "are those of no method"),
+        ([nn.Linear(3, 3)] * 3, "no method computes these in a row"),
+        ([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)], "no method computes these in a row"),
+        ([nn.Linear(3, 2), nn.Linear(3, 2)], "gives 2 and .* takes 3; they do not follow each other"),
         ([nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 5, 1)], "expected one group"),
         ([nn.Conv2d(3, 4, 3, padding="same"), nn.Conv2d(4, 5, 1)], "padding with a number"),
         ([nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 5, 1, 2)], "along one axis"),

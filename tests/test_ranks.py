@@ -174,7 +174,7 @@ def test_the_relative_error_of_the_layer_as_it_is_then_is_kept(case: Case, dtype
     converted = truncated = 0
     lowest = math.log10(4 * torch.finfo(dtype).eps)
     random.seed(f"{case.name} {dtype}")
-    for _ in range(15):
+    for _ in range(5):
         dense, error = drawn(case, dtype), 10 ** random.uniform(random.choice([-13, lowest]), -0.05)
         assert isinstance(dense.weight, Tensor)
         weight, method = Geometry.of(dense).exchanged(dense.weight.detach().double()), case.method(RelativeError(error))

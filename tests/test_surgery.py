@@ -13,6 +13,7 @@ from tests.tolerances import FLOAT32, FLOAT64
 from tnlayers import (
     CP,
     MPS,
+    SVD,
     TT,
     FactorizedLayer,
     LayerSpec,
@@ -24,6 +25,7 @@ from tnlayers import (
     TTConv,
     Tucker,
     TuckerConv2d,
+    UserError,
     resolve,
     rules_from_plain,
     rules_of,
@@ -162,18 +164,21 @@ def test_a_shared_module_stays_shared() -> None:
 
 
 def test_a_tied_weight_stays_dense_with_the_reason() -> None:
-    net = nn.ModuleDict({"embedding": nn.Embedding(20, 12), "head": nn.Linear(12, 20)})
+    net = nn.ModuleDict({"embedding": nn.Embedding(20, 12), "head": nn.Linear(12, 20), "other": nn.Linear(12, 20)})
     net["head"].weight = net["embedding"].weight
-    embedding, head = resolve(net, [Rule("head", TT(2))])
+    embedding, head, other = resolve(net, [Rule("[ho]*", TT(2))])
     assert embedding.factorization is head.factorization is None
     assert embedding.reason == "no rule takes it"
     assert "tied to 'embedding.weight'" in head.reason
+    assert other.factorization
 
 
 def test_a_tied_bias_stays_tied() -> None:
-    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(12, 20))
+    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(12, 20))
     net[1].bias = net[0].bias
-    assert all("tied to" in rule.reason for rule in resolve(net, [Rule("*", TT(2))]))
+    *tied, free = resolve(net, [Rule("*", TT(2))])
+    assert all("tied to" in rule.reason for rule in tied)
+    assert free.factorization
 
 
 def test_an_integer_rank_that_grows_a_layer_is_said() -> None:
@@ -391,3 +396,52 @@ def test_a_layer_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
     truncate(net, [Rule("0", Tucker((3, 2)))])
     assert len(plans) == 2
+
+
+NAN = nn.Sequential(nn.Linear(8, 8))
+NAN[0]._parameters["weight"] = NAN[0]._parameters.pop("weight")  # behind the bias, as parametrizations leave it
+nn.init.constant_(NAN[0].weight, float("nan"))
+TIED = nn.ModuleDict({"table": nn.Embedding(9, 8), "head": nn.Linear(8, 9, bias=False)})
+TIED["head"].weight = TIED["table"].weight
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "message"),
+    [
+        (NAN, [Rule("*", SVD(2))], "^0: 64 of the 64 values of its weight are not finite"),
+        (
+            TIED,
+            [Rule("table", LowRank(2))],
+            "^pattern 'table' matches only layers .* 'table': it is tied to 'head.weight'",
+        ),
+        (NAN, Rule("*", SVD(2)), r"^rules Rule\(.*: expected a list of rules"),
+        (NAN, ["*"], r"^rules \['\*'\]: expected a list of rules"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_changes_nothing(model: nn.Module, rules: Any, message: str) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        tensorize(model, rules)
+    torch.testing.assert_close(model.state_dict(), before, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("pattern", "method"), [(3, None), ("*", SVD), ("*", "SVD")])
+def test_rules_are_of_names_and_methods(pattern: Any, method: Any) -> None:
+    with pytest.raises(UserError, match=r"expected the name of a layer|is no method with a rank, such as Tucker\(8\)"):
+        Rule(pattern, method)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_entries_stays() -> None:
+    net = nn.Sequential(nn.Linear(0, 5), nn.Linear(8, 8))
+    stays, taken = resolve(net, [Rule("*", SVD(2))])
+    assert stays.reason == "its weight of shape (5, 0) has no entries"
+    assert taken.factorization == SVD((2,))
+
+
+def test_layers_that_keep_another_method_than_was_asked_for_are_said() -> None:
+    net = tensorize(nn.Sequential(nn.Linear(64, 64)), [Rule("*", TT(4))])
+    with pytest.warns(
+        UserWarning, match=r"0 stays TT of rank \(4, 4\): RelativeError\(1e-09\): dense is cheaper; `to_dense`"
+    ):
+        tensorize(net, [Rule("*", SVD(RelativeError(1e-9)))])

@@ -5,6 +5,7 @@ convolution and of an embedding has o in front as well.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,16 +86,20 @@ def from_tensorly(dense: nn.Module, tensor: Any, *, order: str = "i d h w o") ->
         UserError: the tensor has other sizes than the layer's weight.
         UnsupportedLayer: a layer of several groups, or of a kind that has no such factorization.
     """
-    parts = [precise(factor) for factor in tensor.factors]
+    if not hasattr(tensor, "factors"):
+        raise UserError(
+            f"a {type(tensor).__name__} has no factors; expected a CPTensor, TuckerTensor, TTTensor or TTMatrix"
+        )
+    parts = [precise(torch.as_tensor(factor)) for factor in tensor.factors]
     core, weights = getattr(tensor, "core", None), getattr(tensor, "weights", None)
     half, is_conv = len(parts) // 2, len(Geometry.of(dense).weight_shape) > 2
     modes = {"out_shape": tuple(map(len, parts[:half])), "in_shape": tuple(map(len, parts[half:]))}
     if core is not None:
         whole = is_conv and all(part.equal(torch.eye(len(part)).to(part)) for part in parts[2:])
         method = Tucker(1) if whole else FullTucker(1) if is_conv else TuckerMatrix(1, **modes)
-        return _of_matrices(dense, method, parts[:2] if whole else parts, {"core": precise(core)})
+        return _of_matrices(dense, method, parts[:2] if whole else parts, {"core": precise(torch.as_tensor(core))})
     if weights is not None or all(part.dim() == 2 for part in parts):
-        scale = 1 if weights is None else precise(weights)
+        scale = 1 if weights is None else precise(torch.as_tensor(weights))
         return _of_matrices(dense, CP(1) if is_conv else CPMatrix(1, **modes), [scale * parts[0], *parts[1:]])
     train: Factorization = MPS(1, order=order)
     if all(part.dim() == 4 for part in parts):
@@ -119,6 +124,10 @@ def from_layers(layers: Sequence[nn.Module]) -> FactorizedLayer:
         names = ", ".join(type(layer).__name__ for layer in layers)
         raise UnsupportedLayer(f"{names}: expected two linears, or two or three convolutions of one kind")
     weights = [precise(layer.weight) for layer in layers]  # type: ignore[arg-type]
+    for before, after in pairwise(layers):
+        made, taken = len(before.weight), after.weight.shape[1] * getattr(after, "groups", 1)  # type: ignore[arg-type, index]
+        if made != taken:
+            raise UnsupportedLayer(f"{before} gives {made} and {after} takes {taken}; they do not follow each other")
     if kinds == {nn.Linear} and len(layers) == 2:
         sizes = {"in_features": weights[0].shape[1], "out_features": weights[1].shape[0]}
         return _joined(layers, sizes, LowRank(1), weights)
@@ -129,9 +138,8 @@ def from_layers(layers: Sequence[nn.Module]) -> FactorizedLayer:
         return _joined(layers, _one(layers), SVD(1), [weights[0], weights[1].flatten(1)])
     if len(layers) == 2 and kinds == {nn.Conv2d} and weights[0].shape[3] == weights[1].shape[2] == 1:
         return _joined(layers, _one(layers), LowRank(1), [weights[0][..., 0], weights[1][:, :, 0]])
-    windows = [tuple(weight.shape[2:]) for weight in weights]
     raise UnsupportedLayer(
-        f"layers with the windows {windows} are those of no method; see `from_layers` for those that are"
+        f"{', '.join(map(str, layers))}: no method computes these in a row; see `from_layers` for those that one does"
     )
 
 

@@ -1,5 +1,6 @@
 """Which modules of a model hold weights, and why one of them has to stay as it is."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +105,8 @@ def refusal(model: nn.Module, name: str) -> str:
             return f"it is tied to {sorted(holders - own)[0]!r}"
     if is_hooked(layer):
         return "it has hooks, which a replacement would lose"
+    if not math.prod(weight_shape(layer)):
+        return f"its weight of shape {weight_shape(layer)} has no entries"
     kind = weight_type(layer)
     return f"its weight is {kind}" if kind else ""
 

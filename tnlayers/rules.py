@@ -35,7 +35,7 @@ class Rule:
         plan: how the factorized layers are computed; see `tnlayers.plan`.
 
     Raises:
-        ValueError: a plan of another kind.
+        ValueError: a pattern, a method or a plan of another kind.
     """
 
     pattern: str
@@ -44,6 +44,12 @@ class Rule:
     plan: PlanChoice = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise UserError(f"pattern {self.pattern!r}: expected the name of a layer, such as 'conv1' or 'layer3.*'")
+        if not isinstance(self.factorization, Factorization | None):
+            raise UserError(
+                f"rule {self.pattern!r}: {self.factorization!r} is no method with a rank, such as Tucker(8)"
+            )
         object.__setattr__(self, "plan", check_plan(self.plan))
 
     def to_plain(self) -> dict[str, Any]:

@@ -182,6 +182,12 @@ def _choices(
         layer = layers[name]
         if choice.spec is None:
             choices[name] = _stay(layer, choice.reason)
+            if isinstance(layer, FactorizedLayer) and slots[name].present is None:
+                warnings.warn(
+                    f"{name} stays {type(layer.spec.method).__name__} of rank {layer.spec.ranks}: {choice.reason}; `to_dense` "
+                    "makes it dense",
+                    stacklevel=6,
+                )
         elif isinstance(layer, FactorizedLayer) and layer.spec == choice.spec and plans[name] == "auto":
             choices[name] = replace(choice, plan=choice.plan if slots[name].present else layer.plan_choice)
         elif plans[name] != "auto":

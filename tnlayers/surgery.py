@@ -73,6 +73,8 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
     """Decides by name what becomes of each layer that a rule takes, and of each that holds a weight and stays."""
     if init not in ("decompose", "random"):
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
+        raise UserError(f"rules {rules!r}: expected a list of rules, such as [Rule('*', Tucker(8))]")
     model = opened_view(model, [rule.pattern for rule in rules], example_input)
     owners = weight_owners(model)
     taken = assign(model, owners, rules)
@@ -95,6 +97,11 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
                 layers[-1][name] = owners[name]
             elif not isinstance(owners[name], FactorizedLayer):
                 resolved[name] = Choice(None, reason=reason)
+        if rule.factorization and names and not layers[-1]:
+            raise UserError(
+                f"pattern {rule.pattern!r} matches only layers that have to stay as they are, such as {names[0]!r}: "
+                f"{refusal(model, names[0])}"
+            )
     resolved |= settle_rules(model, rules, layers, example_input, init)
     return {name: resolved[name] for name in owners if name in resolved}
 
@@ -111,9 +118,7 @@ def _check_weight(name: str, layer: nn.Module, rank: Rank, init: Init) -> None:
             f"{name}: its weight is {kind}, and {rank} needs floating-point numbers; leave it as it is by "
             f"Rule({name!r}, None) before the rule that takes it"
         )
-    weights = (
-        list(layer.factors.values()) if isinstance(layer, FactorizedLayer) else list(layer._parameters.values())[:1]
-    )
+    weights = list(layer.factors.values()) if isinstance(layer, FactorizedLayer) else [layer._parameters.get("weight")]
     for weight in weights if init == "decompose" and not kind else ():
         with about(name):
             if weight is not None and weight.is_meta:
