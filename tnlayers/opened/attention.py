@@ -186,7 +186,8 @@ class OpenedAttention(Opened):
         if key.shape[:-1] != value.shape[:-1]:
             shapes = tuple(key.shape), tuple(value.shape)
             raise UserError(f"key and value have shapes {shapes}; expected equal ones up to the last axis")
-        if self._sizes(query)[0] != self._sizes(key)[0]:
+        batch = slice(0, 1) if self.batch_first else slice(1, 2)
+        if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
             shapes = tuple(query.shape), tuple(key.shape)
             raise UserError(f"query and key have shapes {shapes}; expected the same batch")
 
