@@ -17,7 +17,22 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tolerances import EXACT, FLOAT32, FLOAT64
-from tnlayers import TT, FactorizedLinear, MacsKept, Rule, TTLinear, UserError, resolve, tensorize, to_dense
+from tnlayers import (
+    SVD,
+    TT,
+    FactorizedLinear,
+    MacsKept,
+    Rule,
+    TTLinear,
+    UserError,
+    load_checkpoint,
+    resolve,
+    resolve_truncation,
+    save_safetensors,
+    summarize,
+    tensorize,
+    to_dense,
+)
 from tnlayers.opened import (
     Opened,
     close_in_place,
@@ -213,18 +228,67 @@ def test_attention_in_training_drops_what_torch_drops(need_weights: bool) -> Non
     assert_close(opened(x, x, x, need_weights=need_weights), expected, **FLOAT64)
 
 
-@pytest.mark.parametrize("rank", [None, FULL])
-def test_each_distinct_input_is_projected_once(rank: int | None) -> None:
-    dense = attention()
-    opened: Any = open_module(dense)
-    opened = factorized(opened) if rank else opened
-    calls = []
-    opened.in_proj.register_forward_hook(lambda *_: calls.append(1))
-    a, b, c = normal(5, 3, E), normal(5, 3, E), normal(5, 3, E)
-    for given, count in (((a, a, a), 1), ((a, b, b), 2), ((a, a, b), 2), ((a, b, a), 2), ((a, b, c), 3)):
-        calls.clear()
-        assert_close(opened(*given), dense(*given), **FLOAT64)
-        assert len(calls) == count
+DISTINCT = [("aaa", 1), ("abb", 2), ("aab", 2), ("aba", 2), ("abc", 3)]
+
+
+@pytest.mark.parametrize(("which", "count"), DISTINCT)
+def test_each_distinct_input_is_projected_once_by_factors_and_by_its_third_if_dense(which: str, count: int) -> None:
+    dense, made = attention(), {name: normal(5, 3, E) for name in "abc"}
+    given, taken = [made[name] for name in which], {}
+    plain: Any = open_module(dense)
+    for opened in (plain, factorized(open_module(dense))):
+        calls: list[Any] = []
+        opened.in_proj.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            assert_close(opened(*given), dense(*given), **FLOAT64)
+        taken[opened] = counter.get_total_flops()
+        assert len(calls) == (count if opened is not plain or count == 1 else 3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        dense(*given)
+    assert taken[plain] == 2 * counter.get_total_flops()
+    plain(*given)[0].sum().backward()
+    assert plain.in_proj.weight.grad is not None
+
+
+class Detection(nn.Module):
+    """Positions are added to queries and keys only, as in DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.MultiheadAttention(64, 4, batch_first=True), nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x + 1
+        y = self.a(q, q, value=x)[0]
+        return self.b(y, y, y)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.* parameters and the dense weight")
+@pytest.mark.parametrize("of", ["rule", "model"])
+def test_an_example_tells_which_attentions_get_different_inputs(of: Any, tmp_path: Any) -> None:
+    net, x = Detection().eval(), torch.randn(1, 16, 64)
+    dense, expected = copy.deepcopy(net), net(x)
+    rules = [Rule("*", SVD(MacsKept(0.7, of=of)))]
+    plan = resolve(net, rules, x)
+    parts = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    assert [rule.pattern for rule in plan] == [*(f"a.{part}" for part in parts), "b.in_proj", "b.out_proj"]
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    tensorize(net, plan)  # without the example: the names tell
+    totals = summarize(net, x, rules=plan, measure=False).totals
+    for model, macs in ((dense.train(), totals.dense_macs), (net, totals.macs)):  # no fused kernel in training
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x)
+        assert counter.get_total_flops() == 2 * macs
+    assert 0.6 < totals.macs / totals.dense_macs <= (0.7 if of == "model" else 0.8)
+    save_safetensors(net, tmp_path / "net.safetensors")
+    again = Detection().eval()
+    load_checkpoint(tmp_path / "net.safetensors", again)
+    assert_close(again(x), net(x), **EXACT)
+    assert "a.v_proj" in {rule.pattern for rule in resolve_truncation(dense, MacsKept(0.7, of=of), x, rules=rules)}
+    assert summarize(net, x, reference=dense, measure=False).layers[0].name == "a.q_proj"
+    assert "a.v_proj" in dict(tensorize(dense.eval(), [Rule("a.v_proj", TT(FULL))]).named_modules())
+    assert_close(to_dense(dense)(x), expected, **FLOAT32)
+    assert type(dense.a) is nn.MultiheadAttention
 
 
 def test_attributes_that_others_read() -> None:
@@ -248,7 +312,24 @@ def test_what_an_attention_refuses() -> None:
         ((x, x[:, 0], x[:, 0]), {}, r"have \(3, 2, 2\) dimensions; expected 3 each, or 2 each"),
         ((x, x, x), {"is_causal": True}, "is_causal=True is a hint about attn_mask: give the causal mask too"),
         ((x, x, x), {"attn_mask": normal(1, 5)}, r"attn_mask has shape \(1, 5\); expected \(5, 5\)"),
+        ((x, x, x), {"attn_mask": normal(4, 5, 5)}, r"attn_mask has shape \(4, 5, 5\); expected \(5, 5\), or"),
+        (
+            (x, x, x),
+            {"attn_mask": torch.zeros(5, 5).long()},
+            r"attn_mask is of type torch.int64; expected torch.bool or",
+        ),
+        (
+            (x, x, x),
+            {"key_padding_mask": torch.zeros(3, 5).int()},
+            r"key_padding_mask is of type torch.int32; expected",
+        ),
+        ((x, x, x), {"key_padding_mask": normal(5, 3)}, r"key_padding_mask has shape \(5, 3\); expected \(3, 5\)"),
+        ((x[:, 0],) * 3, {"key_padding_mask": normal(1, 5)}, r"key_padding_mask has shape \(1, 5\); expected \(5,\)"),
+        ((x, x, normal(4, 3, E)), {"need_weights": False}, r"key and value have shapes .*; expected equal ones up to"),
+        ((x, x[:, :1], x[:, :1]), {"need_weights": False}, r"query and key have shapes .*; expected the same batch"),
     ):
+        with pytest.raises((RuntimeError, AssertionError, ValueError)):
+            attention()(*given, **options)
         with pytest.raises(UserError, match=message):
             opened(*given, **options)
 
@@ -263,6 +344,11 @@ def test_attention_is_compiled_and_exported() -> None:
         assert_close(compiled(x, x, x, pad), expected, **FLOAT64)
         program = torch.export.export(opened, (x, x, x, pad), strict=False)
         assert_close(program.module()(x, x, x, pad), expected, **FLOAT64)
+    torch.compiler.reset()
+    plain, y = open_module(attention(batch_first=True)), normal(2, 4, E)
+    expected = plain(x, y, y)  # by thirds of a dense weight
+    assert_close(torch.compile(plain, fullgraph=True, backend="eager")(x, y, y), expected, **FLOAT64)
+    assert_close(torch.export.export(plain, (x, y, y)).module()(x, y, y), expected, **FLOAT64)
 
 
 # --- torch's transformers
@@ -324,6 +410,35 @@ def test_the_fused_encoder_runs_no_factorized_layer(name: str, place: int, paddi
     assert calls == 0, "the dense model is as fast as it was"
     assert_close(output, expected, **FLOAT64)
     assert model.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["layers.1.linear1", "layers.0.linear2", "layers.1.self_attn.in_proj"])
+def test_a_nested_tensor_is_refused_by_whatever_is_factorized(name: str) -> None:
+    nested = torch.nested.nested_tensor([normal(5, E), normal(4, E)])
+    model = tensorize(encoder(), [Rule(name, TT(2))])
+    with torch.no_grad(), pytest.raises(UserError, match=r"takes no nested tensors: .* set use_nested_tensor = False"):
+        model(nested)
+
+
+class OtherFeedForward(nn.TransformerEncoderLayer):
+    def __init__(self) -> None:
+        super().__init__(E, 4, 20, batch_first=True, dtype=torch.float64)
+        del self.linear1, self.linear2
+        self.inner = nn.Linear(E, E, dtype=torch.float64)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore:.* parameters and the dense weight")
+def test_an_encoder_layer_without_the_linears_of_torchs() -> None:
+    dense, x = OtherFeedForward(), normal(2, 5, E)  # torch's own evaluation needs the linears
+    model = tensorize(nn.ModuleList([copy.deepcopy(dense)]), [Rule("*", TT(FULL))])[0]
+    assert isinstance(model.inner, FactorizedLinear)
+    assert isinstance(model.self_attn, Opened)
+    for module in (dense, model):
+        module.dropout1.p = module.dropout2.p = module.self_attn.dropout = 0.0
+    assert_close(model(x), dense(x), **FLOAT64)
 
 
 def test_an_opened_attention_that_was_put_in_by_hand_is_called() -> None:
@@ -446,6 +561,73 @@ def test_what_is_not_opened() -> None:
         assert open_module(module) is None
 
 
+def test_a_module_that_is_not_opened_is_listed_with_the_reason() -> None:
+    net = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.MultiheadAttention(4, 2), "c": attention(), "d": nn.Linear(8, 8)})
+    net["a"].register_forward_hook(lambda *_: None)
+    nn.utils.prune.random_unstructured(net["b"], "in_proj_weight", 0.5)
+    net["c"].forward = lambda x: x
+    reasons = {rule.pattern: rule.reason for rule in resolve(net, [Rule("*", SVD(2))])}
+    assert reasons["a"] == reasons["b"] == "it has hooks, which a replacement would lose"
+    assert reasons["c"] == "its forward was replaced by another"
+    for pattern in ("a.hh*", "*.ih_l0"):
+        with pytest.raises(UserError, match=r"matches no layer, and LSTM 'a' is not opened: it has hooks"):
+            resolve(net, [Rule(pattern, SVD(2))])
+
+
+def _viewed(dense: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(dense.detach().t())
+
+
+def _tied_decoder() -> Any:
+    net: Any = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, 2, 20), 2)
+    net.layers[1].multihead_attn.in_proj_weight = net.layers[0].multihead_attn.in_proj_weight
+    return net, "layers.0.multihead_attn", "layers.1.multihead_attn.in_proj_weight"
+
+
+def _tied_gpt2(*, view: bool) -> Any:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    net: Any = nn.Sequential(conv1d(E, E), conv1d(E, E))
+    net[1].weight = _viewed(net[0].weight) if view else net[0].weight
+    return net, "0", "1.weight"
+
+
+def _tied_standardized() -> Any:
+    kind = pytest.importorskip("timm.layers").StdConv2d
+    net: Any = nn.Sequential(kind(E, E, 3), kind(E, E, 3))
+    net[1].weight = net[0].weight
+    return net, "0", "1.weight"
+
+
+def _tied_to_a_parent() -> Any:
+    net: Any = nn.ModuleDict({"lstm": nn.LSTM(E, E)})
+    net.register_parameter("kept", net["lstm"].weight_hh_l0)
+    return net, "lstm", "kept"
+
+
+TIED = {
+    "decoder": _tied_decoder,
+    "gpt2": lambda: _tied_gpt2(view=False),
+    "gpt2, a view": lambda: _tied_gpt2(view=True),
+    "standardized": _tied_standardized,
+    "parent": _tied_to_a_parent,
+}
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_what_is_tied_stays_tied(tied: str) -> None:
+    net, name, other = TIED[tied]()
+    net.append(nn.Linear(E, E)) if isinstance(net, nn.Sequential) else net.add_module("head", nn.Linear(E, E))
+    before, size = set(net.parameters()), sum(parameter.numel() for parameter in net.parameters())
+    reasons = {rule.pattern: rule.reason for rule in resolve(net, [Rule("*", SVD(2))])}
+    assert reasons[name] == f"it is tied to {other!r}"
+    holder = net.get_submodule(name)
+    assert tensorize(net, [Rule("*", SVD(2))]).get_submodule(name) is holder
+    assert set(holder.parameters()) <= before
+    open_in_place(net, [f"{name}.{part}" for part in ("linear", "conv", "in_proj", "q_proj", "hh_l0")])
+    assert net.get_submodule(name) is holder
+    assert sum(parameter.numel() for parameter in net.parameters()) < size
+
+
 # --- recurrent
 
 
@@ -510,6 +692,9 @@ def test_inputs_are_multiplied_once_and_states_step_by_step() -> None:
             opened(*given)
     with pytest.raises(UserError, match=r"the input has shape \(2, 3, 6\); expected 1 or 2 axes, the last of 6"):
         open_module(nn.GRUCell(6, 5))(torch.zeros(2, 3, 6))
+    for kind, state in ((nn.GRUCell, torch.zeros(1, 5)), (nn.LSTMCell, (torch.zeros(4, 5), torch.zeros(1, 5)))):
+        with pytest.raises(UserError, match=r"hx has shapes \[.*\(1, 5\)\]; expected \(4, 5\) each"):
+            open_module(kind(6, 5))(torch.zeros(4, 6), state)
 
 
 def test_factors_are_merged_once_for_all_steps_and_get_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

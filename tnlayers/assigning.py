@@ -9,6 +9,7 @@ from torch import nn
 from tnlayers.errors import UserError
 from tnlayers.geometry import dense_type_of
 from tnlayers.method import Factorization
+from tnlayers.opened import unopened_reason
 from tnlayers.reasons import kind_of, kind_refusal, refusal, weight_owners
 from tnlayers.rules import Rule, fits
 
@@ -89,6 +90,10 @@ def _no_match(model: nn.Module, owners: Owners, rule: Rule) -> str:
         return f"{start} only layers that no method takes, such as {other[0]!r}: {reason}"
     if other:
         return f"{start} only {kind_of(owners[other[0]])} layers such as {other[0]!r}, and {method} replaces {replaced}"
+    around = [name for name in owners if fits(name, rule.pattern.rpartition(".")[0])]
+    for name in around:  # a module that has no layers because it is not opened
+        if reason := unopened_reason(model, owners[name]):
+            return f"{start} no layer, and {kind_of(owners[name])} {name!r} is not opened: {reason}"
     there = dict(model.named_modules(remove_duplicate=False)).get(rule.pattern)
     if there is not None and weight_owners(there):
         return f"{start} {kind_of(there)} {rule.pattern!r}, which holds layers and has no weight itself; write '{rule.pattern}.*'"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers.errors import UnsupportedLayer
+from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
@@ -197,6 +197,11 @@ class FactorizedLinear(_Planned):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 2:
             return self.plan(input, self._weights(), self.bias)
+        if input.is_nested:
+            raise UserError(
+                "a factorized layer takes no nested tensors: give padded ones, and set use_nested_tensor = False on an "
+                "nn.TransformerEncoder around it"
+            )
         rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
         return rows.reshape(*input.shape[:-1], self.out_features)
 

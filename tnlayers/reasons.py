@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, dense_type_of
 from tnlayers.joint import generator_of
-from tnlayers.opened import Opened, is_hooked
+from tnlayers.opened import Opened, is_hooked, unopened_reason
 
 __all__ = ["kind_of", "kind_refusal", "refusal", "weight_owners", "weight_shape", "weight_type"]
 
@@ -65,6 +65,8 @@ def kind_refusal(model: nn.Module, name: str) -> str:
         return ""
     if is_parametrized(module):
         return "its weight is parametrized, so that it is computed from others at every call"
+    if reason := unopened_reason(model, module):
+        return reason
     base = next((base for base in type(module).__mro__ if base in DENSE), None)
     if base is None:
         own = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
@@ -74,9 +76,8 @@ def kind_refusal(model: nn.Module, name: str) -> str:
     changed = any(
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     )
-    return f"{kind} is a subclass of {base.__name__} " + (
-        "with a forward of its own" if changed else "that no method knows"
-    )
+    more = "with a forward of its own" if changed else "with methods, buffers or modules of its own"
+    return f"{kind} is a subclass of {base.__name__} {more}"
 
 
 def weight_type(module: nn.Module) -> str:

@@ -72,12 +72,14 @@ def restructure(model: nn.Module, structure: object, source: object) -> dict[nn.
     with as_checkpoint_error(f"{source} has a structure that is not understood"):
         wanted = _read(structure)
     with as_checkpoint_error(f"{source} does not fit {type(model).__name__}"):
-        view = opened_view(model)
+        opened = _opened(structure)
+        view = opened_view(model, [*wanted, *opened])
         layers = {name: module for name, module in view.named_modules() if _dense(module)}
         for name, (_, dense) in wanted.items():
             _check_dense(name, dense, layers)
         rules = {name: rule for name, (rule, _) in wanted.items()}
-        opened = _opened(structure, layers)
+        if unknown := [name for name in opened if name not in layers]:
+            raise UserError(f"{unknown[0]!r} matches no layer of an opened module")
         if rules == {rule.pattern: rule for rule in rules_of(model)}:
             open_in_place(model, opened)
             return {}
@@ -128,13 +130,11 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
     return found
 
 
-def _opened(structure: Any, layers: Mapping[str, nn.Module]) -> list[str]:
+def _opened(structure: Any) -> list[str]:
     """Returns the dense layers of modules that the file has opened."""
     names = structure.get("opened", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("'opened' is no list of names")
-    if unknown := [name for name in names if name not in layers]:
-        raise UserError(f"{unknown[0]!r} matches no layer of an opened module")
     return names
 
 

@@ -208,7 +208,7 @@ def summarize(
     notes = _notes(model, owners, rules, inputs)
     num_params_of = _params(owners)
     layers = []
-    reference = opened_view(reference) if reference else None
+    reference = opened_view(reference, owners) if reference else None
     for name, layer in owners.items():
         original = reference.get_submodule(name) if reference and isinstance(layer, FactorizedLayer) else None
         seconds = _layer_seconds(layer, inputs.get(name, []), device) if measure else (None, None)

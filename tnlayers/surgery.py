@@ -75,7 +75,7 @@ def _resolved(model: nn.Module, rules: Sequence[Rule], example_input: Example | 
         raise UserError(f"init {init!r}: expected 'decompose' or 'random'")
     if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
         raise UserError(f"rules {rules!r}: expected a list of rules, such as [Rule('*', Tucker(8))]")
-    model = opened_view(model)
+    model = opened_view(model, [rule.pattern for rule in rules], example_input)
     owners = weight_owners(model)
     taken = assign(model, owners, rules)
     resolved: dict[str, Choice] = {}

@@ -49,8 +49,12 @@ def resolve_truncation(
         ValueError: no layer matches, a budget out of reach, a layer that cannot be truncated by this rank, or one whose
             weight is not finite.
     """
-    view = opened_view(model)
+    view = _view(model, rules, example_input)
     return _resolved(view, rank, example_input, _checked(view, rank, example_input, pattern, rules))
+
+
+def _view(model: nn.Module, rules: Sequence[Rule], example_input: Example | None = None) -> nn.Module:
+    return opened_view(model, [rule.pattern for rule in rules], example_input)
 
 
 def _resolved(model: nn.Module, rank: Rank, example_input: Example | None, slots: Mapping[str, Slot]) -> list[Rule]:
@@ -93,7 +97,7 @@ def check_truncation(model: nn.Module, rank: Rank, *, pattern: str = "*", rules:
     Raises:
         ValueError: no layer matches, or one cannot be truncated by this rank; see `resolve_truncation`.
     """
-    _checked(opened_view(model), rank, None, pattern, rules)
+    _checked(_view(model, rules), rank, None, pattern, rules)
 
 
 def truncate(model: nn.Module, rules: Sequence[Rule], example_input: Example | None = None) -> dict[str, float]:
@@ -188,7 +192,7 @@ def fraction_kept(
     if of == "model":
         present, dense = whole_cost(model, example_input, by_macs=by is MacsKept)
         return present / max(dense, 1)
-    slots = _select(opened_view(model), example_input, pattern, rules)
+    slots = _select(_view(model, rules, example_input), example_input, pattern, rules)
     return _fraction(slots.values(), by_macs=by is MacsKept)
 
 

@@ -14,6 +14,7 @@ from tnlayers.opened.tree import (
     open_module,
     opened_view,
     replace_layers,
+    unopened_reason,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "open_module",
     "opened_view",
     "replace_layers",
+    "unopened_reason",
 ]

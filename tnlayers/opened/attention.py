@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tnlayers.errors import UserError
 from tnlayers.opened.opened import Opened, State, linear, stacked
@@ -22,9 +23,9 @@ class OpenedAttention(Opened):
     """Drop-in for `nn.MultiheadAttention`; its linears are `in_proj` (e -> 3e) or `q_proj`, `k_proj`, `v_proj`, and `out_proj`.
 
     There is one `in_proj` where queries, keys and values have the same width. Self-attention calls it once. Where the
-    three inputs differ, it is called on each distinct one and a third of its output is used, since no third of a
-    factorized layer can be computed by itself in general. An attention that is known to get different inputs is
-    therefore opened with three projections.
+    three inputs differ, each meets its third of a dense weight. A factorized layer is called on each distinct input
+    and a third of its output is used, since no third of it can be computed by itself in general. An attention that is
+    known to get different inputs is therefore opened with three projections.
 
     The children hold the very Parameters of the module that was opened, with one exception: three projections hold copies
     of the thirds of what that module keeps in one Parameter (the bias, and the weight if the widths are equal).
@@ -138,9 +139,11 @@ class OpenedAttention(Opened):
         """Computes what `nn.MultiheadAttention` does, with the same arguments.
 
         Raises:
-            UserError: nested tensors, batched inputs beside unbatched ones, a mask of another shape, `is_causal` without a mask.
+            UserError: nested tensors, inputs of different batches, keys and values of different lengths, a mask of another shape
+                or of whole numbers, `is_causal` without a mask.
         """
-        self._check(query, key, value, attn_mask, is_causal)
+        self._check(query, key, value, is_causal and attn_mask is None)
+        self._check_masks(query, key, key_padding_mask, attn_mask)
         q, k, v = (self._heads(x) for x in self._project(query, key, value))
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k.shape[2])
@@ -169,7 +172,7 @@ class OpenedAttention(Opened):
             mixed = mixed.transpose(0, 1)
         return self.out_proj(mixed), weights
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, lacks_mask: bool) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise UserError(
                 "an opened attention takes no nested tensors: give padded ones and a key_padding_mask, and set "
@@ -178,17 +181,40 @@ class OpenedAttention(Opened):
         if not (query.dim() == key.dim() == value.dim() and query.dim() in (2, 3)):
             dims = (query.dim(), key.dim(), value.dim())
             raise UserError(f"query, key and value have {dims} dimensions; expected 3 each, or 2 each without a batch")
-        if is_causal and attn_mask is None:
+        if lacks_mask:
             raise UserError("is_causal=True is a hint about attn_mask: give the causal mask too")
-        at = 1 if self.batch_first and query.dim() == 3 else 0
-        if attn_mask is not None and attn_mask.shape[-2:] != (query.shape[at], key.shape[at]):
-            given, expected = tuple(attn_mask.shape), (query.shape[at], key.shape[at])
-            raise UserError(f"attn_mask has shape {given}; expected {expected}, or (batch * num_heads, *{expected})")
+        if key.shape[:-1] != value.shape[:-1]:
+            shapes = tuple(key.shape), tuple(value.shape)
+            raise UserError(f"key and value have shapes {shapes}; expected equal ones up to the last axis")
+        batch = slice(0, 1) if self.batch_first else slice(1, 2)
+        if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
+            shapes = tuple(query.shape), tuple(key.shape)
+            raise UserError(f"query and key have shapes {shapes}; expected the same batch")
+
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        """Returns the batch and the length of an input, whose batch is 1 where it has none."""
+        if x.dim() == 2:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+
+    def _check_masks(self, query: Tensor, key: Tensor, padding: Tensor | None, attn: Tensor | None) -> None:
+        (n, l), (_, s) = self._sizes(query), self._sizes(key)  # noqa: E741
+        if attn is not None and attn.shape not in ((l, s), (n * self.num_heads, l, s)):
+            expected = f"{(l, s)}, or (batch * num_heads, *{(l, s)})"
+            raise UserError(f"attn_mask has shape {tuple(attn.shape)}; expected {expected}")
+        if padding is not None and padding.shape != ((n, s) if query.dim() == 3 else (s,)):
+            expected = str((n, s) if query.dim() == 3 else (s,))
+            raise UserError(f"key_padding_mask has shape {tuple(padding.shape)}; expected {expected}")
+        for name, mask in {"attn_mask": attn, "key_padding_mask": padding}.items():
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise UserError(f"{name} is of type {mask.dtype}; expected torch.bool or floating-point numbers")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Returns queries, keys and values, each (..., e)."""
         if not self._is_packed:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if type(self.in_proj) is nn.Linear and not (query is key is value):
+            return tuple(map(self._third, range(3), (query, key, value)))
         q, k, v = queried = self.in_proj(query).chunk(3, dim=-1)
         if key is not query:
             _, k, v = self.in_proj(key).chunk(3, dim=-1)
@@ -197,6 +223,11 @@ class OpenedAttention(Opened):
         elif value is not key:
             v = self.in_proj(value).chunk(3, dim=-1)[2]
         return q, k, v
+
+    def _third(self, place: int, x: Tensor) -> Tensor:
+        """Calls a plain `in_proj` with a third of its weight and bias."""
+        parts = {key: value.chunk(3)[place] for key, value in self.in_proj.named_parameters()}
+        return functional_call(self.in_proj, parts, (x,))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Turns (n, l, e), (l, n, e) if not batch_first, or (l, e) into (n, h, l, d)."""

@@ -39,7 +39,8 @@ def _encoder_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Tells whether the layers that the kernel skips are torch's own."""
-    linears = isinstance(layer.linear1, nn.Linear) and isinstance(layer.linear2, nn.Linear)
-    attention = layer.self_attn
-    return linears and isinstance(attention, nn.MultiheadAttention) and isinstance(attention.out_proj, nn.Linear)
+    """Tells whether the layers that the kernel skips are torch's own; a subclass may do without some of them."""
+    attention = getattr(layer, "self_attn", None)
+    linears = [getattr(layer, name, None) for name in ("linear1", "linear2")] + [getattr(attention, "out_proj", None)]
+    others = [part for part in linears if part is not None and not isinstance(part, nn.Linear)]
+    return not others and (attention is None or isinstance(attention, nn.MultiheadAttention))

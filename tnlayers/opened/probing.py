@@ -1,10 +1,11 @@
 """How a subclass of torch's layers computes: which padding and which plain layer it amounts to, found out by calling it.
 
-It is called on small inputs while the one call of `F.conv2d` or `F.linear` that it has to end with is recorded in place of
-being made. So nothing here knows any of the subclasses.
+It is called on a few inputs while the one call of `F.conv2d` or `F.linear` that it has to end with is recorded in place of
+being made. So nothing here knows any of the subclasses; and nothing here proves what one does to other inputs.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.conv3d: nn.Conv3d,
     F.linear: nn.Linear,
 }
-_PROBES = 4
+_SCALES = (1.0, 0.01, 3e4, 30.0)
+"""The largest value of each input that it is called on."""
 
 
 def base_of(module: nn.Module) -> Any:
@@ -67,7 +69,7 @@ def probe(dense: Any) -> tuple[nn.Module, Padding] | None:
     """
     if dense.weight.is_meta or base_of(dense) not in _FUNCTIONS.values():
         return None
-    inputs = [_input(dense, place) for place in range(_PROBES)]
+    inputs = [_input(dense, place) for place in range(len(_SCALES))]
     try:  # the forward of somebody's module may raise anything when it is called like this
         module = copy.deepcopy(dense)  # and may change the module
         calls = [_recorded(module.train(place % 2 == 1), x) for place, x in enumerate(inputs)]
@@ -112,20 +114,21 @@ def _recorded(module: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def _input(layer: Any, place: int) -> Tensor:
-    """Makes a small input without zeros; the sizes of its axes differ, and so do those of the probes."""
+    """Makes an input of fractions of both signs without zeros; the sizes of axes differ, and so do those of the probes."""
     if isinstance(layer, nn.Linear):
-        shape = [2, layer.in_features]
+        shape = [*range(2, 3 + place), layer.in_features]
     else:
         windows = enumerate(zip(layer.kernel_size, layer.dilation, strict=True))
         sizes = [(window - 1) * dilation + 1 + place + axis for axis, (window, dilation) in windows]
-        shape = [1, layer.in_channels, *sizes]
-    return torch.ones(shape, dtype=layer.weight.dtype, device=layer.weight.device).cumsum(-1) + place
+        shape = [2 + place % 2, layer.in_channels, *sizes]
+    values = _SCALES[place] * torch.arange(1.0, 1 + math.prod(shape)).sin()  # no whole number but 0 has a sine of 0
+    return values.view(shape).to(layer.weight.device, layer.weight.dtype)
 
 
 def _zeros(layer: Any, x: Tensor, padded: Tensor) -> Amounts | None:
     """Returns by which zeros one tensor became the other; None if by anything else."""
     amounts = []
-    for axis in range(2, x.dim()):
+    for axis in range(x.dim() if isinstance(layer, nn.Linear) else 2, x.dim()):
         filled = padded.transpose(0, axis).flatten(1).any(dim=1).nonzero()
         before = int(filled[0])
         amounts.append((before, padded.shape[axis] - x.shape[axis] - before))

@@ -208,7 +208,7 @@ class OpenedCell(Opened):
         """Computes what torch's cell does: (n, i) or (i,), and the state, to the next state.
 
         Raises:
-            UserError: an input of another shape.
+            UserError: an input or a state of another shape.
         """
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UserError(
@@ -218,6 +218,9 @@ class OpenedCell(Opened):
         if hx is None:
             zeros = x.new_zeros(*input.shape[:-1], self.hidden_size)
             hx = (zeros, zeros) if self.mode == "LSTM" else zeros
-        state = hx if self.mode == "LSTM" else (hx,)
+        state = tuple(hx) if self.mode == "LSTM" else (hx,)
+        shapes, expected = [tuple(part.shape) for part in state], (*input.shape[:-1], self.hidden_size)
+        if shapes != [expected] * (2 if self.mode == "LSTM" else 1):
+            raise UserError(f"hx has shapes {shapes}; expected {expected} each")
         new = step(self.mode, x, self.hh(state[0]), state)
         return new if self.mode == "LSTM" else new[0]

@@ -1,4 +1,4 @@
-"""Subclasses of torch's layers, such as timm's, that compute what a plain layer does, with another weight or padding."""
+"""Subclasses of torch's layers, such as timm's, that are known to compute what a plain layer does, with another weight or padding."""
 
 from typing import Any, Self
 
@@ -9,13 +9,22 @@ from tnlayers.geometry import DENSE, arguments
 from tnlayers.opened.opened import Opened, State, twin
 from tnlayers.opened.probing import Padding, base_of, pad, probe
 
-__all__ = ["OpenedSubclass", "is_subclass"]
+__all__ = ["OpenedSubclass", "changing_classes", "is_subclass"]
+
+_LIBRARIES = ("timm", "torchvision", "transformers")
+"""Those whose subclasses are known to differ from a plain layer in ways that show whenever they are called."""
+
+_HARMLESS = {"__init__", "__repr__", "__dict__", "__weakref__", "__annotate_func__", "extra_repr", "reset_parameters"}
+"""What a class may define and still compute what its base does, in every way in which it is used."""
 
 
 def is_subclass(module: nn.Module) -> bool:
-    """Tells whether a module is of a subclass of torch's layers and has nothing but real parameters of its own.
+    """Tells whether a module is of a subclass of torch's layers that is known to be plain.
 
-    What a buffer (a mask) or a module (a quantizer) makes of a weight would be lost when the weight changes.
+    No calls of a module prove that it is: it may do something else to inputs that it was not called with. So the classes
+    below torch's have to define nothing that computes, or be those of a library whose layers are known. The module moreover
+    has nothing but real parameters of its own: what a buffer (a mask) or a module (a quantizer) makes of a weight would be
+    lost when the weight changes.
     """
     weight = module._parameters.get("weight")
     ordinary = type(weight) is nn.Parameter and weight.is_floating_point()
@@ -23,8 +32,21 @@ def is_subclass(module: nn.Module) -> bool:
         ordinary
         and type(module) not in DENSE
         and base_of(module) is not None
-        and not (module._modules or module._buffers)
+        and not (module._modules or module._buffers or {"forward", "_conv_forward"} & vars(module).keys())
+        and all(kind.__module__.partition(".")[0] in _LIBRARIES for kind in changing_classes(module))
     )
+
+
+def changing_classes(module: nn.Module) -> list[type]:
+    """Returns the classes between a module and torch's layer that define more than how it is made and shown."""
+    order = type(module).__mro__
+    return [
+        kind for kind in order[: order.index(base_of(module))] if any(map(_computes, vars(kind), vars(kind).values()))
+    ]
+
+
+def _computes(name: str, value: object) -> bool:
+    return name not in _HARMLESS and (callable(value) or hasattr(value, "__get__"))
 
 
 class OpenedSubclass(Opened):
@@ -92,10 +114,8 @@ class OpenedSubclass(Opened):
 
 def _unchanged(dense: Any) -> tuple[nn.Module, Padding] | None:
     """Returns torch's layer where a subclass leaves what it computes alone."""
-    base, kind = base_of(dense), type(dense)
-    names = ("forward", "_conv_forward", "__call__")
-    changed = any(getattr(kind, name, None) is not getattr(base, name, None) for name in names)
-    if changed or dense._parameters.keys() - {"weight", "bias"}:
+    base = base_of(dense)
+    if changing_classes(dense) or dense._parameters.keys() - {"weight", "bias"}:
         return None
     layer = base(**arguments(twin(dense, base)), device="meta")
     layer._parameters.update(dense._parameters)
