@@ -135,6 +135,7 @@ def main() -> None:
     for net, method in ROWS:
         if net in options.net and method in options.method and f"{net}, {method}" not in found["rows"]:
             found["rows"][f"{net}, {method}"] = measure(net, method)
+            found["rows"] = {row: found["rows"][row] for row in map(", ".join, ROWS) if row in found["rows"]}
             found["environment"] = environment()
             options.out.write_text(json.dumps(found, indent=2) + "\n")
             print(table({f"{net}, {method}": found["rows"][f"{net}, {method}"]}), flush=True)
