@@ -1,6 +1,7 @@
 """The README and the pages of docs/: what they show runs, what they name is there, and the site builds."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from benchmarks import whole_nets
 from lightning_modules import build_net
 from tests.commands import CONFIGS, DIGITS, QUIET, tnlayers
 from tests.processes import HANGING
@@ -212,9 +214,23 @@ def test_the_table_of_methods_is_the_codes() -> None:
     page = README.parent / "docs/methods.md"
     tables = ((README, "kinds", kinds_table()), (page, "kinds", kinds_table()), (page, "methods", methods_table()))
     for path, mark, table in tables:
-        printed = re.search(rf"<!-- {mark}.*?-->\n(.*?)\n<!--", path.read_text(encoding="utf-8"), re.DOTALL)
-        assert printed, f"{path} has no table of {mark}"
-        assert printed[1] == table, f"paste the output of tnlayers.{mark}_table() into {path}"
+        assert printed_table(path, mark) == table, f"paste the output of tnlayers.{mark}_table() into {path}"
+
+
+def test_the_table_of_whole_nets_is_that_of_its_file() -> None:
+    """All nets are there and within their budget, and what the report says is what torch counted."""
+    rows = json.loads(whole_nets.JSON.read_text(encoding="utf-8"))["rows"]
+    assert list(rows) == [f"{net}, {method}" for net, method in whole_nets.ROWS]
+    assert printed_table(DOCS / "whole-nets.md", "whole nets") == whole_nets.table(rows)
+    for row in rows.values():
+        assert 0.49 <= row["params"][1] / row["params"][0] <= 0.5
+        assert row["macs"] == row["macs_of_the_report"]
+
+
+def printed_table(path: Path, mark: str) -> str:
+    printed = re.search(rf"<!-- {mark}.*?-->\n(.*?)\n<!--", path.read_text(encoding="utf-8"), re.DOTALL)
+    assert printed, f"{path} has no table of {mark}"
+    return printed[1]
 
 
 def anchors(page: Path) -> set[str]:
