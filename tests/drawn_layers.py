@@ -136,13 +136,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
     """What differs on the device from torch's convolution on the CPU; nothing, if all is well."""
     torch.manual_seed(drawn.seed)
-    dense = drawn.kind(**drawn.geometry, dtype=torch.float64)
+    net = nn.Sequential(drawn.kind(**drawn.geometry, dtype=torch.float64))
+    weight = net[0].weight.detach().clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ranks above the attainable, and more parameters than the dense layer has
-        layer = tensorize(nn.Sequential(dense), [Rule("0", drawn.method(drawn.rank))])[0]
+        layer = tensorize(net, [Rule("0", drawn.method(drawn.rank))])[0]
     assert isinstance(layer, FactorizedLayer)
     if drawn.rank == 99:
-        error = float(((layer.weight - dense.weight).norm() / dense.weight.norm()).detach())  # type: ignore[operator]
+        error = float(((layer.weight - weight).norm() / weight.norm()).detach())  # type: ignore[operator]
         if error > 1e-10:
             yield f"full rank has error {error:.1e}"
     layer = layer.to(drawn.dtype)
