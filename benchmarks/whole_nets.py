@@ -20,10 +20,9 @@ import torch
 import torchvision.models as vision
 import transformers
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import tnlayers
+from benchmarks.counted import counted
 from lightning_modules.report import environment
 from tnlayers import ParamsKept, Rule, resolve, summarize, tensorize
 from tnlayers.markdown import markdown_table
@@ -73,13 +72,9 @@ ROWS = [
 
 
 def counts(net: nn.Module, example: Example) -> tuple[int, int]:
-    """Returns parameters and multiply-accumulates by torch alone; its counter does not know the fused attentions."""
+    """Returns parameters and multiply-accumulates by torch alone."""
     args, kwargs = arguments_of(example)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        net(*args, **kwargs)  # merges factors, which are kept from then on
-        with FlopCounterMode(display=False) as counter:
-            net(*args, **kwargs)
-    return sum(parameter.numel() for parameter in net.parameters()), counter.get_total_flops() // 2
+    return sum(parameter.numel() for parameter in net.parameters()), counted(net, *args, **kwargs)
 
 
 def measure(name: str, method: str) -> dict[str, Any]:
@@ -140,7 +135,6 @@ def main() -> None:
     if options.table:
         print(table(found["rows"]))
         return
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's counter does not know it
     for net, method in ROWS:
         if net in options.net and method in options.method and f"{net}, {method}" not in found["rows"]:
             found["rows"][f"{net}, {method}"] = measure(net, method)

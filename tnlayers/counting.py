@@ -54,9 +54,8 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
     """
     args, kwargs = arguments_of(example_input)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    counter.mod_tracker = (
-        _Everywhere()
-    )  # torch's own hooks gradients, which fails for views and gradients within a forward
+    # Torch's own tracker hooks gradients, which fails for views of parameters and for gradients within a forward.
+    counter.mod_tracker = _Everywhere()
     unknown = _Unknown(model, counter.flop_registry)
     own: dict[str, int] = {}
     eager = torch.compiler.set_stance("force_eager")  # a compiled graph has no operators to be seen

@@ -91,15 +91,18 @@ def from_tensorly(dense: nn.Module, tensor: Any, *, order: str = "i d h w o") ->
             f"a {type(tensor).__name__} has no factors; expected a CPTensor, TuckerTensor, TTTensor or TTMatrix"
         )
     parts = [precise(torch.as_tensor(factor)) for factor in tensor.factors]
-    core, weights = getattr(tensor, "core", None), getattr(tensor, "weights", None)
+    core, weights = (
+        None if (part := getattr(tensor, name, None)) is None else precise(torch.as_tensor(part))
+        for name in ("core", "weights")
+    )
     half, is_conv = len(parts) // 2, len(Geometry.of(dense).weight_shape) > 2
     modes = {"out_shape": tuple(map(len, parts[:half])), "in_shape": tuple(map(len, parts[half:]))}
     if core is not None:
         whole = is_conv and all(part.equal(torch.eye(len(part)).to(part)) for part in parts[2:])
         method = Tucker(1) if whole else FullTucker(1) if is_conv else TuckerMatrix(1, **modes)
-        return _of_matrices(dense, method, parts[:2] if whole else parts, {"core": precise(torch.as_tensor(core))})
+        return _of_matrices(dense, method, parts[:2] if whole else parts, {"core": core})
     if weights is not None or all(part.dim() == 2 for part in parts):
-        scale = 1 if weights is None else precise(torch.as_tensor(weights))
+        scale = 1 if weights is None else weights
         return _of_matrices(dense, CP(1) if is_conv else CPMatrix(1, **modes), [scale * parts[0], *parts[1:]])
     train: Factorization = MPS(1, order=order)
     if all(part.dim() == 4 for part in parts):

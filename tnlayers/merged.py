@@ -45,9 +45,8 @@ class Merged:
     def __init__(self, weights: list[Tensor], factors: Sequence[nn.Parameter], *, checked: bool) -> None:
         self.weights, self.factors, self.checked, self.stepped = weights, list(factors), checked, False
         self._aliases = [factor.detach() for factor in factors]  # their memory is not given to another tensor
-        self._counts = [
-            value._version for value in (*factors, *weights)
-        ]  # code that reads a dense weight may write to it
+        # Code that reads a dense weight may write to it.
+        self._counts = [value._version for value in (*factors, *weights)]
         _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Sequence[Tensor]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counted import counted
 from benchmarks.gpu.device import captured, peak_bytes
 from benchmarks.gpu.layers import ROUNDS, parameter_bytes
 from benchmarks.gpu.rows import Row, Setting
@@ -102,21 +102,6 @@ def pair(name: str, method: str, setting: Setting) -> tuple[dict[str, nn.Module]
     sizes = [sum(parameter.numel() for parameter in net.parameters()) for net in nets.values()]
     layers = sum(isinstance(module, FactorizedLayer) for module in small.modules())
     return nets, {"parameters_kept": sizes[1] / sizes[0], "macs_kept": macs[1] / macs[0], "layers": layers}
-
-
-def counted(net: nn.Module, x: Tensor) -> int:
-    """Returns the multiply-accumulates of an evaluation, whose merged weights are kept."""
-    net.eval()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # whose one operation torch does not count
-    try:
-        with torch.no_grad():
-            net(x)
-            with FlopCounterMode(display=False) as counter:
-                net(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() // 2
 
 
 def pictures(setting: Setting, batch: int) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.counted import counted
 from benchmarks.gpu.conformance import capturable
 from benchmarks.gpu.device import captured_step, synchronize, whole_step
-from benchmarks.gpu.nets import counted
 from benchmarks.gpu.pictures import Part, read
 from benchmarks.gpu.rows import Row, Setting
 from lightning_modules.nets import build_net
