@@ -196,9 +196,9 @@ def test_merged_weights_are_kept_while_evaluating(case: Case) -> None:
     layer, x = converted(case).eval(), case.input()
     with torch.no_grad():
         layer(x)
-        kept = layer._weights()
-        assert all(one is other for one, other in zip(kept, layer._weights(), strict=True))
-    assert all(weight.requires_grad for weight in layer._weights())  # a gradient may flow: not the kept ones
+        kept = layer._planned()[1]
+        assert all(one is other for one, other in zip(kept, layer._planned()[1], strict=True))
+    assert all(weight.requires_grad for weight in layer._planned()[1])  # a gradient may flow: not the kept ones
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])

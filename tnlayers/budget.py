@@ -13,7 +13,6 @@ from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
 from tnlayers.method import Factorization
-from tnlayers.plan import Partition, PlanChoice
 from tnlayers.ranks import (
     Candidate,
     MacsKept,
@@ -26,6 +25,8 @@ from tnlayers.ranks import (
     check_rank,
     within_error,
 )
+from tnlayers.roles import Partition
+from tnlayers.schedule import ByMode, PlanChoice, of_mode
 from tnlayers.spec import LayerSpec
 
 __all__ = ["Choice", "Fit", "Slot", "lowered", "settle"]
@@ -141,7 +142,11 @@ def settle(
 def _planned(spec: LayerSpec | None, slot: Slot, plan: PlanChoice, *, by_macs: bool) -> PlanChoice:
     if spec is None or plan != "auto" or not (by_macs or slot.calls):
         return plan
-    return spec.best_plan(slot.used, slot.device_type, by_macs=by_macs)
+    fast = spec.best_plan(slot.used, slot.device_type)
+    if not by_macs:
+        return fast
+    fewest, training = spec.fewest_macs(slot.used), of_mode(fast, training=True)
+    return fewest if training == fewest else ByMode(fewest, training)
 
 
 def lowered(spec: LayerSpec, rank: int | Sequence[int]) -> LayerSpec:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.opened import replace_layers
-from tnlayers.plan import Plan, Step
+from tnlayers.plan import Plan
 from tnlayers.rules import Rule
+from tnlayers.steps import Step
 from tnlayers.surgery import matching_layers
 
 __all__ = ["to_chains"]
@@ -51,7 +52,7 @@ def _chain(layer: FactorizedLayer) -> nn.Sequential:
             "by `to_dense`, or leave it by giving rules for the others"
         )
     with torch.no_grad():
-        weights = layer._make("_merged")
+        weights = layer._make("_merged", plan)
     made: OrderedDict[str, nn.Module] = OrderedDict()
     for group, step, weight in zip(plan.groups, plan.steps, weights, strict=True):
         name, last = "_".join(group), step is plan.steps[-1]
@@ -67,7 +68,7 @@ def _torch_layer(step: Step, weight: Tensor, bias: nn.Parameter | None) -> nn.Mo
     channels = {"in_channels": step.kept * step.consumed, "out_channels": step.kept * step.produced}
     options: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
     window: dict[str, Any] = {
-        "kernel_size": step.weight_shape[2:],
+        "kernel_size": step.weight_shape[2:] or (1,) * len(step.stride),
         "stride": step.subsample or step.stride,
         "padding": step.padding,
         "dilation": step.dilation,
@@ -81,7 +82,8 @@ def _torch_layer(step: Step, weight: Tensor, bias: nn.Parameter | None) -> nn.Mo
         made = kind(**channels, **window, output_padding=step.output_padding, **options)
     else:
         made = getattr(nn, f"Conv{len(step.stride)}d")(**channels, **window, **options)
-    made.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    weight = weight.detach().clone(memory_format=torch.contiguous_format)
+    made.weight = nn.Parameter(weight.reshape(made.weight.shape))
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return made

@@ -1,76 +1,83 @@
 """What a plan costs: multiply-accumulates exactly, and a model of the time that tells which plan is the fastest."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tnlayers.network import Network, Sizes, size_of
-from tnlayers.plan import Axis, Partition, partitions
-from tnlayers.roles import roles_of
+from tnlayers.roles import Operation, Partition, Roles, roles_of
+from tnlayers.schedule import Schedule, partitions
+from tnlayers.steps import Axis, possible_operations
 
-__all__ = ["Machine", "cheapest", "macs"]
+__all__ = ["Machine", "Rate", "cheapest", "macs", "schedules"]
 
 _EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """What one call costs: multiply-accumulates and values read or written, of the activation and of the merging."""
-
-    macs: int
-    values: int
-    merge_macs: int
-    launches: int
-
-
-def _cost(
-    network: Network,
-    sizes: Sizes,
-    partition: Partition,
-    axes: Mapping[str, Axis],
-    batch: int,
-    input_size: Sequence[int],
-) -> _Cost:
-    extent = dict(zip(axes, input_size, strict=True))
-    compute = values = merge_macs = launches = 0
-    for roles in roles_of(network, partition):
-        values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
-        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
-        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
-        positions = batch * math.prod(extent.values())
-        produced = size_of(roles.after, sizes)
-        weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-        compute += batch * math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
-        values += positions * produced + weight
-        merge_macs += roles.merge.macs(sizes)
-        launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
-        if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
-            values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
-            launches += 1
-    return _Cost(compute, values, merge_macs, launches)
+_PASSES = 3  # of a training step: the output, and the gradients of the input and of the weight
 
 
 def macs(
     network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
 ) -> int:
     """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
-    return _cost(network, sizes, partition, axes, 1, input_size).macs
+    extent, total = dict(zip(axes, input_size, strict=True)), 0
+    for roles in roles_of(network, partition):
+        total += _step_macs(roles, sizes, axes, extent)
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+    return total
+
+
+def _step_macs(roles: Roles, sizes: Sizes, axes: Mapping[str, Axis], extent: Mapping[str, int]) -> int:
+    laid = dict(extent) | {index: axes[index].positions(extent[index]) for index in roles.kernel}
+    weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
+    return math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
+
+
+def schedules(network: Network, sizes: Sizes, axes: Mapping[str, Axis]) -> Iterator[Schedule]:
+    """Yields every partition with each operation in all the steps that it can compute, and the plainest one in the others."""
+    for groups in partitions(tuple(network.factors)):
+        possible = [possible_operations(roles, axes, sizes) for roles in roles_of(network, groups)]
+        kinds = dict.fromkeys(operation for known in possible for operation in known)
+        found = (Schedule(groups, tuple(kind if kind in known else known[0] for known in possible)) for kind in kinds)
+        yield from dict.fromkeys(found)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Multiply-accumulates in a second: `peak` for many channels, half of it where the fewer of the channels are `half`."""
+
+    peak: float
+    half: float
+
+    def seconds(self, macs: float, width: int) -> float:
+        return macs / self.peak * (1 + self.half / width) if macs else 0.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second: the three constants of the cost model."""
+    """What a device does in a second: the constants of the cost model.
 
-    macs: float
+    Attributes:
+        rates: those of each operation.
+        depthwise: that of a convolution whose groups have one channel.
+        values: how many are read or written.
+        launch_seconds: how long it takes to start an operation.
+    """
+
+    rates: Mapping[Operation, Rate]
+    depthwise: Rate
     values: float
     launch_seconds: float
 
     @staticmethod
+    @lru_cache
     def of(device_type: str) -> "Machine":
         """Gives rounded figures of one CPU core with wide vectors or of a data-centre GPU; only their ratios matter."""
         if device_type == "cuda":
-            return Machine(macs=2e13, values=5e11, launch_seconds=5e-6)
-        return Machine(macs=1e11, values=3e9, launch_seconds=5e-6)
+            fast = Rate(2e13, 32)
+            return Machine({"convolution": fast, "linear": fast, "bmm": fast}, Rate(1e12, 0), 5e11, 5e-6)
+        rates: dict[Operation, Rate] = {"convolution": Rate(4e10, 8), "linear": Rate(6e10, 8), "bmm": Rate(5e10, 8)}
+        return Machine(rates, Rate(1e10, 0), 3e9, 5e-6)
 
 
 def cheapest(
@@ -80,12 +87,63 @@ def cheapest(
     machine: Machine,
     input_size: Sequence[int],
     batch: int,
-) -> Partition:
-    """Returns the partition with the least estimated time: multiply-accumulates, values moved and launches, one after the other."""
+    *,
+    training: bool = False,
+    groups: Partition | None = None,
+) -> Schedule:
+    """Returns the schedule with the least estimated time.
 
-    def seconds(groups: Partition) -> float:
-        cost = _cost(network, sizes, groups, axes, batch, input_size)
-        compute = (cost.macs + cost.merge_macs) / machine.macs
-        return compute + cost.values / machine.values + cost.launches * machine.launch_seconds
+    Args:
+        network: the factors' strings.
+        sizes: the size of every index.
+        axes: the spatial ones.
+        machine: what the device does in a second.
+        input_size: the positions of the input.
+        batch: how many inputs there are.
+        training: whether gradients are taken, and weights merged, at every call.
+        groups: the partition, where that is given.
+    """
 
-    return min(partitions(tuple(network.factors)), key=seconds)
+    def seconds(schedule: Schedule) -> float:
+        return estimate(network, sizes, schedule, axes, machine, input_size, batch, training=training)
+
+    return min((one for one in schedules(network, sizes, axes) if groups is None or one.groups == groups), key=seconds)
+
+
+def estimate(
+    network: Network,
+    sizes: Sizes,
+    schedule: Schedule,
+    axes: Mapping[str, Axis],
+    machine: Machine,
+    input_size: Sequence[int],
+    batch: int,
+    *,
+    training: bool,
+) -> float:
+    """Returns the estimated seconds of a call: operations, values moved and launches, one after the other."""
+    extent, total = dict(zip(axes, input_size, strict=True)), 0.0
+    passes = _PASSES if training else 1
+    for roles, operation in zip(
+        roles_of(network, schedule.groups, schedule.operations), schedule.operations, strict=True
+    ):
+        compute = batch * _step_macs(roles, sizes, axes, extent)
+        read = batch * size_of(roles.before, sizes) * math.prod(extent.values())
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        written = batch * size_of(roles.after, sizes) * math.prod(extent.values())
+        weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
+        consumed, produced = size_of(roles.consumed, sizes), size_of(roles.produced, sizes)
+        rate = machine.rates[operation]
+        if consumed == produced == 1 and operation == "convolution":
+            rate = machine.depthwise
+        launches, values = 1, read + written + weight
+        if roles.before != roles.wanted:
+            launches, values = launches + 1, values + 2 * read
+        if training and operation == "bmm":  # its weight's gradient is made for each matrix of the batch, then summed
+            values += 2 * batch * size_of(roles.ahead, sizes) * weight
+        total += passes * (rate.seconds(compute, min(consumed, produced)) + values / machine.values)
+        total += passes * launches * machine.launch_seconds
+        if training:
+            total += passes * machine.rates["linear"].seconds(roles.merge.macs(sizes), 64)
+            total += passes * _EINSUM_LAUNCHES * len(roles.merge.products) * machine.launch_seconds
+    return total

@@ -20,8 +20,8 @@ from tnlayers.geometry import Call, Geometry, arguments
 from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
 from tnlayers.method import Factorization
-from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import Rank, Ranks
+from tnlayers.schedule import PlanChoice, check_plan
 from tnlayers.spec import LayerSpec
 
 __all__ = ["FactorizedLayer", "Fill", "Init"]
@@ -36,8 +36,9 @@ class FactorizedLayer(Merging):
         factors: the parameters that make the weight, by name: the network's factors, or what generates them.
         bias: as in the dense layer.
         spec: what the layer is: its geometry, the method and the ranks.
-        plan: how it is computed.
-        plan_choice: what that was chosen by, as the constructor takes it.
+        plan: how it is computed in evaluation.
+        training_plan: how it is computed wherever gradients may flow.
+        plan_choice: what these were chosen by, as the constructor takes it.
         decomposition_error: the relative error at conversion, against the dense weight; None from scratch, after a
             truncation and after a load.
     """
@@ -119,9 +120,10 @@ class FactorizedLayer(Merging):
         return self.ranks if len(self.ranks) > 1 else self.ranks[0]
 
     def set_plan(self, plan: PlanChoice) -> None:
-        """Chooses how the layer is computed; see `tnlayers.plan`."""
-        plan = check_plan(plan)
-        self.plan = self.spec.compile(plan, self._like["device"].type)
+        """Chooses how the layer is computed; see `tnlayers.schedule`."""
+        plan, device = check_plan(plan), self._like["device"].type
+        self.plan = self.spec.compile(plan, device)
+        self.training_plan = self.spec.compile(plan, device, training=True)
         self.plan_choice = plan
         self._keep()
 

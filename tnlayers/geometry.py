@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnlayers.plan import Axis
+from tnlayers.steps import Axis
 
 __all__ = ["DENSE", "NOMINAL_CALLS", "Call", "Geometry", "arguments", "dense_type_of"]
 

@@ -10,7 +10,8 @@ from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
-from tnlayers.plan import Plan, PlanChoice
+from tnlayers.plan import Plan
+from tnlayers.schedule import PlanChoice
 
 __all__ = [
     "FactorizedConv1d",
@@ -33,9 +34,10 @@ class _Planned(FactorizedLayer):
 
     def _convolved(self, input: Tensor, output_padding: Sequence[int] | None = None) -> Tensor:
         """Computes a convolution of an input with a batch dimension or without."""
+        plan, weights = self._planned()
         if input.dim() == len(self.spec.geometry.axes) + 1:
-            return self.plan(input.unsqueeze(0), self._weights(), self.bias, output_padding).squeeze(0)
-        return self.plan(input, self._weights(), self.bias, output_padding)
+            return plan(input.unsqueeze(0), weights, self.bias, output_padding).squeeze(0)
+        return plan(input, weights, self.bias, output_padding)
 
 
 class _Convolution(_Planned):
@@ -195,14 +197,15 @@ class FactorizedLinear(_Planned):
         self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        plan, weights = self._planned()
         if input.dim() == 2:
-            return self.plan(input, self._weights(), self.bias)
+            return plan(input, weights, self.bias)
         if input.is_nested:
             raise UserError(
                 "a factorized layer takes no nested tensors: give padded ones, and set use_nested_tensor = False on an "
                 "nn.TransformerEncoder around it"
             )
-        rows = self.plan(input.reshape(-1, self.in_features), self._weights(), self.bias)
+        rows = plan(input.reshape(-1, self.in_features), weights, self.bias)
         return rows.reshape(*input.shape[:-1], self.out_features)
 
 
@@ -259,7 +262,8 @@ class FactorizedEmbedding(FactorizedLayer):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.plan(input.reshape(-1), self._weights())
+        plan, weights = self._planned()
+        rows = plan(input.reshape(-1), weights)
         if self.padding_idx is not None:
             rows = rows.masked_fill((input.reshape(-1) == self.padding_idx)[:, None], 0)
         return rows.reshape(*input.shape, self.embedding_dim)

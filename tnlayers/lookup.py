@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnlayers.network import Contraction, Network, Sizes, size_of
-from tnlayers.plan import Partition
+from tnlayers.roles import Partition
 
 __all__ = ["Lookup"]
 

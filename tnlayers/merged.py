@@ -90,15 +90,17 @@ class Merging(Leaf):
     Attributes:
         factors: the parameters, by name.
         spec: what the layer is.
-        plan: how it is computed.
+        plan: how it is computed where what is merged is kept.
+        training_plan: how it is computed wherever gradients may flow, so that it merges at every call.
     """
 
     factors: nn.ParameterDict
     spec: LayerSpec
     plan: Plan | Lookup
+    training_plan: Plan | Lookup
     _merged: Merged | None
     _whole: Merged | None = None
-    _held: list[Tensor] | None = None
+    _held: tuple[Any, list[Tensor]] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +124,8 @@ class Merging(Leaf):
         It is made at each access, in evaluation without gradients at the first one. Code that gives it to a function, as in
         `F.linear(x, layer.weight)`, saves no operation.
         """
-        return self._present("_whole")[0]
+        (weight,) = self._fresh("_whole") or self._make("_whole", None)
+        return weight
 
     def _dense_weight(self) -> Tensor:
         return self.spec.geometry.exchanged(self.spec.reconstruct(dict(self.factors.items())))
@@ -143,37 +146,51 @@ class Merging(Leaf):
     @contextmanager
     def merged_once(self) -> Iterator[None]:
         """Merges once for all calls in this block, for whoever calls the layer many times, such as at every time step."""
-        self._held = self._weights()
+        self._held = self._planned()
         try:
             yield
         finally:
             self._held = None
 
-    def _weights(self) -> list[Tensor]:
-        """Returns the plan's merged weights."""
-        return self._held if self._held is not None else self._present("_merged")
+    def _planned(self) -> tuple[Any, list[Tensor]]:
+        """Returns the plan of the mode, and its merged weights."""
+        if self._held is not None:
+            return self._held
+        kept = self._fresh("_merged")
+        if kept is not None:
+            return self.plan, kept
+        plan = self.training_plan if self._takes_gradients() else self.plan
+        return plan, self._make("_merged", plan)
 
-    def _present(self, name: _Kept) -> list[Tensor]:
-        """Returns what is made of the present factors: anew wherever a gradient may flow, else what is kept."""
+    def _takes_gradients(self) -> bool:
+        """Tells whether gradients may flow into the factors in this call."""
+        if self.training:
+            return True
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return False  # the graph is for inference, whatever the mode is in which it is made
+        return torch.is_grad_enabled() and any(factor.requires_grad for factor in self.factors.values())
+
+    def _fresh(self, name: _Kept) -> list[Tensor] | None:
+        """Returns what is kept and made of the present factors; None where it has to be made anew."""
         kept: Merged | None = getattr(self, name)
         by_dynamo = torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
             if self._merged is not None or self._whole is not None:  # somebody has set the mode without `train()`
                 self._merged = self._whole = None
-            return self._make(name)
+            return None
         factors = list(self.factors.values())
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             same = kept is not None and (not tracing or kept.made_of(factors))
             fresh = kept is not None and same and (not kept.stepped if by_dynamo else kept.unwritten())
-            return kept.weights if kept is not None and fresh else self._make(name)
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            return self._make(name)
+            return kept.weights if kept is not None and fresh else None
+        if self._takes_gradients():
+            return None
         if by_dynamo:
             fresh = kept is not None and not kept.stepped and kept.made_of(factors)
-            return kept.weights if kept is not None and fresh else self._make(name)
+            return kept.weights if kept is not None and fresh else None
         if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
-            return self._make(name)
+            return None
         if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
             kept = self._kept(name, checked=True)
             setattr(self, name, kept)
@@ -193,16 +210,16 @@ class Merging(Leaf):
 
     def _kept(self, name: _Kept, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():
-            weights = [weight.detach() for weight in self._make(name)]  # some are views of a factor
+            weights = [weight.detach() for weight in self._make(name, self.plan)]  # some are views of a factor
             return Merged(weights, list(self.factors.values()), checked=checked)
 
-    def _make(self, name: _Kept) -> list[Tensor]:
+    def _make(self, name: _Kept, plan: Any) -> list[Tensor]:
         """Makes it in the factors' own precision: autocast would round the products, and casts the result itself."""
         device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has no autocast
             if name == "_whole":
                 return [self._dense_weight()]
-            return self.plan.weights(spec.method.factors(parameters, spec.factor_shapes))
+            return plan.weights(spec.method.factors(parameters, spec.factor_shapes))
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -6,21 +6,35 @@ Within one step an index of the group is
     consumed  in the activation, and summed here
     produced  new in the activation
 and the activation's other indices are carried: they move into the batch.
+
+The activation holds its indices in some order. A step needs those that it consumes side by side: a convolution and a linear
+step last, a bmm step anywhere. What it produces comes last, or after a bmm step where the consumed ones were, so that
+a tensor train is contracted from one end to the other without any index being moved.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from tnlayers.network import Contraction, Indices, Network
 
-__all__ = ["Partition", "Roles", "roles_of"]
+__all__ = ["Operation", "Partition", "Roles", "roles_of"]
 
 Partition = tuple[tuple[str, ...], ...]
+Operation = Literal["convolution", "linear", "bmm"]
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What each index does in one step of a partition; depends on the network's strings alone."""
+    """What each index does in one step of a partition; depends on the network's strings alone.
+
+    Attributes:
+        before: the activation's indices in the order in which the step before leaves them.
+        wanted: the same in the order in which this step takes them.
+        after: those that it leaves.
+        behind: the carried ones that stay behind what is consumed and produced.
+    """
 
     names: tuple[str, ...]
     before: Indices
@@ -29,11 +43,21 @@ class Roles:
     consumed: Indices
     produced: Indices
     kernel: Indices
+    behind: Indices
     merge: Contraction
 
     @property
+    def ahead(self) -> Indices:
+        """The carried indices in front."""
+        return self.carried[: len(self.carried) - len(self.behind)]
+
+    @property
+    def wanted(self) -> Indices:
+        return (*self.ahead, *self.kept, *self.consumed, *self.behind)
+
+    @property
     def after(self) -> Indices:
-        return (*self.carried, *self.kept, *self.produced)
+        return (*self.ahead, *self.kept, *self.produced, *self.behind)
 
 
 def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
@@ -44,8 +68,10 @@ def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
 
 
 @lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
-def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
-    """Returns the roles of the indices in each step."""
+def roles_of(
+    network: Network, partition: Partition, operations: Sequence[Operation] | None = None
+) -> tuple[Roles, ...]:
+    """Returns the roles of the indices in each step; without operations, those of convolutions and linear steps."""
     inputs, outputs, spatial = _ends(network)
     held, steps = inputs, []
     for n, names in enumerate(partition):
@@ -56,14 +82,20 @@ def roles_of(network: Network, partition: Partition) -> tuple[Roles, ...]:
         consumed = tuple(index for index in held if index in group and index not in needed)
         produced = tuple(index for index in group if index not in (*held, *spatial) and index in needed)
         kernel = tuple(index for index in spatial if index in group)
+        carried = tuple(index for index in held if index not in group)
+        behind: Indices = ()
+        if operations and operations[n] == "bmm" and consumed:
+            last = max(held.index(index) for index in consumed)
+            behind = tuple(index for index in held[last:] if index in carried)
         roles = Roles(
             names=names,
             before=held,
-            carried=tuple(index for index in held if index not in group),
+            carried=carried,
             kept=kept,
             consumed=consumed,
             produced=produced,
             kernel=kernel,
+            behind=behind,
             merge=network.contraction(names, (*kept, *produced, *consumed, *kernel)),
         )
         steps.append(roles)

@@ -13,8 +13,8 @@ from typing import Any
 
 from tnlayers.errors import UserError, about
 from tnlayers.method import Factorization, known_methods
-from tnlayers.plan import PlanChoice, check_plan
 from tnlayers.ranks import MacsKept, ParamsKept, RankRule, RelativeError
+from tnlayers.schedule import PlanChoice, check_plan, plain_plan
 
 __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
@@ -32,7 +32,7 @@ class Rule:
         pattern: a layer's name as in `model.named_modules()`; `*`, `?` and `[...]` match as in file names, across dots.
         factorization: the method and its rank; None leaves the layer dense.
         reason: why; for reports.
-        plan: how the factorized layers are computed; see `tnlayers.plan`.
+        plan: how the factorized layers are computed; see `tnlayers.schedule`.
 
     Raises:
         ValueError: a pattern, a method or a plan of another kind.
@@ -62,7 +62,7 @@ class Rule:
             if field.default is MISSING or value != field.default:
                 plain[field.name] = _plain(value)
         if self.plan != "auto":
-            plain["plan"] = _plain(self.plan)
+            plain["plan"] = plain_plan(self.plan)
         return plain | ({"reason": self.reason} if self.reason else {})
 
     @staticmethod

@@ -13,8 +13,8 @@ from tnlayers.factorized import FactorizedLayer, Init
 from tnlayers.geometry import Call, Geometry
 from tnlayers.joint import entries_made, generator_of, join
 from tnlayers.method import Factorization
-from tnlayers.plan import Partition
 from tnlayers.ranks import MacsKept, Outside, ParamsKept
+from tnlayers.roles import Partition
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
 from tnlayers.tracing import Example, calls_of, layer_inputs

@@ -8,15 +8,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnlayers.cost import Machine, cheapest, macs
+from tnlayers.cost import Machine, cheapest, macs, schedules
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
 from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
 from tnlayers.network import Network
-from tnlayers.plan import Partition, Plan, PlanChoice, partitions
+from tnlayers.plan import Plan
 from tnlayers.ranks import Ranks
+from tnlayers.roles import Partition
+from tnlayers.schedule import ByMode, PlanChoice, Schedule, of_mode, partition_of, partitions
 
 __all__ = ["LayerSpec"]
 
@@ -151,33 +153,52 @@ class LayerSpec:
         axes, input_size = self.geometry.axes, self.geometry.input_size
         return sum(call.rows * macs(self.network, self.sizes, plan, axes, input_size(call)) for call in calls)
 
-    def best_plan(
-        self, calls: Sequence[Call] = NOMINAL_CALLS, device_type: str = "cpu", *, by_macs: bool = False
-    ) -> Partition:
-        """Returns the plan that the cost model holds to be the fastest for the first of the calls.
-
-        Args:
-            calls: how the layer is used.
-            device_type: "cpu" or "cuda".
-            by_macs: whether to take the one with the fewest multiply-accumulates; of equals, that with the most steps.
-        """
+    def best_plan(self, calls: Sequence[Call] = NOMINAL_CALLS, device_type: str = "cpu") -> PlanChoice:
+        """Returns the partitions that the cost model holds to be the fastest for the first of the calls, in inference and in training."""
         if self.geometry.lookup:
             return self._lookup.groups
-        if by_macs:
-            return min(self.plans, key=lambda plan: self.macs(calls, plan))
-        machine, size = Machine.of(device_type), self.geometry.input_size(calls[0])
-        return cheapest(self.network, self.sizes, self.geometry.axes, machine, size, calls[0].rows)
+        inference, training = (self._fastest(calls, device_type, training=mode).groups for mode in (False, True))
+        return inference if inference == training else ByMode(inference, training)
 
-    def compile(self, plan: PlanChoice, device_type: str) -> Plan | Lookup:
+    def fewest_macs(self, calls: Sequence[Call]) -> Partition:
+        """Returns the partition with the fewest multiply-accumulates; of equals, that with the most steps."""
+        return min(self.plans, key=lambda plan: self.macs(calls, plan))
+
+    @property
+    def schedules(self) -> Sequence[Schedule]:
+        """Every partition with the operations that are worth a measurement; none for a look-up."""
+        return [] if self.geometry.lookup else list(schedules(self.network, self.sizes, self.geometry.axes))
+
+    def _fastest(
+        self, calls: Sequence[Call], device_type: str, *, training: bool, groups: Partition | None = None
+    ) -> Schedule:
+        machine, geometry, call = Machine.of(device_type), self.geometry, calls[0]
+        size = geometry.input_size(call)
+        return cheapest(
+            self.network, self.sizes, geometry.axes, machine, size, call.rows, training=training, groups=groups
+        )
+
+    def compile(
+        self, plan: PlanChoice, device_type: str, *, training: bool = False, calls: Sequence[Call] = NOMINAL_CALLS
+    ) -> Plan | Lookup:
         """Compiles a plan to integers; a look-up has no choice of one.
 
+        Args:
+            plan: the choice; where it names no operations the cost model does.
+            device_type: "cpu" or "cuda".
+            training: which one of plans by mode.
+            calls: how the layer is used.
+
         Raises:
-            ValueError: groups that are no partition of the factors, in order.
+            UserError: groups that are no partition of the factors, in order.
         """
         if self.geometry.lookup:
             return self._lookup
-        groups = self.best_plan(device_type=device_type) if plan == "auto" else plan
-        return Plan.compile(self.network, self.sizes, groups, self.geometry.axes, self.geometry.pad_mode)
+        one = of_mode(plan, training=training)
+        if not isinstance(one, Schedule):
+            groups = None if one == "auto" else partition_of(self.network, one)
+            one = self._fastest(calls, device_type, training=training, groups=groups)
+        return Plan.compile(self.network, self.sizes, one, self.geometry.axes, self.geometry.pad_mode)
 
 
 def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

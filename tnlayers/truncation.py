@@ -17,6 +17,7 @@ from tnlayers.method import Factorization
 from tnlayers.opened import open_in_place, opened_view, replace_layers
 from tnlayers.ranks import MacsKept, Of, Outside, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
+from tnlayers.schedule import of_mode
 from tnlayers.spec import LayerSpec
 from tnlayers.tracing import Example, calls_of, layer_inputs
 
@@ -75,7 +76,11 @@ def _resolved(model: nn.Module, rank: Rank, example_input: Example | None, slots
         Rule(name, choice.spec.method, plan=choice.plan)
         for (name, slot), choice in zip(slots.items(), settled, strict=True)
         if choice.spec
-        and (slot.present is None or slot.present[0] != choice.spec or (plans_too and slot.present[1] != choice.plan))
+        and (
+            slot.present is None
+            or slot.present[0] != choice.spec
+            or (plans_too and slot.present[1] != of_mode(choice.plan, training=False))
+        )
     ]
 
 

@@ -71,7 +71,7 @@ def recommend(
         for curve in (findings.curve(layer.name, *cuts) for cuts in (*REALISED, LINEAR)):
             for row in curve[: findings.num_tolerated(curve, tolerance)]:
                 if spec := spec_of(module, row.cuts, row.bonds):
-                    macs = spec.macs(given, spec.best_plan(given, by_macs=True))
+                    macs = spec.macs(given, spec.fewest_macs(given))
                     if macs < geometry.macs(given) and spec.params < geometry.params:
                         costs.append((macs, spec.params, spec.method))
         found = min(costs, key=lambda cost: cost[:2])[2] if costs else None

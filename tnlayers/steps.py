@@ -1,0 +1,285 @@
+"""One step of a plan, compiled to integers: a group's merged weight meets the activation in one operation."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
+from tnlayers.roles import Operation, Roles
+
+__all__ = ["Axis", "Step", "arrange", "compile_step", "order_of", "possible_operations"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution; `padding` is (before, after) in positions, `output_padding` of a transposed one."""
+
+    kernel: int
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    dilation: int = 1
+    transposed: bool = False
+    output_padding: int = 0
+
+    def output_size(self, size: int) -> int:
+        reach = self.dilation * (self.kernel - 1) + 1
+        if self.transposed:
+            return (size - 1) * self.stride - sum(self.padding) + reach + self.output_padding
+        return (size + sum(self.padding) - reach) // self.stride + 1
+
+    def positions(self, size: int) -> int:
+        """Returns how many positions the kernel is laid on: those of the output, of a transposed convolution those of the input."""
+        return size if self.transposed else self.output_size(size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One group, compiled: how to merge its factors, and the operation that follows.
+
+    Attributes:
+        ahead: how many channels there are of what the step does not touch, in front of what it does.
+        behind: the same behind it.
+        arranged: whether the activation may come in another order than the step needs, or with strides that could be misread.
+        pad: what F.pad takes: the padding that the operation cannot do itself, of another mode than zeros or uneven.
+        output_padding: that of a transposed convolution; empty for any other step.
+        window: which of the spatial axes the step has.
+    """
+
+    operation: Operation
+    merge: Contraction
+    weight_shape: tuple[int, ...]
+    channels: tuple[int, ...]
+    order: tuple[int, ...]
+    ahead: int
+    kept: int
+    consumed: int
+    produced: int
+    behind: int
+    arranged: bool
+    pad: tuple[int, ...]
+    pad_mode: str
+    subsample: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    window: tuple[bool, ...]
+
+    def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Makes (kept * produced, consumed, window...) of the group's factors, transposed (kept * consumed, produced, window...)."""
+        return self.merge(factors).reshape(-1).view(self.weight_shape)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all channels of the output are made here, so that a bias may be added."""
+        return self.ahead == self.behind == 1
+
+    def lies_last(self, last: bool) -> bool:
+        """Tells whether the output is in channels last, for an input that is or is not."""
+        if self.operation == "convolution" and self.ahead > 1:
+            return False
+        return last or (self.operation == "linear" and bool(self.stride))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        last: bool,
+        to_last: bool,
+        output_padding: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Takes (n, channels, positions...) to (n, channels', positions'...).
+
+        Args:
+            x: the activation.
+            weight: what `weight` returns.
+            bias: (channels',), or None.
+            last: whether the activation is in channels last.
+            to_last: whether the output shall be; a linear step alone can change it.
+            output_padding: of a transposed convolution, where a call asks for another than the layer's own.
+        """
+        if self.pad:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
+        if self.subsample:
+            x = x[(slice(None), slice(None), *(slice(None, None, step) for step in self.subsample))]
+        if self.operation == "convolution":
+            return self._convolve(x, weight, bias, last=last, output_padding=output_padding)
+        flips = bool(self.stride) and to_last and not last and self.kept == self.behind == 1
+        if self.arranged or (flips and self.ahead > 1):
+            x, last, flips = arrange(x, self.channels, self.order, channels_last=last or flips), last or flips, False
+        if flips:
+            return _turned(x, weight, bias)
+        if self.stride and last and not to_last and self.kept == 1 and self.whole:
+            return _turned_back(x, weight, bias)
+        return self._multiply(x, weight, bias, last=last and bool(self.stride))
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, last: bool, output_padding: Sequence[int] | None
+    ) -> Tensor:
+        batch = x.shape[0]
+        if self.arranged:
+            x = arrange(x, self.channels, self.order, channels_last=last and self.ahead == 1)
+        if self.ahead > 1:
+            x = x.unflatten(1, (self.ahead, self.kept * self.consumed)).flatten(0, 1)
+        if self.output_padding:
+            more = self.output_padding
+            if output_padding is not None:
+                more = tuple(size if own else 0 for size, own in zip(output_padding, self.window, strict=True))
+            transposed = _TRANSPOSED[len(self.stride)]
+            x = transposed(x, weight, bias, self.stride, self.padding, more, self.kept, self.dilation)
+        else:
+            convolution = _CONVOLUTIONS[len(self.stride)]
+            x = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+        return x.reshape(batch, self.ahead * self.kept * self.produced, *x.shape[2:]) if self.ahead > 1 else x
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, last: bool) -> Tensor:
+        """Multiplies (outer, kept * consumed, inner), where the channels lie in memory, by the weight."""
+        batch, positions = x.shape[0], x.shape[2:]
+        produced = self.ahead * self.kept * self.produced * self.behind
+        if last:
+            outer, inner = (batch, *positions), self.behind
+            x = x.permute(0, 2, 3, 1)
+        else:
+            outer, inner = (batch,), self.behind * math.prod(positions)
+        rows = x.reshape(math.prod(outer) * self.ahead, self.kept * self.consumed, inner)
+        if self.behind == 1 and (last or not positions):
+            y = _linear(rows.squeeze(2), weight, bias, self.kept)
+        else:
+            y = _batched(rows, weight, bias, self.kept)
+        if last:
+            return y.reshape(*outer, produced).permute(0, 3, 1, 2)
+        return y.reshape(batch, produced, *positions)
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tensor:
+    """Takes (n, kept * consumed) to (n, kept * produced), by one matrix for each of the kept."""
+    if kept == 1:
+        return F.linear(x, weight, bias)
+    split = x.unflatten(1, (kept, -1)).transpose(0, 1)
+    y = torch.bmm(split, weight.unflatten(0, (kept, -1)).mT).transpose(0, 1).flatten(1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _batched(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tensor:
+    """Takes (n, kept * consumed, inner) to (n, kept * produced, inner)."""
+    if kept == 1:
+        matrices = weight.expand(x.shape[0], *weight.shape)
+        return torch.bmm(matrices, x) if bias is None else torch.baddbmm(bias[:, None], matrices, x)
+    y = torch.matmul(weight.unflatten(0, (kept, -1)), x.unflatten(1, (kept, -1))).flatten(1, 2)
+    return y if bias is None else y + bias.to(y.dtype)[:, None]
+
+
+def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Takes (n, consumed, h, w) of the default layout to (n, produced, h, w) in channels last."""
+    rows, matrices = x.flatten(2).mT, weight.mT.expand(x.shape[0], *weight.mT.shape)
+    y = torch.bmm(rows, matrices) if bias is None else torch.baddbmm(bias, rows, matrices)
+    return y.reshape(x.shape[0], *x.shape[2:], y.shape[2]).permute(0, 3, 1, 2)
+
+
+def _turned_back(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Takes (n, consumed, h, w) in channels last to (n, produced, h, w) of the default layout."""
+    columns = x.permute(0, 2, 3, 1).flatten(1, 2).mT
+    return _batched(columns, weight, bias, 1).unflatten(2, x.shape[2:])
+
+
+def arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, channels_last: bool) -> Tensor:
+    """Puts the channels' indices of (n, channels, positions...) in another order, in one of torch's two layouts.
+
+    Where a dimension has size 1 the strides can be those of both layouts, or of neither; torch's kernels then disagree among
+    themselves, and give wrong numbers. Passing through one dimension makes them those of one layout; it copies nothing
+    where the values lie in that order already.
+    """
+    batch, positions, count = x.shape[0], x.shape[2:], len(channels)
+    split = x.reshape(batch, *channels, *positions)
+    moved, places = [1 + place for place in order], range(1 + count, 1 + count + len(positions))
+    if channels_last and len(positions) == 2:
+        flat = split.permute(0, *places, *moved).reshape(-1)
+        return flat.view(batch, *positions, math.prod(channels)).permute(0, 3, 1, 2)
+    return split.permute(0, *moved, *places).reshape(-1).view(batch, math.prod(channels), *positions)
+
+
+def order_of(held: Indices, wanted: Indices) -> tuple[int, ...]:
+    return tuple(held.index(index) for index in wanted)
+
+
+def possible_operations(roles: Roles, axes: Mapping[str, Axis], sizes: Sizes) -> tuple[Operation, ...]:
+    """Returns the operations that can compute a step, the plainest first."""
+    if not axes:
+        return ("linear", "bmm")
+    here = [axes[index] for index in roles.kernel]
+    if any(axis.kernel > 1 or axis.transposed for axis in here):
+        return ("convolution",)
+    # Torch has channels last for two axes alone, as far as this package uses it.
+    if len(axes) != 2 or size_of(roles.kept, sizes) > 1:
+        return ("convolution", "bmm")
+    return ("linear", "convolution", "bmm")
+
+
+def compile_step(
+    network: Network,
+    sizes: Sizes,
+    roles: Roles,
+    axes: Mapping[str, Axis],
+    pad_mode: str,
+    operation: Operation,
+    *,
+    after_carrying: bool,
+) -> Step:
+    """Compiles one group; `after_carrying` is whether the step before was a convolution that carried indices."""
+    here = {index: axis if index in roles.kernel else Axis(1) for index, axis in axes.items()}
+    channels = tuple(sizes[index] for index in roles.before)
+    ahead, kept, consumed, produced, behind = (
+        size_of(indices, sizes) for indices in (roles.ahead, roles.kept, roles.consumed, roles.produced, roles.behind)
+    )
+    stride = tuple(axis.stride for axis in here.values())
+    transposed = any(axis.transposed for axis in here.values())
+    convolves = operation == "convolution"
+    # On the CPU torch's strided pointwise convolution in channels last writes past its memory.
+    picks = not transposed and all(axis.kernel == 1 for axis in here.values()) and max(stride, default=1) > 1
+    padded = [axis.padding if not convolves or _pads_first(axis, pad_mode) else (0, 0) for axis in here.values()]
+    merge, leading = roles.merge, (kept * produced, consumed)
+    if transposed:
+        output = (*roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
+        merge, leading = network.contraction(roles.names, output), (kept * consumed, produced)
+    misread = convolves and (ahead > 1 or after_carrying or picks or math.prod(channels) == 1)
+    return Step(
+        operation=operation,
+        merge=merge,
+        weight_shape=(*leading, *(axis.kernel for axis in here.values())) if convolves else leading,
+        channels=channels,
+        order=order_of(roles.before, roles.wanted),
+        ahead=ahead,
+        kept=kept,
+        consumed=consumed,
+        produced=produced,
+        behind=behind,
+        arranged=roles.before != roles.wanted or misread,
+        pad=tuple(itertools.chain(*reversed(padded))) if any(map(any, padded)) else (),
+        pad_mode=pad_mode,
+        subsample=stride if picks else (),
+        stride=(1,) * len(stride) if picks else stride,
+        padding=tuple(
+            0 if any(before) else axis.padding[0] for before, axis in zip(padded, here.values(), strict=True)
+        ),
+        dilation=tuple(axis.dilation for axis in here.values()),
+        output_padding=tuple(axis.output_padding for axis in here.values()) if transposed else (),
+        window=tuple(index in roles.kernel for index in here),
+    )
+
+
+def _pads_first(axis: Axis, pad_mode: str) -> bool:
+    """Tells whether an axis is padded before the convolution: that cannot do it, or the step only picks positions."""
+    if axis.transposed:
+        return False
+    return pad_mode != "constant" or axis.padding[0] != axis.padding[1] or (axis.kernel == 1 and axis.stride > 1)
