@@ -140,22 +140,20 @@ class Step:
         return x.reshape(batch, self.ahead * self.kept * self.produced, *x.shape[2:]) if self.ahead > 1 else x
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, last: bool) -> Tensor:
-        """Multiplies (outer, kept * consumed, inner), where the channels lie in memory, by the weight."""
-        batch, positions = x.shape[0], x.shape[2:]
-        produced = self.ahead * self.kept * self.produced * self.behind
+        """Multiplies what the channels are at each place, where they lie in memory, by the weight."""
+        channels, produced = (self.ahead, self.kept * self.consumed), self.ahead * self.kept * self.produced
+        leading, positions = tuple(x.shape[:1]), tuple(x.shape[2:])
         if last:
-            outer, inner = (batch, *positions), self.behind
+            leading, positions = (*leading, *positions), ()
             x = x.permute(0, 2, 3, 1)
+        if self.behind == 1 and not positions:
+            rows = (x if self.ahead == 1 else x.unflatten(-1, channels)).flatten(0, -2)
+            y = _linear(rows, weight, bias, self.kept).reshape(*leading, produced)
         else:
-            outer, inner = (batch,), self.behind * math.prod(positions)
-        rows = x.reshape(math.prod(outer) * self.ahead, self.kept * self.consumed, inner)
-        if self.behind == 1 and (last or not positions):
-            y = _linear(rows.squeeze(2), weight, bias, self.kept)
-        else:
-            y = _batched(rows, weight, bias, self.kept)
-        if last:
-            return y.reshape(*outer, produced).permute(0, 3, 1, 2)
-        return y.reshape(batch, produced, *positions)
+            split = x.unflatten(len(leading), (*channels, self.behind)).flatten(len(leading) + 2)
+            y = _batched(split.flatten(0, len(leading)), weight, bias, self.kept)
+            y = y.reshape(*leading, produced * self.behind, *positions)
+        return y.permute(0, 3, 1, 2) if last else y
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
