@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.test_network import NETWORKS, SIZES
 from tests.tolerances import FLOAT64
 from tnlayers import Network, Plan
-from tnlayers.cost import Machine, Rate, cheapest, macs
+from tnlayers.cost import Machine, Rate, estimate, macs
+from tnlayers.cost import schedules as cost_schedules
 from tnlayers.errors import UserError
 from tnlayers.roles import roles_of
 from tnlayers.schedule import Schedule, partitions
@@ -115,13 +116,18 @@ def test_partitions_are_all_the_contiguous_ones() -> None:
 def test_the_choice_follows_the_costs() -> None:
     network = Network(*NETWORKS["tucker"][:2])
     axes = {"h": Axis(3, padding=(1, 1)), "w": Axis(3, padding=(1, 1))}
-    sizes = {"o": 256, "i": 256, "h": 3, "w": 3, "r": 32, "s": 32}
-    machine = Machine.of("cpu")
-    assert len(cheapest(network, sizes, axes, machine, (28, 28), 32).groups) == 3
-    assert len(cheapest(network, sizes | {"r": 256, "s": 256}, axes, machine, (28, 28), 32).groups) == 1
-    any_rate = Rate(1e11, 0)
-    slow_launches = Machine(dict.fromkeys(machine.rates, any_rate), any_rate, 3e9, launch_seconds=10.0)
-    assert len(cheapest(network, sizes, axes, slow_launches, (28, 28), 32).groups) == 1
+    low, machine = {"o": 256, "i": 256, "h": 3, "w": 3, "r": 32, "s": 32}, Machine.of("cpu")
+    slow_launches = Machine(dict.fromkeys(machine.rates, Rate(1e11, 0)), Rate(1e11, 0), 3e9, launch_seconds=10.0)
+
+    def steps(sizes: dict[str, int], machine: Machine) -> int:
+        def seconds(schedule: Schedule) -> float:
+            return estimate(network, sizes, schedule, axes, machine, (28, 28), 32, training=False)
+
+        return len(min(cost_schedules(network, sizes, axes), key=seconds).groups)
+
+    assert steps(low, machine) == 3
+    assert steps(low | {"r": 256, "s": 256}, machine) == 1
+    assert steps(low, slow_launches) == 1
 
 
 def test_a_train_is_contracted_without_moving_an_index() -> None:

@@ -35,11 +35,13 @@ from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
+from tnlayers.schedule import ByMode, Schedule
 from tnlayers.spec import LayerSpec
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense
 from tnlayers.table import kinds_table, methods_table
 from tnlayers.truncation import fraction_kept, resolve_truncation, truncate
+from tnlayers.tuning import autotune
 
 __all__ = [
     "ADTN",
@@ -51,6 +53,7 @@ __all__ = [
     "ADTNLinear",
     "BlockTerm",
     "BlockTermConv2d",
+    "ByMode",
     "CPConv2d",
     "CPLinear",
     "CPMatrix",
@@ -83,6 +86,7 @@ __all__ = [
     "RelativeError",
     "Rule",
     "SVDConv2d",
+    "Schedule",
     "Summary",
     "TTConv",
     "TTConv2d",
@@ -97,6 +101,7 @@ __all__ = [
     "TuckerMatrix",
     "UnsupportedLayer",
     "UserError",
+    "autotune",
     "fraction_kept",
     "from_layers",
     "from_tensorly",

@@ -10,7 +10,7 @@ from tnlayers.roles import Operation, Partition, Roles, roles_of
 from tnlayers.schedule import Schedule, partitions
 from tnlayers.steps import Axis, possible_operations
 
-__all__ = ["Machine", "Rate", "cheapest", "macs", "schedules"]
+__all__ = ["Machine", "Rate", "estimate", "macs", "schedules"]
 
 _EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
 _PASSES = 3  # of a training step: the output, and the gradients of the input and of the weight
@@ -80,36 +80,6 @@ class Machine:
         return Machine(rates, Rate(1e10, 0), 3e9, 5e-6)
 
 
-def cheapest(
-    network: Network,
-    sizes: Sizes,
-    axes: Mapping[str, Axis],
-    machine: Machine,
-    input_size: Sequence[int],
-    batch: int,
-    *,
-    training: bool = False,
-    groups: Partition | None = None,
-) -> Schedule:
-    """Returns the schedule with the least estimated time.
-
-    Args:
-        network: the factors' strings.
-        sizes: the size of every index.
-        axes: the spatial ones.
-        machine: what the device does in a second.
-        input_size: the positions of the input.
-        batch: how many inputs there are.
-        training: whether gradients are taken, and weights merged, at every call.
-        groups: the partition, where that is given.
-    """
-
-    def seconds(schedule: Schedule) -> float:
-        return estimate(network, sizes, schedule, axes, machine, input_size, batch, training=training)
-
-    return min((one for one in schedules(network, sizes, axes) if groups is None or one.groups == groups), key=seconds)
-
-
 def estimate(
     network: Network,
     sizes: Sizes,
@@ -121,7 +91,18 @@ def estimate(
     *,
     training: bool,
 ) -> float:
-    """Returns the estimated seconds of a call: operations, values moved and launches, one after the other."""
+    """Returns the estimated seconds of a call: operations, values moved and launches, one after the other.
+
+    Args:
+        network: the factors' strings.
+        sizes: the size of every index.
+        schedule: how it is computed.
+        axes: the spatial indices.
+        machine: what the device does in a second.
+        input_size: the positions of the input.
+        batch: how many inputs there are.
+        training: whether gradients are taken, and weights merged, at every call.
+    """
     extent, total = dict(zip(axes, input_size, strict=True)), 0.0
     passes = _PASSES if training else 1
     for roles, operation in zip(

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnlayers.cost import Machine, cheapest, macs, schedules
+from tnlayers.cost import Machine, estimate, macs, schedules
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
@@ -157,26 +157,34 @@ class LayerSpec:
         """Returns the partitions that the cost model holds to be the fastest for the first of the calls, in inference and in training."""
         if self.geometry.lookup:
             return self._lookup.groups
-        inference, training = (self._fastest(calls, device_type, training=mode).groups for mode in (False, True))
+        inference, training = (
+            self.ranked_schedules(calls, device_type, training=mode)[0].groups for mode in (False, True)
+        )
         return inference if inference == training else ByMode(inference, training)
 
     def fewest_macs(self, calls: Sequence[Call]) -> Partition:
         """Returns the partition with the fewest multiply-accumulates; of equals, that with the most steps."""
         return min(self.plans, key=lambda plan: self.macs(calls, plan))
 
-    @property
-    def schedules(self) -> Sequence[Schedule]:
-        """Every partition with the operations that are worth a measurement; none for a look-up."""
-        return [] if self.geometry.lookup else list(schedules(self.network, self.sizes, self.geometry.axes))
-
-    def _fastest(
+    def ranked_schedules(
         self, calls: Sequence[Call], device_type: str, *, training: bool, groups: Partition | None = None
-    ) -> Schedule:
-        machine, geometry, call = Machine.of(device_type), self.geometry, calls[0]
-        size = geometry.input_size(call)
-        return cheapest(
-            self.network, self.sizes, geometry.axes, machine, size, call.rows, training=training, groups=groups
-        )
+    ) -> list[Schedule]:
+        """Returns every way to compute the layer, that which the cost model holds to be the fastest first.
+
+        Args:
+            calls: how the layer is used; the first counts.
+            device_type: "cpu" or "cuda".
+            training: whether gradients are taken, and weights merged, at every call.
+            groups: the partition, where it is given.
+        """
+        machine, axes, call = Machine.of(device_type), self.geometry.axes, calls[0]
+        size = self.geometry.input_size(call)
+
+        def seconds(schedule: Schedule) -> float:
+            return estimate(self.network, self.sizes, schedule, axes, machine, size, call.rows, training=training)
+
+        every = schedules(self.network, self.sizes, axes)
+        return sorted((one for one in every if groups in (None, one.groups)), key=seconds)
 
     def compile(
         self, plan: PlanChoice, device_type: str, *, training: bool = False, calls: Sequence[Call] = NOMINAL_CALLS
@@ -197,7 +205,7 @@ class LayerSpec:
         one = of_mode(plan, training=training)
         if not isinstance(one, Schedule):
             groups = None if one == "auto" else partition_of(self.network, one)
-            one = self._fastest(calls, device_type, training=training, groups=groups)
+            one = self.ranked_schedules(calls, device_type, training=training, groups=groups)[0]
         return Plan.compile(self.network, self.sizes, one, self.geometry.axes, self.geometry.pad_mode)
 
 

@@ -85,13 +85,21 @@ def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def layer_inputs(model: nn.Module, example_input: Example) -> dict[str, list[Tensor]]:
-    """Records the inputs of each call of each countable layer, in one pass in evaluation mode; absent if it is not called."""
-    seen: dict[str, list[Tensor]] = {}
+def layer_inputs(
+    model: nn.Module, example_input: Example, noted: Callable[[Tensor], Any] = Tensor.detach
+) -> dict[str, list[Any]]:
+    """Records the inputs of each call of each countable layer, in one pass in evaluation mode; absent if it is not called.
+
+    Args:
+        model: the model.
+        example_input: what it takes.
+        noted: what to record of an input, which is itself by default.
+    """
+    seen: dict[str, list[Any]] = {}
 
     def record(name: str) -> RemovableHandle:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            seen.setdefault(name, []).append((*args, *kwargs.values())[0].detach())
+            seen.setdefault(name, []).append(noted((*args, *kwargs.values())[0]))
 
         return layers[name].register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -1,0 +1,251 @@
+"""The fastest way to compute each layer, measured where it will run."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnlayers.errors import UserError
+from tnlayers.factorized import FactorizedLayer
+from tnlayers.layers import FactorizedEmbedding
+from tnlayers.plan import Plan
+from tnlayers.schedule import ByMode, OnePlan, Schedule, of_mode
+from tnlayers.tracing import Example, evaluating, layer_inputs
+
+__all__ = ["Timing", "Tuned", "autotune"]
+
+_CANDIDATES = 6  # how many of the cost model's favourites are measured
+_HOPELESS = 1.25  # of the fastest in the first round
+_ROUNDS = 5
+_SHORTEST = 1e-3  # seconds: what is shorter is repeated within a measurement
+_LONGEST = 1.0  # seconds of further rounds for one layer
+
+Progress = Callable[[str, float, float], None]
+"""Takes what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One mode of one layer.
+
+    Attributes:
+        schedule: the fastest.
+        seconds: of a call, in training with its gradients.
+        dense_seconds: the same of the dense layer.
+    """
+
+    schedule: Schedule
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer computes like the dense one, since no other way is faster."""
+        return len(self.schedule.groups) == 1
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found for a layer; None for a mode that was not asked for."""
+
+    inference: Timing | None
+    training: Timing | None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a layer is given, without the values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> "_Form":
+        return _Form(tuple(x.shape), x.stride(), x.dtype, x.device)
+
+    def drawn(self) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return x.normal_(generator=generator)
+
+
+def autotune(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    inference: bool = True,
+    training: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Tuned]:
+    """Measures how each factorized layer is computed the fastest, and has it computed so from then on.
+
+    The candidates are the plans that the cost model holds to be the fastest, with their operations, and the plan "dense": a layer
+    that nothing makes faster than the dense one computes like it. No value changes by more than rounding. What is
+    found holds for the device, the dtype, the layout, the batch and the autocast under which this is called; it is kept in
+    each layer's `plan_choice`, and so in checkpoints, with the machine that it was measured on.
+
+    Args:
+        model: a model with factorized layers; their plans are set in place.
+        example_input: what the model takes, with the batch and the memory format that it will be used with.
+        inference: whether to choose the plans for evaluation.
+        training: whether to choose those for training, by a call together with its gradients.
+        progress: is told of each layer; nothing is printed.
+
+    Returns:
+        Name -> what was found. Layers that the example does not reach are absent, and so are embeddings, which have one plan.
+
+    Raises:
+        UserError: the model has no factorized layer that the example reaches.
+    """
+    forms = layer_inputs(model, example_input, _Form.of)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, FactorizedLayer) and not isinstance(layer, FactorizedEmbedding) and name in forms
+    }
+    if not layers:
+        raise UserError("there is no factorized layer that the example input reaches; tensorize the model first")
+    known: dict[Any, Tuned] = {}
+    found = {}
+    for done, (name, layer) in enumerate(layers.items()):
+        if progress is not None:
+            progress(f"timing {name}", done, len(layers))
+        form = max(forms[name], key=lambda form: math.prod(form.shape))
+        trains = tuple(factor.requires_grad for factor in layer.parameters())
+        key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"]
+        if key not in known:
+            known[key] = _measured(layer, form, inference=inference, training=training)
+        found[name] = known[key]
+        layer.set_plan(_choice(layer, found[name], _machine(form)))
+    if progress is not None:
+        progress("timing layers", len(layers), len(layers))
+    return found
+
+
+def _choice(layer: FactorizedLayer, tuned: Tuned, machine: str) -> ByMode:
+    def chosen(timing: Timing | None, *, training: bool) -> OnePlan:
+        return timing.schedule if timing else of_mode(layer.plan_choice, training=training)
+
+    return ByMode(chosen(tuned.inference, training=False), chosen(tuned.training, training=True), machine)
+
+
+def _machine(form: _Form) -> str:
+    if form.device.type == "cuda":
+        name = torch.cuda.get_device_name(form.device)
+    else:
+        name = f"{form.device.type} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    size, dtype = "x".join(map(str, form.shape)), str(form.dtype).removeprefix("torch.")
+    return f"{name}, torch {torch.__version__}, {size} {dtype}"
+
+
+def _measured(layer: FactorizedLayer, form: _Form, *, inference: bool, training: bool) -> Tuned:
+    """Times the candidates and the dense layer, on inputs like those that the layer gets."""
+    with torch.inference_mode(False):
+        x, dense = form.drawn(), layer.to_dense()
+        if x.dim() == 4 and not x.is_contiguous():
+            dense = dense.to(memory_format=torch.channels_last)
+        timings = [
+            _fastest(layer, dense, x, training=mode) if asked else None
+            for mode, asked in ((False, inference), (True, training))
+        ]
+    return Tuned(*timings)
+
+
+def _fastest(layer: FactorizedLayer, dense: nn.Module, x: Tensor, *, training: bool) -> Timing:
+    calls: dict[Schedule | None, Callable[[], Any]] = {}
+    form = _stepped if training else _evaluated
+    with evaluating(dense):
+        dense.requires_grad_(training)
+        calls[None] = form(dense, list(dense.parameters()), x)
+        for schedule in _candidates(layer, x, training=training):
+            plan = layer.spec.compile(schedule, x.device.type)
+            assert isinstance(plan, Plan)
+            calls[schedule] = form(*_computing(layer, plan, training=training), x)
+        seconds = _seconds(calls, x.device)
+    best = min((schedule for schedule in seconds if schedule), key=lambda schedule: seconds[schedule])
+    return Timing(best, seconds[best], seconds[None])
+
+
+def _candidates(layer: FactorizedLayer, x: Tensor, *, training: bool) -> list[Schedule]:
+    """Returns the cost model's favourites, and its favourite that computes like the dense layer."""
+    ranked = layer.spec.ranked_schedules([layer.spec.geometry.call(x)], x.device.type, training=training)
+    if x.dim() == 4 and not x.is_contiguous():  # in channels last a bmm step is a linear one, where there can be one
+        ranked = [one for one in ranked if "bmm" not in one.operations] or ranked
+    dense = next(schedule for schedule in ranked if len(schedule.groups) == 1)
+    return list(dict.fromkeys([*ranked[:_CANDIDATES], dense]))
+
+
+def _computing(layer: FactorizedLayer, plan: Plan, *, training: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Returns the layer as a function, with what its gradients are taken for; in inference its weights are merged before."""
+    axes, geometry = len(layer.spec.geometry.axes), layer.spec.geometry
+    weights = [] if training else [weight.detach() for weight in layer._make("_merged", plan)]
+
+    def compute(x: Tensor) -> Tensor:
+        if not axes:
+            rows = plan(x.reshape(-1, geometry.in_channels), weights or layer._make("_merged", plan), layer.bias)
+            return rows.reshape(*x.shape[:-1], geometry.out_channels)
+        batched = x if x.dim() > axes + 1 else x.unsqueeze(0)
+        return plan(batched, weights or layer._make("_merged", plan), layer.bias)
+
+    return compute, [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def _evaluated(compute: Callable[..., Tensor], _: Sequence[Tensor], x: Tensor) -> Callable[[], Any]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return compute(x)
+
+    return call
+
+
+def _stepped(compute: Callable[..., Tensor], parameters: Sequence[Tensor], x: Tensor) -> Callable[[], Any]:
+    x = x.detach().requires_grad_()
+
+    def call() -> Any:
+        with torch.enable_grad():
+            y = compute(x)
+            return torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))
+
+    return call
+
+
+def _seconds(calls: Mapping[Schedule | None, Callable[[], Any]], device: torch.device) -> dict[Schedule | None, float]:
+    """Returns the least time of each call; they take turns, and what is far behind after one round drops out."""
+    for call in calls.values():
+        call()  # chooses algorithms, makes threads
+    least = {name: _once(call, 1, device) for name, call in calls.items()}
+    repeats = {name: max(1, math.ceil(_SHORTEST / max(seconds, 1e-6))) for name, seconds in least.items()}
+    limit = _HOPELESS * min(seconds for name, seconds in least.items() if name)
+    close = [name for name in calls if name is None or least[name] <= limit]
+    start = time.perf_counter()
+    for _ in range(_ROUNDS):
+        for name in close:
+            least[name] = min(least[name], _once(calls[name], repeats[name], device))
+        if time.perf_counter() - start > _LONGEST:
+            break
+    return least
+
+
+def _once(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    """Waits for what the device still has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
