@@ -1,4 +1,4 @@
-"""Layers of every kind drawn at random, converted and computed by every plan in every layout: forward and all gradients.
+"""Layers of every kind drawn at random, converted and computed by plans of any operations in every layout: forward and all gradients.
 
     python -W ignore -m tests.drawn_layers --cases 20000 --seed 0
 
@@ -19,9 +19,11 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor, nn
 
-from tnlayers import Factorization, FactorizedLayer, Rule, tensorize
+from tnlayers import Factorization, FactorizedLayer, LayerSpec, Rule, Schedule, tensorize
 from tnlayers.geometry import DENSE, arguments
 from tnlayers.method import known_methods
+from tnlayers.roles import roles_of
+from tnlayers.steps import possible_operations
 
 __all__ = ["Drawn", "cases", "drawn_layers", "wrong"]
 
@@ -154,7 +156,7 @@ def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
     layer, x = layer.to(device), x.to(device)
     rng = random.Random(drawn.seed)
     layouts = LAYOUTS if drawn.kind is nn.Conv2d else LAYOUTS[:1]
-    for plan in layer.spec.plans if len(layer.spec.plans) <= _MOST_PLANS else rng.sample(layer.spec.plans, _MOST_PLANS):
+    for plan in _schedules(layer.spec, rng):
         layer.set_plan(plan)
         for layout in (*layouts, *rng.choices((None, *ODD_LAYOUTS), weights=(4, 1, 1))):
             if layout is None:
@@ -172,6 +174,14 @@ def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
                 error = float((value.detach().cpu().double() - right).norm() / scale.norm().clamp_min(1e-300))
                 if not error <= TOLERANCES[drawn.dtype]:
                     yield f"{plan} {layout}: {name} differs by {error:.1e}"
+
+
+def _schedules(spec: LayerSpec, rng: random.Random) -> Iterator[Schedule]:
+    """Some of the partitions, with any of the operations that compute their groups."""
+    for groups in rng.sample(spec.plans, min(_MOST_PLANS, len(spec.plans))):
+        roles = roles_of(spec.network, groups)
+        possible = [possible_operations(each, spec.geometry.axes, spec.sizes) for each in roles]
+        yield Schedule(groups, tuple(map(rng.choice, possible)))
 
 
 def _keeps(x: Tensor, out: Tensor) -> bool:

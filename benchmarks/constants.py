@@ -1,0 +1,135 @@
+"""The constants of the cost model, fitted to measured times of single layers on this machine.
+
+python -m benchmarks.constants          # measures into benchmarks/constants_<device>.json where that is not there, then fits
+
+For inference and for training apart it prints the constants and how often the schedule that the model chooses is within 5 % of the
+fastest one that was measured. Rounded, they go into `Machine.of` of tnlayers/cost.py.
+"""
+
+import argparse
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from torch import nn
+
+from lightning_modules.report import environment
+from tnlayers import CP, MPS, SVD, TT, Factorization, FactorizedLayer, LowRank, ParamsKept, Rule, Tucker, tensorize
+from tnlayers.cost import Machine, Rate, estimate, schedules
+from tnlayers.schedule import Schedule
+from tnlayers.tuning import _computing, _evaluated, _seconds, _stepped
+
+CONVS = [(64, 64, 56, 3), (128, 128, 28, 3), (256, 256, 14, 3), (512, 512, 7, 3), (16, 16, 32, 3), (32, 32, 16, 3)]
+CONVS += [(64, 64, 8, 3), (96, 256, 27, 5), (256, 64, 56, 1), (1024, 256, 14, 1), (128, 256, 28, 3)]
+LINEARS = [(1024, 1024), (3072, 768), (784, 256)]
+
+
+def layers() -> Iterator[tuple[str, nn.Module, Factorization, torch.Tensor]]:
+    for (inputs, outputs, side, kernel), batch in itertools.product(CONVS, (1, 8)):
+        x = torch.randn(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
+        for rank in (8, 4, 2):
+            methods: list[Factorization] = [Tucker(min(inputs, outputs) // rank)]
+            methods += [method(ParamsKept(1 / rank)) for method in (CP, MPS, SVD, LowRank)]
+            for method in methods:
+                name = f"{inputs} {outputs} {side} {kernel} batch {batch} {method}"
+                yield name, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), method, x
+    for (inputs, outputs), batch in itertools.product(LINEARS, (1, 64, 1024)):
+        for method in (LowRank(min(inputs, outputs) // 8), LowRank(min(inputs, outputs) // 4), TT(4), TT(16)):
+            name = f"{inputs} {outputs} batch {batch} {method}"
+            yield name, nn.Linear(inputs, outputs), method, torch.randn(batch, inputs)
+
+
+def measured(layer: FactorizedLayer, x: torch.Tensor, *, training: bool) -> dict[Schedule, float]:
+    every = list(schedules(layer.spec.network, layer.spec.sizes, layer.spec.geometry.axes))
+    if x.dim() == 4:
+        every = [one for one in every if "bmm" not in one.operations] or every
+    form = _stepped if training else _evaluated
+    calls: dict[Any, Any] = {}
+    for one in every:
+        plan: Any = layer.spec.compile(one, "cpu")
+        calls[one] = form(*_computing(layer, plan, training=training), x)
+    return {one: seconds for one, seconds in _seconds(calls, x.device).items() if one is not None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only-fit", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = Path(__file__).with_name("constants_cpu.json")
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    cases: dict[str, tuple[FactorizedLayer, torch.Tensor]] = {}
+    for name, dense, method, x in layers():
+        if options.only_fit and name not in known["rows"]:
+            continue
+        try:
+            (layer,) = tensorize(nn.Sequential(dense), [Rule("0", method)], init="random")
+        except ValueError:
+            continue
+        if not isinstance(layer, FactorizedLayer):
+            continue
+        cases[name] = layer, x
+        if name in known["rows"]:
+            continue
+        known["rows"][name] = {
+            mode: [[one.groups, one.operations, seconds] for one, seconds in found.items()]
+            for mode in ("inference", "training")
+            for found in [measured(layer, x, training=mode == "training")]
+        }
+        known["environment"] = environment()
+        path.write_text(json.dumps(known) + "\n")
+        print(name, flush=True)
+    for mode in ("inference", "training"):
+        fit(cases, known["rows"], mode)
+
+
+def machine_of(logs: np.ndarray) -> Machine:
+    conv, conv_half, linear, linear_half, bmm, bmm_half, depthwise, values, launch = np.exp(logs)
+    rates: Any = {"convolution": Rate(conv, conv_half), "linear": Rate(linear, linear_half), "bmm": Rate(bmm, bmm_half)}
+    return Machine(rates, Rate(depthwise, 0), values, launch)
+
+
+def fit(cases: dict[str, tuple[FactorizedLayer, torch.Tensor]], rows: Any, mode: str) -> None:
+    points = defaultdict(list)
+    for name in cases:
+        for groups, operations, seconds in rows[name][mode]:
+            points[name].append((Schedule(groups, operations), seconds))
+
+    def predicted(machine: Machine, name: str, one: Schedule) -> float:
+        layer, x = cases[name]
+        spec, call = layer.spec, layer.spec.geometry.call(x)
+        size = spec.geometry.input_size(call)
+        training = mode == "training"
+        return estimate(spec.network, spec.sizes, one, spec.geometry.axes, machine, size, call.rows, training=training)
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        machine, found = machine_of(logs), []
+        for name, measured_ in points.items():
+            best = min(seconds for _, seconds in measured_)
+            for one, seconds in measured_:  # what is far from the best need not be told exactly
+                weight = 1.0 if seconds < 2 * best else 0.3
+                found.append(weight * np.log(predicted(machine, name, one) / seconds))
+        return np.array(found)
+
+    start = np.log([4e10, 8, 6e10, 8, 5e10, 8, 1e10, 3e9, 5e-6])
+    for logs in (start, least_squares(residuals, start, loss="soft_l1").x):
+        regrets = []
+        for name, measured_ in points.items():
+            chosen = min(measured_, key=lambda pair: predicted(machine_of(logs), name, pair[0]))
+            regrets.append(chosen[1] / min(seconds for _, seconds in measured_))
+        within = np.mean([regret <= 1.05 for regret in regrets])
+        print(mode, "constants", [float(f"{value:.3g}") for value in np.exp(logs)])
+        print(
+            f"  within 5 %: {within:.0%}, within 10 %: {np.mean(np.array(regrets) <= 1.1):.0%}, mean {np.mean(regrets):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
