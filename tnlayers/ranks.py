@@ -112,12 +112,7 @@ Rank = int | Sequence[int] | RankRule
 
 
 def check_multiple(rule: str, value: object, multiple: object) -> None:
-    """Refuses what ranks cannot be multiples of.
-
-    Args:
-        rule: the name of the rule that has it.
-        value: the rule's number.
-        multiple: what the ranks are to be multiples of.
+    """Refuses what ranks cannot be multiples of; the name and the number of the rule that has it are for the message.
 
     Raises:
         UserError: it is no int of at least 1.
@@ -301,9 +296,13 @@ def allocate(candidates: Sequence[Candidate], fraction: float, outside: Outside 
         least = (rest.present + spent) / dense
         fixed = f"; what no such rule may touch is already {rest.present / dense:.1%} of the model" if outside else ""
         multiples = {candidate.multiple for candidate in candidates} - {1}
-        lowest = f"the lowest multiples of {max(multiples)}" if multiples else "rank 1"
+        lowest = (
+            f"the lowest multiples of {max(multiples)} in every layer keep"
+            if multiples
+            else "rank 1 in every layer keeps"
+        )
         raise UserError(
-            f"a fraction of {fraction:g} cannot be reached: {lowest} in every layer keeps {least:.3g} of "
+            f"a fraction of {fraction:g} cannot be reached: {lowest} {least:.3g} of "
             f"{'the whole model' if outside else 'these layers'}{fixed}; ask for more"
         )
     upgrades = []
