@@ -40,6 +40,14 @@ def test_the_layers_import_neither_lightning_nor_wandb() -> None:
     )
 
 
+def test_importing_does_not_wait_for_what_is_only_needed_later() -> None:
+    """TensorLy brings SciPy, and torch's counter of operations brings Triton: together they take half as long as torch."""
+    code = "import sys, tnlayers; print(sorted({'tensorly', 'scipy', 'triton'} & {*sys.modules}))"
+    assert run_python(code).strip() == "[]"
+    code = "import sys, lightning_modules.data; print('sklearn.datasets' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
 def test_importing_touches_no_global_state() -> None:
     code = (
         "import os, torch, tensorly, lightning.pytorch; e = dict(os.environ); t = torch.get_rng_state()\n"

@@ -67,6 +67,17 @@ class Slot:
         known = None if flat else lambda: geometry.exchanged(dense)
         return Slot(geometry, method, known, dense.dtype, dense.device.type, calls)
 
+    def highest(self, multiple: int = 1) -> Ranks:
+        """Returns the highest ranks that the layer may have: those it has, or from which on every weight is represented exactly.
+
+        One that is below what the weight's shape attains is lowered to a multiple, which is 0 where there is none.
+        """
+        attainable = self.method.max_ranks(self.geometry.weight_shape)
+        ranks = self.present[0].ranks if self.present else attainable
+        return tuple(
+            rank if rank >= most else rank // multiple * multiple for rank, most in zip(ranks, attainable, strict=True)
+        )
+
     @property
     def used(self) -> Sequence[Call]:
         return self.calls or NOMINAL_CALLS
@@ -124,11 +135,9 @@ def settle(
         choices = [_accurate(slot, rank) for slot in slots]
     else:
         if rank.of == "model" and outside is None:
-            raise UserError(
-                f"{rank} is a budget of a model, and this is one layer; give {type(rank).__name__}({rank.fraction})"
-            )
-        chosen = allocate([_candidate(slot, by_macs=by_macs) for slot in slots], rank.fraction, outside)
-        elsewhere = Choice(None, reason=f"{rank}: dense is cheaper or the budget is better spent elsewhere")
+            raise UserError(f"{rank} is a budget of a model, and this is one layer; give {replace(rank, of='rule')}")
+        chosen = allocate([_candidate(slot, rank, by_macs=by_macs) for slot in slots], rank.fraction, outside)
+        elsewhere = Choice(None, reason=f"{rank}: {_dense_is_cheaper(rank)} or the budget is better spent elsewhere")
         choices = [
             elsewhere if ranks is None else Choice(_highest(slot).at(ranks))
             for slot, ranks in zip(slots, chosen, strict=True)
@@ -165,14 +174,15 @@ def lowered(spec: LayerSpec, rank: int | Sequence[int]) -> LayerSpec:
     return LayerSpec(spec.geometry, spec.method.with_rank(ranks))
 
 
+def _dense_is_cheaper(rule: RankRule) -> str:
+    return "dense is cheaper" + (f" than multiples of {rule.multiple}" if rule.multiple > 1 else "")
+
+
 def _highest(slot: Slot) -> LayerSpec:
-    """Returns the ranks that the layer has, or from which on every weight is represented exactly."""
-    if slot.present is not None:
-        return slot.present[0]
-    return LayerSpec(slot.geometry, slot.method.with_rank(slot.method.max_ranks(slot.geometry.weight_shape)))
+    return slot.present[0] if slot.present else LayerSpec(slot.geometry, slot.method.with_rank(slot.highest()))
 
 
-def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
+def _candidate(slot: Slot, rule: RankRule, *, by_macs: bool) -> Candidate:
     """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
     highest = _highest(slot)
     at = cache(highest.at)  # which is asked for the error and for every way of computing
@@ -181,13 +191,17 @@ def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
         return lambda ranks: at(ranks).macs(slot.used, plan)
 
     costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: at(ranks).params]
+    present_cost: int | None
     present_cost, dense_cost = slot.cost(by_macs=by_macs)
     lost = _error(slot)
 
     def error(ranks: Ranks) -> float:
         return lost(at(ranks).ranks)
 
-    return Candidate(highest.ranks, error, costs, dense_cost, present_cost)
+    max_ranks = slot.highest(rule.multiple)
+    if slot.present and max_ranks != highest.ranks and all(max_ranks):
+        present_cost = None  # its ranks are no multiples, and there are some below them
+    return Candidate(max_ranks, error, costs, dense_cost, present_cost, rule.multiple)
 
 
 def _accurate(slot: Slot, rule: RelativeError) -> Choice:
@@ -201,11 +215,11 @@ def _accurate(slot: Slot, rule: RelativeError) -> Choice:
         last[:] = [highest.at(ranks).decompose(weight, slot.dtype)]
         return last[0][1]
 
-    ranks, error = within_error(_candidate(slot, by_macs=False), rule.error, measured)
+    ranks, error = within_error(_candidate(slot, rule, by_macs=False), rule.error, measured)
     if ranks is not None:
         return Choice(highest.at(ranks), fit=last[0])
     if error == math.inf:
-        return Choice(None, reason=f"{rule}: dense is cheaper")
+        return Choice(None, reason=f"{rule}: {_dense_is_cheaper(rule)}")
     reached = f"{1.001 * error:.4g} at best in {str(slot.dtype).removeprefix('torch.')}"  # never below what it is
     return Choice(None, reason=f"{rule}: factors that are cheaper than dense reach {reached}")
 

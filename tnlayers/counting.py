@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # there is no public way to see operators
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from tnlayers.dense_form import dense_form
@@ -52,6 +51,8 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
         example_input: what it takes.
         modules: those to count by themselves, by name.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it brings Triton, which takes long to import
+
     args, kwargs = arguments_of(example_input)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     # Torch's own tracker hooks gradients, which fails for views of parameters and for gradients within a forward.

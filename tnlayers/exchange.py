@@ -6,13 +6,9 @@ convolution and of an embedding has o in front as well.
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.tt_matrix import TTMatrix
-from tensorly.tt_tensor import TTTensor
-from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
 
 from tnlayers.errors import UnsupportedLayer, UserError
@@ -33,10 +29,16 @@ from tnlayers.methods.tuckermatrix import TuckerMatrix
 from tnlayers.network import Network
 from tnlayers.spec import LayerSpec
 
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
+    from tensorly.tt_matrix import TTMatrix
+    from tensorly.tt_tensor import TTTensor
+    from tensorly.tucker_tensor import TuckerTensor
+
 __all__ = ["from_layers", "from_tensorly", "to_tensorly"]
 
 
-def to_tensorly(layer: FactorizedLayer) -> CPTensor | TuckerTensor | TTTensor | TTMatrix:
+def to_tensorly(layer: FactorizedLayer) -> "CPTensor | TuckerTensor | TTTensor | TTMatrix":
     """Returns a layer's factors as the type of TensorLy's that they are; what that makes is the layer's weight, exactly.
 
     CP gives a `CPTensor` and Tucker a `TuckerTensor`, of the weight or of the tensorized weight (o1, ..., od, i1, ..., id); MPS gives
@@ -45,6 +47,11 @@ def to_tensorly(layer: FactorizedLayer) -> CPTensor | TuckerTensor | TTTensor | 
     Raises:
         UnsupportedLayer: a layer of several groups, or of a method that TensorLy has no type for.
     """
+    from tensorly.cp_tensor import CPTensor  # here, since TensorLy takes long to import
+    from tensorly.tt_matrix import TTMatrix
+    from tensorly.tt_tensor import TTTensor
+    from tensorly.tucker_tensor import TuckerTensor
+
     method, network, groups = layer.spec.method, layer.spec.network, layer.spec.geometry.groups
     factors = {name: factor.detach() for name, factor in layer.factors.items()}
     if groups > 1:

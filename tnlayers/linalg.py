@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
-import tensorly
 import torch
 from torch import Tensor
 
@@ -65,6 +64,8 @@ def scale_of(weight: Tensor) -> float:
 @contextmanager
 def decomposing() -> Iterator[None]:
     """Turns gradients and autocast off, and TensorLy to torch, for this block and this thread only."""
+    import tensorly  # here, since it brings SciPy, which takes half as long to import as torch does
+
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

@@ -7,8 +7,8 @@ import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from itertools import pairwise
+from dataclasses import astuple, dataclass, fields
+from itertools import pairwise, product
 from typing import Any, Literal
 
 from tnlayers.errors import UserError
@@ -24,6 +24,7 @@ __all__ = [
     "Ranks",
     "RelativeError",
     "allocate",
+    "check_multiple",
     "check_rank",
     "within_error",
 ]
@@ -36,15 +37,25 @@ Of = Literal["rule", "model"]
 
 @dataclass(frozen=True)
 class _Rule:
-    """A rank that is decided by one number."""
+    """A rank that is decided by one number, the first field; the last one is what the ranks are multiples of.
+
+    With `multiple=8` every bond is a multiple of 8, except one that is at the highest rank which the weight's shape attains: that
+    need not be a multiple. A layer stays dense where no such ranks are cheaper, and as it is where its ranks are below them.
+    """
 
     def __post_init__(self) -> None:
-        value = astuple(self)[0]
+        value, *_, multiple = astuple(self)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise UserError(f"{type(self).__name__}({value!r}): expected a number above 0 and at most 1")
+        check_multiple(type(self).__name__, value, multiple)
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({astuple(self)[0]!r})"
+        said = [
+            repr(value) if place == 0 else f"{field.name}={value}"
+            for place, (field, value) in enumerate(zip(fields(self), astuple(self), strict=True))
+            if value != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class _Budget(_Rule):
 
     fraction: float
     of: Of = "rule"
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,15 +77,13 @@ class _Budget(_Rule):
                 f"{type(self).__name__}({self.fraction!r}, of={self.of!r}): expected of='rule' or of='model'"
             )
 
-    def __str__(self) -> str:
-        return super().__str__() if self.of == "rule" else f"{type(self).__name__}({self.fraction!r}, of={self.of})"
-
 
 @dataclass(frozen=True)
 class ParamsKept(_Budget):
     """Keep this fraction of the weights' parameters (not the biases) of all layers that the rule matches, shared out well.
 
-    With of="model" it is a fraction of all parameters of the model.
+    With of="model" it is a fraction of all parameters of the model. With multiple=8 the ranks are multiples of 8, except those
+    at the highest rank that the weight's shape attains; the budget is then met as nearly as such ranks allow, from below.
     """
 
 
@@ -81,19 +91,34 @@ class ParamsKept(_Budget):
 class MacsKept(_Budget):
     """Keep this fraction of the multiply-accumulates of all layers that the rule matches, shared out where they matter most.
 
-    With of="model" it is a fraction of all that the model's forward does.
+    With of="model" it is a fraction of all that the model's forward does. With multiple=8 the ranks are multiples of 8, except
+    those at the highest rank that the weight's shape attains; the budget is then met as nearly as such ranks allow, from below.
     """
 
 
 @dataclass(frozen=True)
 class RelativeError(_Rule):
-    """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is at most this, measured on the factors in their dtype."""
+    """In every layer the cheapest ranks found whose ||W - W~||_F / ||W||_F is at most this, measured on the factors in their dtype.
+
+    With multiple=8 only ranks that are multiples of 8, or the highest that the weight's shape attains, are looked for.
+    """
 
     error: float
+    multiple: int = 1
 
 
 RankRule = ParamsKept | MacsKept | RelativeError
 Rank = int | Sequence[int] | RankRule
+
+
+def check_multiple(rule: str, value: object, multiple: object) -> None:
+    """Refuses what ranks cannot be multiples of; the name and the number of the rule that has it are for the message.
+
+    Raises:
+        UserError: it is no int of at least 1.
+    """
+    if type(multiple) is not int or multiple < 1:
+        raise UserError(f"{rule}({value!r}, multiple={multiple!r}): expected an int of at least 1, such as multiple=8")
 
 
 def check_rank(rank: object) -> int | Ranks | RankRule:
@@ -126,18 +151,20 @@ class Candidate:
     """A layer whose ranks are to be chosen.
 
     Attributes:
-        max_ranks: the ranks from which on the weight is exact.
+        max_ranks: the highest ranks that it may have, 0 for one that may have none; lower ones are multiples of `multiple`.
         error: ranks -> the squared relative error, or a tight estimate of it.
         costs: for each way of computing the layer: ranks -> parameters or multiply-accumulates.
         dense_cost: what the dense layer costs; budgets are fractions of it.
-        present_cost: what the layer costs if it is left as it is: it may be factorized already.
+        present_cost: what the layer costs if it is left as it is, for it may be factorized already; None if it may not stay so.
+        multiple: what its ranks are multiples of, where they are below `max_ranks`.
     """
 
     max_ranks: Ranks
     error: Callable[[Ranks], float]
     costs: Sequence[Callable[[Ranks], int]]
     dense_cost: int
-    present_cost: int
+    present_cost: int | None
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,12 +186,13 @@ class _Point:
 
 # Enough steps to meet a budget within a fraction of a percent, few enough for a net of wide layers.
 _STEPS = 128
+_FEW = 512  # choices of ranks, all of which take no longer to look at than a path through those of a wide layer
 
 
 def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
-    """Goes from full rank down to 1, each step lowering the bond that loses the least for what it saves."""
-    ranks = candidate.max_ranks
-    steps = [max(1, rank // _STEPS) for rank in ranks]
+    """Goes from the highest ranks down to the lowest, each step lowering the bond that loses the least for what it saves."""
+    ranks, unit = candidate.max_ranks, candidate.multiple
+    steps = [unit * max(1, rank // (unit * _STEPS)) for rank in ranks]
 
     def point(ranks: Ranks) -> _Point:
         return _Point(ranks, cost(ranks), candidate.error(ranks))
@@ -177,24 +205,40 @@ def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
         return 0.0 if lost <= 0 else math.inf, new.error
 
     path = [point(ranks)]
-    while max(ranks) > 1:
+    while max(ranks) > unit:
         lowered = [
-            tuple(max(1, rank - steps[bond]) if bond == lower else rank for bond, rank in enumerate(ranks))
+            tuple(
+                max(1, math.ceil((rank - steps[bond]) / unit)) * unit if bond == lower else rank
+                for bond, rank in enumerate(ranks)
+            )
             for lower in range(len(ranks))
-            if ranks[lower] > 1
+            if ranks[lower] > unit
         ]
         path.append(min((point(option) for option in lowered), key=lambda new: loss(new, path[-1])))
         ranks = path[-1].ranks or ranks
     return path
 
 
+def _points(candidate: Candidate) -> list[_Point]:
+    """Returns choices of ranks: all there are where multiples leave few, or else paths through them."""
+    unit = candidate.multiple
+    below = [[*range(unit, rank, unit), *([rank] if rank else [])] for rank in candidate.max_ranks]
+    if unit > 1 and math.prod(map(len, below)) <= _FEW:  # none where a rank is 0
+        return [
+            _Point(ranks, min(cost(ranks) for cost in candidate.costs), candidate.error(ranks))
+            for ranks in product(*below)
+        ]
+    return [point for cost in candidate.costs for point in _path(candidate, cost)]
+
+
 def _frontier(candidate: Candidate) -> list[_Point]:
     """Returns the layer as it is and the choices that cost less, cheapest first; each dearer one has a smaller error."""
-    present = _Point(None, candidate.present_cost, 0.0)
-    found = [point for cost in candidate.costs for point in _path(candidate, cost) if point.cost < present.cost]
-    points = sorted(found, key=lambda point: (point.cost, point.error))
+    found = _points(candidate)
+    if candidate.present_cost is not None:
+        present = _Point(None, candidate.present_cost, 0.0)
+        found = [*(point for point in found if point.cost < present.cost), present]
     frontier: list[_Point] = []
-    for point in [*points, present]:
+    for point in sorted(found, key=lambda point: (point.cost, point.error)):
         if not frontier or point.error < frontier[-1].error:
             frontier.append(point)
     return frontier
@@ -240,7 +284,7 @@ def allocate(candidates: Sequence[Candidate], fraction: float, outside: Outside 
         outside: the rest of the model, if the fraction is one of the whole model.
 
     Raises:
-        ValueError: rank 1 everywhere already costs more.
+        ValueError: the lowest ranks everywhere already cost more.
     """
     rest = outside or Outside()
     dense = rest.dense + sum(candidate.dense_cost for candidate in candidates)
@@ -251,8 +295,14 @@ def allocate(candidates: Sequence[Candidate], fraction: float, outside: Outside 
     if spent > budget:
         least = (rest.present + spent) / dense
         fixed = f"; what no such rule may touch is already {rest.present / dense:.1%} of the model" if outside else ""
+        multiples = {candidate.multiple for candidate in candidates} - {1}
+        lowest = (
+            f"the lowest multiples of {max(multiples)} in every layer keep"
+            if multiples
+            else "rank 1 in every layer keeps"
+        )
         raise UserError(
-            f"a fraction of {fraction:g} cannot be reached: rank 1 in every layer keeps {least:.3g} of "
+            f"a fraction of {fraction:g} cannot be reached: {lowest} {least:.3g} of "
             f"{'the whole model' if outside else 'these layers'}{fixed}; ask for more"
         )
     upgrades = []

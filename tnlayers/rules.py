@@ -6,7 +6,7 @@ edited, saved and applied again. The plain form names methods that the program h
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,8 +20,9 @@ __all__ = ["Rule", "fits", "rank_from_text", "rules_from_plain"]
 
 _RANK_RULES = {rule.__name__: rule for rule in (ParamsKept, MacsKept, RelativeError)}
 _RANK_TEXT = re.compile(
-    r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s,]+)\s*(?:,\s*of\s*=\s*([\"']?)(\w+)\3\s*)?\)\s*"
+    r"\s*(\w+)\s*\(\s*(?:fraction\s*=|error\s*=)?\s*([^()\s,]+)\s*((?:,\s*\w+\s*=\s*([\"']?)[\w.-]+\4\s*)*)\)\s*"
 )
+_OPTION = re.compile(r"(\w+)\s*=\s*[\"']?([\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -128,19 +129,19 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
     return rules
 
 
-def rank_from_text(value: Any, **more: Callable[[float], Any]) -> Any:
-    """Returns a rank that may be written as text, such as "MacsKept(0.5)".
+def rank_from_text(value: Any, **more: type[Any]) -> Any:
+    """Returns a rank that may be written as text, such as "MacsKept(0.5)" or "ParamsKept(0.5, of=model, multiple=8)".
 
     Args:
         value: the text, or a rank already.
-        more: what else takes a number, by name.
+        more: what else takes a number, by name: dataclasses whose other fields are options.
 
     Raises:
         UserError: a text that is no rank rule.
     """
     if not isinstance(value, str):
         return value
-    rules: dict[str, Callable[[float], Any]] = {**_RANK_RULES, **more}
+    rules: dict[str, type[Any]] = {**_RANK_RULES, **more}
     match = _RANK_TEXT.fullmatch(value)
     rule = rules.get(match[1]) if match else None
     if match is None or rule is None:
@@ -151,11 +152,13 @@ def rank_from_text(value: Any, **more: Callable[[float], Any]) -> Any:
         number = float(match[2])
     except ValueError:
         raise UserError(f"rank {value!r}: {match[2]!r} is not a number") from None
-    if match[4] is None:
-        return rule(number)
-    if rule not in (ParamsKept, MacsKept):
-        raise UserError(f"rank {value!r}: only ParamsKept and MacsKept are 'of' something; leave of={match[4]} out")
-    return rule(number, of=match[4])  # type: ignore[arg-type]
+    given, known = _OPTION.findall(match[3]), [field.name for field in fields(rule)[1:]]
+    for place, (key, text) in enumerate(given):
+        if key not in known or key in dict(given[:place]):
+            raise UserError(
+                f"rank {value!r}: {key}={text} is not understood; {rule.__name__} takes {' and '.join(known)}, once each"
+            )
+    return rule(number, **{key: int(text) if text.isdecimal() else text for key, text in given})
 
 
 def _plain(value: Any) -> Any:

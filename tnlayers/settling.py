@@ -209,8 +209,9 @@ def _slot(layer: nn.Module, method: Factorization, calls: list[Call] | None, *, 
 
 
 def _is_kept(slots: Mapping[str, Slot], rank: ParamsKept | MacsKept, outside: Outside) -> bool:
-    """Tells whether all layers have their method already and are within the budget; says so where they are far below it."""
-    if not slots or any(slot.present is None for slot in slots.values()):
+    """Tells whether all layers have their method, at such ranks, and are within the budget; says so where they are far below it."""
+    own = {name: slot.present[0].ranks for name, slot in slots.items() if slot.present}
+    if not own or own != {name: slot.highest(rank.multiple) for name, slot in slots.items()}:
         return False
     costs = [slot.cost(by_macs=isinstance(rank, MacsKept)) for slot in slots.values()]
     kept = (outside.present + sum(cost for cost, _ in costs)) / (outside.dense + sum(dense for _, dense in costs))

@@ -36,7 +36,7 @@ def resolve_truncation(
 
     A budget (`ParamsKept`, `MacsKept`) is a fraction of the *dense* layers, shared out among all layers that are selected,
     whatever their methods, or with of="model" of the whole dense model, where all other layers count as kept; nothing changes
-    where it is kept already. `RelativeError` is against the present weights, layer by layer. An int lowers every bond that is
+    where it is kept already at such ranks. `RelativeError` is against the present weights, layer by layer. An int lowers every bond that is
     above it. Plans are made anew: "auto" for a layer of which nothing says how it is used.
 
     Args:

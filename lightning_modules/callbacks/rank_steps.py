@@ -14,7 +14,7 @@ from torch import nn
 from lightning_modules.tensorized import budget_rules, copied, example_input, tensorized_net
 from tnlayers import MacsKept, ParamsKept, Rule, fraction_kept, resolve_truncation, truncate
 from tnlayers.errors import UserError
-from tnlayers.ranks import Rank, check_rank
+from tnlayers.ranks import Rank, check_multiple, check_rank
 from tnlayers.rules import rank_from_text
 from tnlayers.tracing import evaluating
 from tnlayers.truncation import check_truncation
@@ -28,18 +28,23 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class AccuracyDrop:
-    """Asks for as few parameters as cost at most this much validation accuracy (0.01: one point) right after the truncation."""
+    """Asks for as few parameters as cost at most this much validation accuracy (0.01: one point) right after the truncation.
+
+    With multiple=8 the ranks are multiples of 8, as those of `ParamsKept` are.
+    """
 
     drop: float
+    multiple: int = 1
 
     def __str__(self) -> str:
-        return f"AccuracyDrop({self.drop!r})"
+        return f"AccuracyDrop({self.drop!r}{f', multiple={self.multiple}' if self.multiple != 1 else ''})"
 
     def __post_init__(self) -> None:
         if not isinstance(self.drop, float) or not 0 <= self.drop < 1:
             raise UserError(
                 f"AccuracyDrop({self.drop!r}): expected a number from 0 to below 1, such as 0.01 for one point"
             )
+        check_multiple("AccuracyDrop", self.drop, self.multiple)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Step:
         rank, net = self.rank, tensorized_net(module)
         if isinstance(rank, AccuracyDrop):
             _accuracy(module, net)
-            rank = ParamsKept(1.0)
+            rank = ParamsKept(1.0, multiple=rank.multiple)
         example_input(module)
         check_truncation(net, rank, pattern=pattern, rules=budget_rules(module))
 
@@ -69,7 +74,7 @@ class Step:
         """Returns one rule for each layer whose rank falls, with integer ranks."""
         net, example, rank, rules = tensorized_net(module), example_input(module), self.rank, budget_rules(module)
         if isinstance(rank, AccuracyDrop):
-            return _within_drop(module, rank.drop, pattern)
+            return _within_drop(module, rank, pattern)
         if self.epochs > 1:
             assert isinstance(rank, (ParamsKept, MacsKept))
             now = fraction_kept(net, type(rank), example, pattern=pattern, rules=rules, of=rank.of)
@@ -116,8 +121,8 @@ def _rank(value: int | str) -> Rank | AccuracyDrop:
     return rank if isinstance(rank, AccuracyDrop) else check_rank(rank)
 
 
-def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rule]:
-    """Finds, by bisection, the truncation to the fewest parameters that costs at most `drop` of the validation accuracy."""
+def _within_drop(module: LightningModule, asked: AccuracyDrop, pattern: str) -> list[Rule]:
+    """Finds, by bisection, the truncation to the fewest parameters that costs at most the drop of validation accuracy that is asked for."""
     net, example = tensorized_net(module), example_input(module)
     which: dict[str, Any] = {"pattern": pattern, "rules": budget_rules(module)}
     before = right_after = _accuracy(module, net)
@@ -126,14 +131,15 @@ def _within_drop(module: LightningModule, drop: float, pattern: str) -> list[Rul
     for _ in range(_PROBES):
         middle = (low + high) / 2
         try:
-            rules = resolve_truncation(net, ParamsKept(math.exp(middle)), example, **which)
+            kept = ParamsKept(math.exp(middle), multiple=asked.multiple)
+            rules = resolve_truncation(net, kept, example, **which)
         except UserError:  # not even rank 1 is as small
             low = middle
             continue
         smaller = copied(net)
         truncate(smaller, rules)
         accuracy = _accuracy(module, smaller)
-        if accuracy >= before - drop:
+        if accuracy >= before - asked.drop:
             high, found, right_after = middle, rules, accuracy
         else:
             low = middle

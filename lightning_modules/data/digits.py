@@ -3,8 +3,6 @@
 from typing import Literal
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from lightning_modules.data.base import Augment, ImageData
 from lightning_modules.data.pictures import Pictures, PictureSet
@@ -28,6 +26,10 @@ class Digits(ImageData):
     padding = 1
 
     def load(self, part: Literal["train", "test"]) -> PictureSet:
+        # Here, since every command imports this file and few need scikit-learn, which takes long to import.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         values, labels = load_digits(return_X_y=True)
         indices = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         chosen = indices[0] if part == "train" else indices[1]

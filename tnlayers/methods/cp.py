@@ -18,11 +18,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.tenalg import khatri_rao
 from torch import Tensor
 
 from tnlayers.layers import FactorizedConv2d
@@ -30,6 +28,9 @@ from tnlayers.linalg import decomposing, left_singular_vectors, precise, relativ
 from tnlayers.method import CONVOLUTIONS, Factorization
 from tnlayers.network import MODE_NAMES, Network, window_of
 from tnlayers.ranks import Ranks
+
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
 
 __all__ = ["CP", "CPConv2d"]
 
@@ -126,17 +127,23 @@ def _basis(tensor: Tensor, axis: int) -> Tensor:
     return basis if basis.shape[1] == basis.shape[0] else torch.linalg.qr(basis, mode="complete").Q
 
 
-def _orthogonal_terms(tensor: Tensor, rank: int) -> CPTensor:
+def _orthogonal_terms(tensor: Tensor, rank: int) -> "CPTensor":
     slices, bases = _slices(tensor)
     left, values, right = torch.linalg.svd(slices, full_matrices=False)
     best = values.flatten().argsort(descending=True)[:rank]
     *places, k = torch.unravel_index(best, values.shape)
     ends = [left.movedim(-1, -2)[(*places, k)].mT * values[(*places, k)], right[(*places, k)].mT]
     others = [basis[:, place] for basis, place in zip(bases, places, strict=True)]
-    return CPTensor((torch.ones_like(ends[0][0]), [*ends, *others]))
+    return _terms(torch.ones_like(ends[0][0]), [*ends, *others])
 
 
-def _fit(tensor: Tensor, start: CPTensor) -> CPTensor:
+def _terms(norms: Tensor, factors: Sequence[Tensor]) -> "CPTensor":
+    from tensorly.cp_tensor import CPTensor  # here, since TensorLy takes long to import
+
+    return CPTensor((norms, factors))
+
+
+def _fit(tensor: Tensor, start: "CPTensor") -> "CPTensor":
     """Runs ALS on the tensor compressed to the matrix subspaces that the rank can use (Tucker first: the core is smaller)."""
     norm, (size_first, size_second, *_) = torch.linalg.vector_norm(tensor), _core_shape(tensor, start.rank)
     first = left_singular_vectors(unfold(tensor, [0]))[:, :size_first]
@@ -144,7 +151,7 @@ def _fit(tensor: Tensor, start: CPTensor) -> CPTensor:
     core = torch.einsum("oi...,or,is->rs...", tensor / norm, first, second)
     factors = [first.mT @ start.factors[0] / norm, second.mT @ start.factors[1], *start.factors[2:]]
     weights, factors = _als(core, factors)
-    return CPTensor((norm * weights, [first @ factors[0], second @ factors[1], *factors[2:]]))
+    return _terms(norm * weights, [first @ factors[0], second @ factors[1], *factors[2:]])
 
 
 def _core_shape(tensor: Tensor, rank: int) -> tuple[int, ...]:
@@ -169,7 +176,7 @@ def _als(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
     for mode, factor in enumerate(factors):
         length = torch.linalg.vector_norm(factor, dim=0)
         norms, factors[mode] = norms * length, factor / length.clamp_min(_TINY)
-    size, left = core.square().sum(), (core - _product(CPTensor((norms, factors)))).square().sum()
+    size, left = core.square().sum(), (core - _product(_terms(norms, factors))).square().sum()
     grams = [factor.mT @ factor for factor in factors]
     split = len(_halves(core.shape)[0])
     matrix = core.flatten(split).flatten(0, split - 1)
@@ -212,16 +219,18 @@ def _contracted(product: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor
 
 def _joined(factors: Sequence[Tensor]) -> Tensor:
     """Returns (n1 n2 ..., r), the products of each term's vectors."""
+    from tensorly.tenalg import khatri_rao  # here, since TensorLy takes long to import
+
     return khatri_rao(factors) if len(factors) > 1 else factors[0]
 
 
-def _product(terms: CPTensor) -> Tensor:
+def _product(terms: "CPTensor") -> Tensor:
     """Returns the tensor that the terms make, by the halves of its modes: TensorLy holds all modes but one of every term."""
     split = len(_halves(terms.shape)[0])
     return (_joined(terms.factors[:split]) * terms.weights @ _joined(terms.factors[split:]).mT).reshape(terms.shape)
 
 
-def _balanced(terms: CPTensor) -> list[Tensor]:
+def _balanced(terms: "CPTensor") -> list[Tensor]:
     """Spreads every term's norm evenly over its vectors, so that no factor trains faster than another."""
     norms = [torch.linalg.vector_norm(factor, dim=0) for factor in terms.factors]
     total = terms.weights.abs() * torch.stack(norms).prod(dim=0)

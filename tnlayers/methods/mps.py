@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tnlayers.errors import UserError
@@ -67,6 +66,8 @@ class MPS(Factorization):
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         modes = self._modes(tuple(weight.shape))
         own = ["o", "i", *window_of(weight.shape).split()]
+        from tensorly.decomposition import tensor_train  # here, since TensorLy takes long to import
+
         cores = tensor_train(weight.permute([own.index(mode) for mode in modes]), rank=[1, *ranks, 1])
         shaped = [cores[0][0], *cores[1:-1], cores[-1][..., 0]]
         return {MODE_NAMES[mode]: core for mode, core in zip(modes, shaped, strict=True)}

@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tnlayers.errors import UserError
@@ -102,6 +101,8 @@ class TensorRing(Tensorized):
         _, first, rest = self._opened(weight, ranks[0])
         shapes = self.network(shape).shapes(self.sizes(shape, ranks))
         modes = [ranks[0] * rest.shape[1], *rest.shape[2:-2], rest.shape[-2] * rest.shape[-1]]
+        from tensorly.decomposition import tensor_train  # here, since TensorLy takes long to import
+
         others = tensor_train(rest.reshape(modes), rank=[1, *ranks[1:], 1]) if len(ranks) > 1 else [rest]
         cores = zip(shapes.items(), [first, *others], strict=True)
         return {name: core.reshape(core_shape) for (name, core_shape), core in cores}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tnlayers.errors import UserError
@@ -99,6 +98,8 @@ class Tensorized(Factorization):
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Runs TT-SVD on the weight with the indices of each core fused, in the order of the cores."""
         shape = tuple(weight.shape)
+        from tensorly.decomposition import tensor_train  # here, since TensorLy takes long to import
+
         cores = tensor_train(self.fused(weight), rank=[1, *ranks, 1])
         shapes = self.network(shape).shapes(self.sizes(shape, ranks))
         return {name: core.reshape(shape) for core, (name, shape) in zip(cores, shapes.items(), strict=True)}
