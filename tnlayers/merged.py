@@ -216,7 +216,8 @@ class Merging(Leaf):
     def _make(self, name: _Kept, plan: Any) -> list[Tensor]:
         """Makes it in the factors' own precision: autocast would round the products, and casts the result itself."""
         device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has no autocast
+        casts = device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             if name == "_whole":
                 return [self._dense_weight()]
             return plan.weights(spec.method.factors(parameters, spec.factor_shapes))

@@ -60,8 +60,9 @@ class Contraction:
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
         first, *others = self.names
-        if not others:
-            return torch.einsum(self.equations[0], factors[first])
+        if not others:  # einsum would take longer over it than a small layer over one of its operations
+            held, output = self.equations[0].split("->")
+            return factors[first] if held == output else factors[first].permute([held.index(index) for index in output])
         product = factors[first]
         for equation, name in zip(self.equations, others, strict=True):
             product = torch.einsum(equation, product, factors[name])

@@ -7,8 +7,12 @@ pointwise, one that has some is a transposed convolution along those axes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from tnlayers.errors import UserError
 from tnlayers.network import Network, Sizes
@@ -94,6 +98,15 @@ class Plan:
             bias: (o,), or None.
             output_padding: of a transposed convolution, where a call asks for another than the layer's own.
         """
+        if self.schedule.recompute and _may_recompute(x, *weights):
+            call = partial(self._compute, x, weights, bias, output_padding)
+            # Nothing in it is random, and its shapes follow from the input's: there is no state to keep, and nothing to check.
+            return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        return self._compute(x, weights, bias, output_padding)
+
+    def _compute(
+        self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None
+    ) -> Tensor:
         # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
         final, lies_last = self.steps[-1], channels_last
@@ -108,5 +121,23 @@ class Plan:
         if bias is not None and early is None:
             x = x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
         if channels_last:
-            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            moved = x.permute(0, 2, 3, 1)
+            return x if moved.is_contiguous() else moved.contiguous().permute(0, 3, 1, 2)
         return x.contiguous() if lies_last else x
+
+
+def _may_recompute(*inputs: Tensor) -> bool:
+    """Tells whether there will be a backward pass that can compute anew: not in an exported graph, nor inside of torch.func.grad."""
+    if not torch.is_grad_enabled() or not any(value.requires_grad for value in inputs):
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    try:
+        with saved_tensors_hooks(_same, _same):
+            return True
+    except RuntimeError:
+        return False
+
+
+def _same(value: Tensor) -> Tensor:
+    return value

@@ -39,12 +39,18 @@ __all__ = [
 class Schedule:
     """A partition of the factors, and the operation of each of its groups.
 
+    Attributes:
+        groups: the names of the factors that are merged.
+        operations: one for each group.
+        recompute: whether the activations between the steps are made again in the backward pass instead of being kept for it.
+
     Raises:
         UserError: groups or operations of another kind, or not as many of one as of the other.
     """
 
     groups: Partition
     operations: tuple[Operation, ...]
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         groups = _groups(self.groups)
@@ -55,6 +61,8 @@ class Schedule:
                 f"groups {self.groups!r} with operations {self.operations!r}: expected groups of factor names, and for each of "
                 f"them one of {', '.join(known)}"
             )
+        if not isinstance(self.recompute, bool):
+            raise UserError(f"recompute {self.recompute!r}: expected true or false")
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "operations", operations)
 
@@ -124,7 +132,8 @@ def plain_plan(plan: PlanChoice) -> Any:
         measured = {"measured_on": plan.measured_on} if plan.measured_on else {}
         return {"inference": plain_plan(plan.inference), "training": plain_plan(plan.training)} | measured
     if isinstance(plan, Schedule):
-        return {"groups": plain_plan(plan.groups), "operations": list(plan.operations)}
+        recompute = {"recompute": True} if plan.recompute else {}
+        return {"groups": plain_plan(plan.groups), "operations": list(plan.operations)} | recompute
     return plan if isinstance(plan, str) else [list(group) for group in plan]
 
 
