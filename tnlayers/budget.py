@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -168,21 +168,14 @@ def _highest(slot: Slot) -> LayerSpec:
 
 
 def _candidate(slot: Slot, *, by_macs: bool) -> Candidate:
-    """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
+    """Returns what the rank rules need to know of a layer."""
     highest = _highest(slot)
-    at = cache(highest.at)  # which is asked for the error and for every way of computing
-
-    def macs_of(plan: Partition) -> Callable[[Ranks], int]:
-        return lambda ranks: at(ranks).macs(slot.used, plan)
-
-    costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: at(ranks).params]
+    costs: list[Callable[[Ranks], int]] = [lambda ranks: highest.at(ranks).params]
+    if by_macs:
+        costs = [highest.macs_of_ranks(slot.used, plan) for plan in highest.plans]
     present_cost, dense_cost = slot.cost(by_macs=by_macs)
-    lost = _error(slot)
-
-    def error(ranks: Ranks) -> float:
-        return lost(at(ranks).ranks)
-
-    return Candidate(highest.ranks, error, costs, dense_cost, present_cost)
+    clamp = cache(partial(highest.method.clamp, highest.geometry.weight_shape))  # asked for every way of computing
+    return Candidate(highest.ranks, _error(slot), costs, dense_cost, present_cost, clamp)
 
 
 def _accurate(slot: Slot, rule: RelativeError) -> Choice:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tnlayers.network import Network, Sizes, size_of
+from tnlayers.network import Indices, Network, Sizes, size_of
 from tnlayers.plan import Axis, Partition, partitions
 from tnlayers.roles import roles_of
 
@@ -32,29 +32,42 @@ def _cost(
     input_size: Sequence[int],
 ) -> _Cost:
     extent = dict(zip(axes, input_size, strict=True))
-    compute = values = merge_macs = launches = 0
+    values = merge_macs = launches = 0
     for roles in roles_of(network, partition):
         values += batch * size_of(roles.before, sizes) * math.prod(extent.values())
-        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
         extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
         positions = batch * math.prod(extent.values())
         produced = size_of(roles.after, sizes)
         weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-        compute += batch * math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
         values += positions * produced + weight
         merge_macs += roles.merge.macs(sizes)
         launches += 1 + _EINSUM_LAUNCHES * len(roles.merge.products)
         if roles.before != (*roles.carried, *roles.kept, *roles.consumed):
             values += 2 * batch * size_of(roles.before, sizes) * math.prod(extent.values())
             launches += 1
+    compute = batch * macs(network, sizes, partition, axes, input_size)
     return _Cost(compute, values, merge_macs, launches)
+
+
+def products(
+    network: Network, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
+) -> list[tuple[int, Indices]]:
+    """Returns for each step at how many positions of a sample it multiplies, and the indices that it runs over at each."""
+    extent = dict(zip(axes, input_size, strict=True))
+    found = []
+    for roles in roles_of(network, partition):
+        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        run = (*roles.carried, *roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
+        found.append((math.prod(laid.values()), run))
+    return found
 
 
 def macs(
     network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
 ) -> int:
     """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
-    return _cost(network, sizes, partition, axes, 1, input_size).macs
+    return sum(positions * size_of(run, sizes) for positions, run in products(network, partition, axes, input_size))
 
 
 @dataclass(frozen=True)

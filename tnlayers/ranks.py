@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal
 
 from tnlayers.errors import UserError
@@ -127,10 +128,11 @@ class Candidate:
 
     Attributes:
         max_ranks: the ranks from which on the weight is exact.
-        error: ranks -> the squared relative error, or a tight estimate of it.
-        costs: for each way of computing the layer: ranks -> parameters or multiply-accumulates.
+        error: attained ranks -> the squared relative error, or a tight estimate of it.
+        costs: for each way of computing the layer: attained ranks -> parameters or multiply-accumulates.
         dense_cost: what the dense layer costs; budgets are fractions of it.
         present_cost: what the layer costs if it is left as it is: it may be factorized already.
+        clamp: ranks -> the attained ones: each at most what is attainable next to the others.
     """
 
     max_ranks: Ranks
@@ -138,6 +140,7 @@ class Candidate:
     costs: Sequence[Callable[[Ranks], int]]
     dense_cost: int
     present_cost: int
+    clamp: Callable[[Ranks], Ranks] = tuple
 
 
 @dataclass(frozen=True)
@@ -162,29 +165,31 @@ _STEPS = 128
 
 
 def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
-    """Goes from full rank down to 1, each step lowering the bond that loses the least for what it saves."""
-    ranks = candidate.max_ranks
-    steps = [max(1, rank // _STEPS) for rank in ranks]
+    """Goes from full rank down, each step lowering the bond that loses the least for what it saves, until nothing saves."""
+    steps = [max(1, rank // _STEPS) for rank in candidate.max_ranks]
 
     def point(ranks: Ranks) -> _Point:
         return _Point(ranks, cost(ranks), candidate.error(ranks))
+
+    def lowered(ranks: Ranks, bond: int) -> Ranks:
+        """Other bonds go down with it where they would be above what they then attain."""
+        return candidate.clamp((*ranks[:bond], max(1, ranks[bond] - steps[bond]), *ranks[bond + 1 :]))
 
     def loss(new: _Point, old: _Point) -> tuple[float, float]:
         lost, saved = new.error - old.error, old.cost - new.cost
         if saved > 0:
             return lost / saved, new.error
-        # A rank above what it attains next to the others is lowered for nothing, which opens what is below it.
         return 0.0 if lost <= 0 else math.inf, new.error
 
+    ranks = candidate.max_ranks
     path = [point(ranks)]
     while max(ranks) > 1:
-        lowered = [
-            tuple(max(1, rank - steps[bond]) if bond == lower else rank for bond, rank in enumerate(ranks))
-            for lower in range(len(ranks))
-            if ranks[lower] > 1
-        ]
-        path.append(min((point(option) for option in lowered), key=lambda new: loss(new, path[-1])))
-        ranks = path[-1].ranks or ranks
+        options = {lowered(ranks, bond) for bond, rank in enumerate(ranks) if rank > 1}
+        rate, best = min(((loss(new, path[-1]), new) for new in map(point, sorted(options))), key=itemgetter(0))
+        if rate[0] == math.inf:
+            break
+        path.append(best)
+        ranks = best.ranks or ranks
     return path
 
 
