@@ -10,7 +10,7 @@ overriding what stands under "parameters" below (`ADTN` does).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from inspect import get_annotations, isabstract
 from typing import ClassVar, Self
