@@ -43,7 +43,7 @@ _COARSE = 1e-2  # of the squared error: above, float32 does for all sweeps but t
 _DAMPING = 5e-2  # of the squared error; see `_als`
 _LEAST_RIDGE = 1e-12  # keeps the normal equations solvable where nothing is left
 _MOST_ENTRIES = 200_000_000  # of what a step of ALS holds; above, the closed form stays as it is
-_MOST_WORK = 150_000_000_000  # multiply-accumulates of all sweeps, some five seconds; above there are fewer sweeps
+_MOST_WORK = 90_000_000_000  # multiply-accumulates of all sweeps, some four seconds; above there are fewer sweeps
 
 
 @dataclass(frozen=True)
