@@ -295,7 +295,7 @@ def test_terms_stay_of_the_weights_size(method: Factorization, scale: float) -> 
         for rank in (1, 2, 3, 20):
             factors, error = fitted(method, scaled, (rank,))
             assert math.isfinite(error)
-            assert method.degeneracy(factors) < 6, (kind, rank)  # 2 but for the border, which is met to half a percent
+            assert method.degeneracy(factors) < 6, (kind, rank)
 
 
 def test_degeneracy_is_that_of_the_terms() -> None:

@@ -5,9 +5,9 @@ Lebedev et al., Speeding-up convolutional neural networks using fine-tuned CP-de
 CP has no SVD, and alternating least squares (ALS) from a random start is slow and can diverge. Here it starts from a CP
 that is in closed form: in the singular bases of the window's modes, every (o, i) slice of the kernel is split by an SVD. Its
 terms are orthogonal, so their singular values are a spectrum whose tail is the error of dropping them; all of them are
-an exact CP of rank h w min(o, i), and ALS from there can only improve. It is a saddle, which plain ALS leaves slowly; with
+an exact CP of rank h w min(o, i), and ALS from there can only improve. Plain ALS leaves the start slowly; with
 momentum, as in Mitchell, Ye and De Sterck, Nesterov acceleration of alternating least squares for canonical tensor decomposition
-(2018), arXiv 1810.05846, twenty sweeps get further than a hundred without.
+(2018), arXiv 1810.05846, it needs fewer sweeps.
 
 Terms that cancel each other (degeneracy) are held down as in Phan et al., Stable low-rank tensor decomposition for
 compression of convolutional neural network (2020), arXiv 2008.05441: of two fits that are as close the one whose terms have the
