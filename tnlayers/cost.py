@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tnlayers.network import Network, Sizes, size_of
-from tnlayers.roles import Operation, Partition, Roles, roles_of
+from tnlayers.network import Indices, Network, Sizes, size_of
+from tnlayers.roles import Operation, Partition, roles_of
 from tnlayers.schedule import Schedule, partitions
 from tnlayers.steps import Axis, possible_operations
 
@@ -16,21 +16,25 @@ _EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
 _PASSES = 3  # of a training step: the output, and the gradients of the input and of the weight
 
 
+def products(
+    network: Network, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
+) -> list[tuple[int, Indices]]:
+    """Returns for each step at how many positions of a sample it multiplies, and the indices that it runs over at each."""
+    extent = dict(zip(axes, input_size, strict=True))
+    found = []
+    for roles in roles_of(network, partition):
+        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        run = (*roles.carried, *roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
+        found.append((math.prod(laid.values()), run))
+    return found
+
+
 def macs(
     network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
 ) -> int:
     """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
-    extent, total = dict(zip(axes, input_size, strict=True)), 0
-    for roles in roles_of(network, partition):
-        total += _step_macs(roles, sizes, axes, extent)
-        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
-    return total
-
-
-def _step_macs(roles: Roles, sizes: Sizes, axes: Mapping[str, Axis], extent: Mapping[str, int]) -> int:
-    laid = dict(extent) | {index: axes[index].positions(extent[index]) for index in roles.kernel}
-    weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-    return math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
+    return sum(positions * size_of(run, sizes) for positions, run in products(network, partition, axes, input_size))
 
 
 def schedules(network: Network, sizes: Sizes, axes: Mapping[str, Axis]) -> Iterator[Schedule]:
@@ -105,10 +109,10 @@ def estimate(
     """
     extent, total = dict(zip(axes, input_size, strict=True)), 0.0
     passes = _PASSES if training else 1
-    for roles, operation in zip(
-        roles_of(network, schedule.groups, schedule.operations), schedule.operations, strict=True
-    ):
-        compute = batch * _step_macs(roles, sizes, axes, extent)
+    every = roles_of(network, schedule.groups, schedule.operations)
+    multiplied = products(network, schedule.groups, axes, input_size)
+    for roles, operation, (positions, run) in zip(every, schedule.operations, multiplied, strict=True):
+        compute = batch * positions * size_of(run, sizes)
         read = batch * size_of(roles.before, sizes) * math.prod(extent.values())
         extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
         written = batch * size_of(roles.after, sizes) * math.prod(extent.values())
