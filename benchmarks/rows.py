@@ -21,13 +21,13 @@ class Setting:
 
     Attributes:
         device: where.
-        quick: whether everything is tiny, for a test of the script.
+        tiny: whether everything is tiny, for a test of the script.
         data: the archive of the pictures, train/<class>/*.jpg and test/<class>/*.jpg; None leaves out the trainings.
         checkpoint: the published ResNet-20; None leaves out its retraining.
     """
 
     device: torch.device
-    quick: bool = False
+    tiny: bool = False
     data: Path | None = None
     checkpoint: Path | None = None
 
