@@ -12,7 +12,7 @@ import torch
 __all__ = ["ROOT", "commit", "machine"]
 
 ROOT = Path(__file__).parents[1]
-_PACKAGES = ("torch", "torchvision", "tensorly", "tnlayers")
+_PACKAGES = ("torch", "torchvision", "tensorly")
 
 
 def machine(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -5,14 +5,15 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["LostDevice", "Row", "Rows", "Setting"]
+__all__ = ["LostDevice", "Row", "Rows", "Setting", "deadlines"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Setting:
     data: Path | None = None
     checkpoint: Path | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which nets are run on such a device."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
 
 @dataclass(frozen=True)
 class Row:
@@ -45,6 +51,13 @@ class Row:
     name: str
     guess: float
     make: Callable[[], dict[str, Any]]
+
+
+def deadlines(shares: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Returns when each part ends, in seconds from now; what a part leaves of its share is the next one's."""
+    return dict(
+        zip(shares, (seconds * share / sum(shares.values()) for share in accumulate(shares.values())), strict=True)
+    )
 
 
 class LostDevice(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import conformance, layers, nets, training
 from benchmarks.machine import ROOT, commit, machine
-from benchmarks.rows import LostDevice, Rows, Setting
+from benchmarks.rows import LostDevice, Rows, Setting, deadlines
 
 PARTS = {
     "conformance": (conformance, 0.18),
@@ -54,13 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.retry:
         rows.forget_errors()
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark_limit = False, _ALGORITHMS
-    whole, share = sum(PARTS[part][1] for part in options.parts), 0.0
-    for part in options.parts:
-        module, own = PARTS[part]
-        share += own / whole
+    for part, end in deadlines({part: PARTS[part][1] for part in options.parts}, options.seconds).items():
         torch.backends.cudnn.benchmark = part != "conformance"  # looks for the fastest algorithm
         try:
-            rows.fill(part, module.rows(setting), start + share * options.seconds)
+            rows.fill(part, PARTS[part][0].rows(setting), start + end)
         except LostDevice as error:
             print(f"the device is lost ({error}); run again to go on", file=sys.stderr)
             return 3

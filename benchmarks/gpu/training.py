@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.counted import counted
-from benchmarks.gpu.conformance import capturable
 from benchmarks.device import captured_step, synchronize, whole_step
+from benchmarks.gpu.conformance import capturable
 from benchmarks.gpu.pictures import Part, read
 from benchmarks.rows import Row, Setting
 from lightning_modules.nets import build_net
