@@ -100,9 +100,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     On the CPU the profiler writes down each piece that is taken or given back; what a library takes for itself is not in it.
     """
     call()
-    gc.collect()
     if device.type != "cuda":
         return _cpu_peak_bytes(call)
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

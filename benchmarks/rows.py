@@ -74,6 +74,7 @@ class Rows:
         device: where they are measured.
         rows: what is known.
         left_out: the names of the rows for which no time was left.
+        known_commit: that of the rows that the file has already.
     """
 
     path: Path
@@ -81,10 +82,12 @@ class Rows:
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    known_commit: str | None = None
 
     def __post_init__(self) -> None:
         if self.path.exists():
-            self.rows = json.loads(self.path.read_text())["rows"]
+            known = json.loads(self.path.read_text())
+            self.rows, self.known_commit = known["rows"], known.get("commit")
 
     def forget_errors(self) -> None:
         self.rows = [row for row in self.rows if "error" not in row]
@@ -143,10 +146,12 @@ class Rows:
         return False
 
     def write(self) -> None:
-        result = self.about | {"left_out": self.left_out, "rows": self.rows}
+        """Writes the file, each row on a line of its own."""
+        head = json.dumps(self.about | {"left_out": self.left_out}, indent=1).removesuffix("\n}")
+        rows = ",\n".join(map(json.dumps, self.rows))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
         part.replace(self.path)
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.gpu import __main__ as script
 from benchmarks import device, rows
+from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import conformance, layers, nets, training
 from benchmarks.gpu.pictures import read
-from benchmarks.rows import LostDevice, Row, Rows
 from benchmarks.gpu.tables import tables
+from benchmarks.rows import LostDevice, Row, Rows
 from benchmarks.timing import LEAST_ROUNDS, medians
 from lightning_modules.nets import build_net
 from tests.tolerances import EXACT

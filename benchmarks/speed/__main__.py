@@ -1,6 +1,7 @@
 """Measures for a given number of seconds; see the package."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -36,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(device, options.tiny)
     about = {"commit": options.commit or commit(), "dtype": str(setting.dtype).removeprefix("torch.")}
     rows = Rows(options.out or ROOT / f"results/speed/{device.type}.json", about | machine(device, (_PEER,)), device)
+    if rows.rows and rows.known_commit != about["commit"]:
+        print(f"{rows.path}: its {len(rows.rows)} rows are of commit {rows.known_commit}, and are measured anew")
+        rows.rows.clear()
     if options.retry:
         rows.forget_errors()
-    seconds = options.seconds or (_QUICK_SECONDS if options.quick else _SECONDS)
+    known = len(rows.rows)
+    seconds = options.seconds or (math.inf if options.tiny else _QUICK_SECONDS if options.quick else _SECONDS)
     for part, end in deadlines({part: PARTS[part][1] for part in options.parts}, seconds).items():
         try:
             rows.fill(part, PARTS[part][0].rows(setting), begun + end)
@@ -50,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows.write()
     print(f"\n{targets_table(found)}\n")
     errors = [row["name"] for row in rows.rows if "error" in row]
-    print(f"{rows.path}: {len(rows.rows)} rows; raised: {errors or 'none'}; no time for {len(rows.left_out)}")
+    new, left = len(rows.rows) - known, len(rows.left_out)
+    print(f"{rows.path}: {known} rows were there, {new} are new; raised: {errors or 'none'}; no time for {left}")
     return 0
 
 

@@ -69,13 +69,18 @@ def measure(contenders: Sequence[Contender], setting: Setting) -> list[dict[str,
     with torch.no_grad():
         calls = {str(number): partial(one.model, one.x) for number, one in enumerate(contenders)}
         for number, taken in limit(calls, seconds=_INFERENCE_SECONDS).items():
-            rows[int(number)]["inference"] = taken
+            rows[int(number)]["inference"] = _rounded(taken)
     for one in contenders:
         one.model.train()
     steps = {str(number): partial(training_step, one.model, one.x) for number, one in enumerate(contenders)}
     for number, taken in limit(steps, seconds=_TRAINING_SECONDS).items():
-        rows[int(number)]["training"] = taken
+        rows[int(number)]["training"] = _rounded(taken)
     for one, row, step in zip(contenders, rows, steps.values(), strict=True):
         if one.what != "plan":
             row["training peak bytes"] = peak_bytes(step, setting.device) + parameter_bytes(one.model)
     return rows
+
+
+def _rounded(seconds: float) -> float:
+    """Leaves four digits, which is more than times tell."""
+    return float(f"{seconds:.4g}")

@@ -42,7 +42,9 @@ def quickstart(setting: Setting) -> dict[str, Any]:
 def imports(setting: Setting) -> dict[str, Any]:
     """Measures fresh processes that import torch alone, or tnlayers."""
     calls = {
-        name: partial(subprocess.run, [sys.executable, "-c", f"import {name}"], cwd=ROOT, check=True)
+        name: partial(
+            subprocess.run, [sys.executable, "-c", f"import {'sys' if setting.tiny else name}"], cwd=ROOT, check=True
+        )
         for name in ("torch", "tnlayers")
     }
     return {"seconds_to_import": medians(calls, 1 if setting.tiny else LEAST_ROUNDS)}

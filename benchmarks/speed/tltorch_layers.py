@@ -1,8 +1,10 @@
 """The same factorizations as tltorch's layers: https://github.com/tensorly/torch, on PyPI as tensorly-torch.
 
-Its import sets TensorLy's backend for the whole process, so it is imported where it is needed.
+It computes by TensorLy, whose backend has to be PyTorch's for that in the whole process; its import sets it too, so it is imported
+where it is needed.
 """
 
+import tensorly
 from torch import nn
 
 from tnlayers import CP, MPS, TT, FactorizedLayer, Tucker
@@ -22,6 +24,7 @@ def tltorch_layers(dense: nn.Module, layer: FactorizedLayer) -> dict[str, nn.Mod
         from tltorch import FactorizedConv, FactorizedLinear
     except ImportError:
         return "tensorly-torch is not installed"
+    tensorly.set_backend("pytorch")
     method, ranks = layer.spec.method, layer.ranks
     if isinstance(method, TT):
         outputs, inputs = method.shapes((dense.out_features, dense.in_features))  # type: ignore[arg-type]
