@@ -141,14 +141,12 @@ def test_what_contends_gets_its_layout_and_computes_the_same() -> None:
 
 def test_a_layer_contends_under_each_plan_of_its_own() -> None:
     (layer,) = tensorize(nn.Sequential(nn.Conv2d(8, 8, 3)), [Rule("0", Tucker(2))], init="random")
-    found = layers.under_plans(layer, torch.zeros(1, 8, 5, 5))
-    assert [one.how for one in found] == [
-        "input | core | output",
-        "input | core output",
-        "input core | output",
-        "input core output",
-    ]
-    assert [one.model.plan.groups for one in found] == list(layer.spec.plans)
+    x = torch.zeros(1, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    found = layers.under_plans(layer, x)
+    names = [one.how for one in found]
+    assert len(set(names)) == len(names) == 7
+    assert {"input: linear | core: convolution | output: linear", "input core output: convolution"} <= {*names}
+    assert {one.model.plan.groups for one in found} == {*layer.spec.plans}
 
 
 def test_a_layer_that_no_rank_makes_cheaper_is_a_row_with_its_reason() -> None:
@@ -188,6 +186,7 @@ def one(
 ROW = {
     **{"part": "layers", "name": "a", "method": "Tucker", "divisor": 4, "batch": 8, "kind": "conv", "kernel": 3},
     **{"channels": 64, "macs_kept": 0.25},
+    "model": {"inference": "input | core | output", "training": "input core output"},
     "measured": [
         one("dense", 8.0, 16.0),
         one("dense", 6.0, 20.0, "channels last", peak=80),
@@ -208,8 +207,8 @@ def test_each_is_taken_in_its_best_layout() -> None:
     assert speed(ROW, "inference") == 6 / 2
     assert speed(ROW, "training", "tltorch") == 24 / 8
     assert speed(ROW, "training", "chains") is None
-    assert choice(ROW, "inference") == pytest.approx(2 / 1.9)
-    assert choice(ROW, "training") == 2
+    assert choice(ROW, "inference") == 1
+    assert choice(ROW, "training") == 9 / 4
 
 
 def test_the_table_says_what_is_met_and_of_how_many_rows() -> None:

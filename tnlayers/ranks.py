@@ -48,11 +48,8 @@ class _Rule:
         check_multiple(type(self).__name__, value, multiple)
 
     def __str__(self) -> str:
-        said = [
-            repr(value) if place == 0 else f"{field.name}={value}"
-            for place, (field, value) in enumerate(zip(fields(self), astuple(self), strict=True))
-            if value != field.default
-        ]
+        (_, first), *others = ((field, getattr(self, field.name)) for field in fields(self))
+        said = [repr(first), *(f"{field.name}={value}" for field, value in others if value != field.default)]
         return f"{type(self).__name__}({', '.join(said)})"
 
 
@@ -199,8 +196,8 @@ def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
 
     def lowered(ranks: Ranks, bond: int) -> Ranks:
         """Other bonds go down with it where they would be above what they then attain."""
-        below = max(1, math.ceil((ranks[bond] - steps[bond]) / unit)) * unit
-        return candidate.clamp((*ranks[:bond], below, *ranks[bond + 1 :]))
+        new = max(1, math.ceil((ranks[bond] - steps[bond]) / unit)) * unit
+        return candidate.clamp((*ranks[:bond], new, *ranks[bond + 1 :]))
 
     def loss(new: _Point, old: _Point) -> tuple[float, float]:
         lost, saved = new.error - old.error, old.cost - new.cost

@@ -14,7 +14,7 @@ from benchmarks.speed.cases import Case, Conv, cases
 from benchmarks.speed.contenders import Contender, in_layouts, measure
 from benchmarks.speed.ours import ours
 from benchmarks.speed.tltorch_layers import tltorch_layers
-from tnlayers import FactorizedLayer, Rule, UserError
+from tnlayers import FactorizedLayer, Rule, Schedule, UserError
 
 __all__ = ["rows"]
 
@@ -47,28 +47,44 @@ def row(case: Case, setting: Setting) -> dict[str, Any]:
     contenders += under_plans(layer, example)
     for how, other in theirs.items() if isinstance(theirs, dict) else ():
         contenders += in_layouts("tltorch", how, other.to(setting.device, setting.dtype), x)
-    about |= cost(layer, x) | ({"tltorch": theirs} if isinstance(theirs, str) else {})
+    about |= cost(layer, example) | ({"tltorch": theirs} if isinstance(theirs, str) else {})
     return about | {"measured": measure(contenders, setting)}
 
 
 def under_plans(layer: FactorizedLayer, x: Tensor) -> list[Contender]:
-    """Lets the layer contend under every plan, pictures in channels last."""
+    """Lets the layer contend under every plan and its operations, pictures in channels last."""
     found = []
-    for groups in layer.spec.plans:
+    for schedule in schedules_on(layer, x, training=False):
         planned = copy.deepcopy(layer)
-        planned.set_plan(groups)
+        planned.set_plan(schedule)
         layout = "default" if x.dim() == 2 else "channels last"
-        found.append(Contender("plan", " | ".join(map(" ".join, groups)), layout, planned, x))
+        found.append(Contender("plan", spelled(schedule), layout, planned, x))
     return found
 
 
+def schedules_on(layer: FactorizedLayer, x: Tensor, *, training: bool) -> list[Schedule]:
+    """Returns the plans, that which the cost model holds to be the fastest first; in channels last a bmm step is a linear one."""
+    ranked = layer.spec.ranked_schedules([layer.spec.geometry.call(x)], x.device.type, training=training)
+    return ranked if x.dim() == 2 else [one for one in ranked if "bmm" not in one.operations] or ranked
+
+
+def spelled(schedule: Schedule) -> str:
+    steps = zip(schedule.groups, schedule.operations, strict=True)
+    return " | ".join(f"{' '.join(names)}: {operation}" for names, operation in steps)
+
+
 def cost(layer: FactorizedLayer, x: Tensor) -> dict[str, Any]:
-    """Returns what the layer keeps; of the multiply-accumulates, under the plan that has the fewest."""
+    """Returns what the layer keeps, of the multiply-accumulates under the plan that has the fewest, and what the cost model chooses."""
     spec = layer.spec
     calls = [spec.geometry.call(x)]
+    modes = {"inference": False, "training": True}
     return {
         "rank": list(layer.ranks),
-        "plan": " | ".join(map(" ".join, layer.plan.groups)),
+        "plans": {
+            "inference": spelled(layer.plan.schedule),  # type: ignore[union-attr]
+            "training": spelled(layer.training_plan.schedule),  # type: ignore[union-attr]
+        },
+        "model": {mode: spelled(schedules_on(layer, x, training=training)[0]) for mode, training in modes.items()},
         "parameters_kept": spec.params / spec.geometry.params,
-        "macs_kept": spec.macs(calls, spec.best_plan(calls, by_macs=True)) / spec.geometry.macs(calls),
+        "macs_kept": spec.macs(calls, spec.fewest_macs(calls)) / spec.geometry.macs(calls),
     }
