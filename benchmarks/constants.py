@@ -101,10 +101,19 @@ def main() -> None:
         fit(cases, known["rows"], mode)
 
 
+START = {
+    **{"convolution peak": 4.5e10, "convolution half": 8, "convolution launch": 5e-5},
+    **{"linear peak": 5e10, "linear half": 8, "linear launch": 5e-5, "bmm launch": 5e-5},
+    **{"depthwise peak": 2e10, "depthwise launch": 5e-5, "values": 1.7e9, "merge launch": 5e-5},
+}
+
+
 def machine_of(logs: np.ndarray) -> Machine:
-    conv, conv_half, linear, linear_half, bmm, bmm_half, depthwise, values, launch = np.exp(logs)
-    rates: Any = {"convolution": Rate(conv, conv_half), "linear": Rate(linear, linear_half), "bmm": Rate(bmm, bmm_half)}
-    return Machine(rates, Rate(depthwise, 0), values, launch)
+    of = dict(zip(START, np.exp(logs).tolist(), strict=True))
+    convolution = Rate(of["convolution peak"], of["convolution half"], of["convolution launch"])
+    linear, bmm = (Rate(of["linear peak"], of["linear half"], of[f"{name} launch"]) for name in ("linear", "bmm"))
+    rates: Any = {"convolution": convolution, "linear": linear, "bmm": bmm}
+    return Machine(rates, Rate(of["depthwise peak"], 0, of["depthwise launch"]), of["values"], of["merge launch"])
 
 
 def fit(cases: dict[str, tuple[FactorizedLayer, torch.Tensor]], rows: Any, mode: str) -> None:
@@ -125,18 +134,18 @@ def fit(cases: dict[str, tuple[FactorizedLayer, torch.Tensor]], rows: Any, mode:
         for name, measured_ in points.items():
             best = min(seconds for _, seconds in measured_)
             for one, seconds in measured_:  # what is far from the best need not be told exactly
-                weight = 1.0 if seconds < 2 * best else 0.3
+                weight = 1.0 if seconds < 1.5 * best else 0.2
                 found.append(weight * np.log(predicted(machine, name, one) / seconds))
         return np.array(found)
 
-    start = np.log([4e10, 8, 6e10, 8, 5e10, 8, 1e10, 3e9, 5e-6])
-    for logs in (start, least_squares(residuals, start, loss="soft_l1").x):
+    start = np.log(list(START.values()))
+    for logs in (start, least_squares(residuals, start, loss="soft_l1", max_nfev=25).x):
         regrets = []
         for name, measured_ in points.items():
             chosen = min(measured_, key=lambda pair: predicted(machine_of(logs), name, pair[0]))
             regrets.append(chosen[1] / min(seconds for _, seconds in measured_))
         within = np.mean([regret <= 1.05 for regret in regrets])
-        print(mode, "constants", [float(f"{value:.3g}") for value in np.exp(logs)])
+        print(mode, {name: f"{value:.3g}" for name, value in zip(START, np.exp(logs), strict=True)})
         print(
             f"  within 5 %: {within:.0%}, within 10 %: {np.mean(np.array(regrets) <= 1.1):.0%}, mean {np.mean(regrets):.3f}"
         )

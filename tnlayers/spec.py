@@ -190,7 +190,7 @@ class LayerSpec:
             training: whether gradients are taken, and weights merged, at every call.
             groups: the partition, where it is given.
         """
-        machine, axes, call = Machine.of(device_type), self.geometry.axes, calls[0]
+        machine, axes, call = Machine.of(device_type, training=training), self.geometry.axes, calls[0]
         size = self.geometry.input_size(call)
 
         def seconds(schedule: Schedule) -> float:
