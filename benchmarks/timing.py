@@ -7,37 +7,50 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["cuda_medians", "medians"]
+__all__ = ["LEAST_ROUNDS", "medians"]
 
-_LEAST_SECONDS = 1e-3  # what a pair of events is laid around: many times their resolution
-
-
-def medians(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call; the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+LEAST_ROUNDS = 3
+"""How many rounds are taken even where they last too long."""
+_LEAST_SECONDS = 1e-3  # what a clock is laid around: many times its resolution
+_LONG_SECONDS = 0.1
+_CPU = torch.device("cpu")
 
 
-def cuda_medians(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call on the CUDA device, by its events, with nothing else in its queue.
+def medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = _CPU, seconds: float = math.inf
+) -> dict[str, float]:
+    """Measures the median seconds of each call, by the events of a CUDA device with nothing else in its queue.
 
-    A short call is repeated between its two events, so a call that the device waits for takes as long as its launches do.
+    A call of each warms up, and a second one where it is not long. A short call is repeated between two looks at the clock,
+    so on a CUDA device a call that the device waits for takes as long as its launches do.
+
+    Args:
+        calls: name -> what to time.
+        rounds: how many there are at most.
+        device: where the calls compute.
+        seconds: after this time no round starts, once there were `LEAST_ROUNDS`.
     """
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     repeats: dict[str, int] = {}
     for name, call in calls.items():
-        call()  # chooses algorithms
-        _cuda_seconds(call, 1)
-        repeats[name] = max(1, math.ceil(_LEAST_SECONDS / max(_cuda_seconds(call, 1), 1e-6)))
+        once = clock(call, 1)  # chooses algorithms
+        once = once if once > _LONG_SECONDS else clock(call, 1)
+        repeats[name] = max(1, math.ceil(_LEAST_SECONDS / max(once, 1e-6)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
         for name, call in calls.items():
-            taken[name].append(_cuda_seconds(call, repeats[name]))
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+            taken[name].append(clock(call, repeats[name]))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
 
 
 def _cuda_seconds(call: Callable[[], object], repeats: int) -> float:

@@ -16,9 +16,9 @@ from lightning_modules.folders import clear
 from lightning_modules.locks import first_unused
 from lightning_modules.loggers import CSV
 
-__all__ = ["run_quickstart"]
+__all__ = ["RULES", "run_quickstart"]
 
-_RULES = [
+RULES = [
     {"pattern": "conv1", "method": "dense"},
     {"pattern": "fc2", "method": "dense"},
     {"pattern": "conv*", "method": "Tucker", "rank": "MacsKept(0.35)"},
@@ -52,7 +52,7 @@ def _run(out: Path, seed: int, console: Console) -> Compression:
         dense.trainer.save_checkpoint(checkpoint, weights_only=True)
 
         console.print("[bold]2[/] compressing its convolutions (Tucker) and its large linear (tensor train)")
-        model = _classifier(data, rules=_RULES, teacher=str(checkpoint))
+        model = _classifier(data, rules=RULES, teacher=str(checkpoint))
         trainer = _trainer(out, "retrain", _RETRAIN_EPOCHS)
         folder = out / "compressed"
         folder.mkdir()

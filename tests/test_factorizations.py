@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.cases import CASES
 from tnlayers import (
     CP,
+    MPS,
     BlockTerm,
     CPMatrix,
     Factorization,
@@ -127,6 +128,21 @@ def test_als_improves_on_its_start(method: Factorization, ranks: tuple[int, ...]
     assert error_at(method, weight, ranks) < 0.95 * math.sqrt(method.error_estimate(weight)(ranks))
 
 
+def test_few_terms_of_many_channels_improve_on_their_start() -> None:
+    """What their vectors span is not what the kernel's leading singular vectors do."""
+    weight = torch.randn(48, 40, 3, 3, dtype=torch.float64)
+    assert error_at(CP(1), weight, (10,)) < 0.995 * math.sqrt(CP(1).error_estimate(weight)((10,)))
+
+
+@pytest.mark.parametrize("order", ["i d h w o", "h w i o"])
+def test_the_estimate_of_a_pointwise_train_is_its_error(order: str) -> None:
+    """All bonds between the channels make one cut, which loses its own tail once."""
+    weight, method = torch.randn(12, 20, 1, 1, dtype=torch.float64), MPS(1, order=order)
+    values = np.linalg.svd(weight[..., 0, 0].numpy(), compute_uv=False)
+    ranks = method.clamp((12, 20, 1, 1), (5, 5, 5))
+    assert method.error_estimate(weight)(ranks) == pytest.approx((values[5:] ** 2).sum() / (values**2).sum())
+
+
 def test_block_terms_lie_between_their_bounds() -> None:
     """One block is Tucker; several lose what no sum of that many inner channels keeps, and less than Tucker as dear."""
     weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
@@ -203,6 +219,15 @@ def test_singular_vectors_and_values(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(np.abs((ours * u).sum(axis=0)), 1, rtol=1e-8)
 
 
+def test_singular_values_far_apart() -> None:
+    """The eigenvalues of the Gram matrix are rounded to 1e-16 of the largest, and 1e-12 squared is far below."""
+    left, right = (torch.linalg.qr(torch.randn(size, 4, dtype=torch.float64)).Q for size in (9, 30))
+    wanted = torch.tensor([1, 1e-3, 1e-7, 1e-12], dtype=torch.float64)
+    found = singular_values((left * wanted) @ right.mT)
+    torch.testing.assert_close(found[:4], wanted, rtol=1e-2, atol=0)
+    assert found[4] < 1e-15
+
+
 def test_wide_kernels_take_thin_factors_only() -> None:
     """A full set of right vectors of this unfolding would take 17 GB."""
     weight = torch.randn(96, 512, 9, 10, dtype=torch.float64)
@@ -270,7 +295,7 @@ def test_terms_stay_of_the_weights_size(method: Factorization, scale: float) -> 
         for rank in (1, 2, 3, 20):
             factors, error = fitted(method, scaled, (rank,))
             assert math.isfinite(error)
-            assert method.degeneracy(factors) < 4, (kind, rank)
+            assert method.degeneracy(factors) < 6, (kind, rank)
 
 
 def test_degeneracy_is_that_of_the_terms() -> None:

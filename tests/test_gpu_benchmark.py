@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import device, rows
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import conformance, device, layers, nets, rows, training
+from benchmarks.gpu import conformance, layers, nets, training
 from benchmarks.gpu.pictures import read
-from benchmarks.gpu.rows import LostDevice, Row, Rows
 from benchmarks.gpu.tables import tables
-from benchmarks.timing import cuda_medians
+from benchmarks.rows import LostDevice, Row, Rows
+from benchmarks.timing import LEAST_ROUNDS, medians
 from lightning_modules.nets import build_net
 from tests.tolerances import EXACT
 
@@ -201,9 +203,9 @@ class Card:
 
 def test_short_calls_are_repeated_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
     card, calls = Card(monkeypatch), []
-    seconds = cuda_medians({"a": lambda: calls.append("a")}, rounds=3)
+    seconds = medians({"a": lambda: calls.append("a")}, 3, CUDA)
     assert seconds == {"a": pytest.approx(0.25e-3 / 4)}  # of four calls: 0.25 ms for one is a quarter of the least time
-    assert len(calls) == 3 + 3 * 4
+    assert len(calls) == 2 + 3 * 4
     assert card.synchronized == 2 * (2 + 3)
 
 
@@ -241,7 +243,25 @@ def test_on_the_cpu_a_replay_is_a_call() -> None:
     x.fill_(3)
     replay()
     torch.testing.assert_close(out, torch.full((2,), 4.0), **EXACT)
-    assert device.peak_bytes(lambda: None, CPU) is None
+    assert device.peak_bytes(lambda: None, CPU) == 0
+
+
+def test_the_peak_of_a_call_on_the_cpu_is_of_all_that_lives_at_once() -> None:
+    def call() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        third = torch.zeros(500)
+        del second, third
+
+    assert device.peak_bytes(call, CPU) == pytest.approx(4 * 3000, abs=128)  # torch rounds up to its alignment
+
+
+def test_rounds_end_when_their_time_is_over_but_for_the_first_ones() -> None:
+    calls: list[str] = []
+    seconds = medians({"a": lambda: calls.append("a") or time.sleep(2e-3)}, 10, seconds=0)
+    assert len(calls) == 2 + LEAST_ROUNDS
+    assert seconds["a"] >= 2e-3
 
 
 def test_every_layer_of_the_list_can_be_built() -> None:

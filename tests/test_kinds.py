@@ -97,6 +97,9 @@ def test_costs_are_what_torch_counts(method: type[Factorization], kind: type[nn.
         for plan in rng.sample(layer.spec.plans, min(4, len(layer.spec.plans))):
             layer.set_plan(plan)
             assert layer.spec.macs(calls, plan) == counted(layer, x), plan
+            lower = layer.spec.at(tuple(max(1, rank // 2) for rank in layer.spec.ranks))
+            for spec in (layer.spec, lower):
+                assert layer.spec.macs_of_ranks(calls, plan)(spec.ranks) == spec.macs(calls, plan), plan
         assert layer.spec.params == sum(factor.numel() for factor in layer.factors.values())
 
 

@@ -173,7 +173,9 @@ def test_an_error_is_kept_at_multiples(case: Case) -> None:
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.9])
 def test_allocation_in_multiples_is_near_the_best_there_is(fraction: float, multiple: int) -> None:
     layers = [candidate(0.5, 16, 10), candidate(0.9, 27, 3), candidate(0.8, 25, 25)]
-    layers = [Candidate(it.max_ranks, it.error, it.costs, it.dense_cost, it.present_cost, multiple) for it in layers]
+    layers = [
+        Candidate(it.max_ranks, it.error, it.costs, it.dense_cost, it.present_cost, multiple=multiple) for it in layers
+    ]
     options = [[*((rank,) for rank in range(multiple, it.max_ranks[0], multiple)), None] for it in layers]
     budget = fraction * sum(it.dense_cost for it in layers)
     best = min(loss(layers, chosen) for chosen in itertools.product(*options) if cost(layers, chosen) <= budget)

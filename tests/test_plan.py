@@ -116,8 +116,9 @@ def test_partitions_are_all_the_contiguous_ones() -> None:
 def test_the_choice_follows_the_costs() -> None:
     network = Network(*NETWORKS["tucker"][:2])
     axes = {"h": Axis(3, padding=(1, 1)), "w": Axis(3, padding=(1, 1))}
-    low, machine = {"o": 256, "i": 256, "h": 3, "w": 3, "r": 32, "s": 32}, Machine.of("cpu")
-    slow_launches = Machine(dict.fromkeys(machine.rates, Rate(1e11, 0)), Rate(1e11, 0), 3e9, launch_seconds=10.0)
+    low, machine = {"o": 256, "i": 256, "h": 3, "w": 3, "r": 32, "s": 32}, Machine.of("cpu", training=False)
+    slow = Rate(1e11, 0, launch=10.0)
+    slow_launches = Machine(dict.fromkeys(machine.rates, slow), slow, 3e9, 0.0)
 
     def steps(sizes: dict[str, int], machine: Machine) -> int:
         def seconds(schedule: Schedule) -> float:

@@ -4,7 +4,8 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,24 +185,24 @@ def _highest(slot: Slot) -> LayerSpec:
 
 def _candidate(slot: Slot, rule: RankRule, *, by_macs: bool) -> Candidate:
     """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
-    highest = _highest(slot)
-    at = cache(highest.at)  # which is asked for the error and for every way of computing
-
-    def macs_of(plan: Partition) -> Callable[[Ranks], int]:
-        return lambda ranks: at(ranks).macs(slot.used, plan)
-
-    costs = [macs_of(plan) for plan in highest.plans] if by_macs else [lambda ranks: at(ranks).params]
+    highest, unit = _highest(slot), rule.multiple
+    costs: list[Callable[[Ranks], int]] = [lambda ranks: highest.at(ranks).params]
+    if by_macs:
+        costs = [highest.macs_of_ranks(slot.used, plan) for plan in highest.plans]
     present_cost: int | None
     present_cost, dense_cost = slot.cost(by_macs=by_macs)
-    lost = _error(slot)
-
-    def error(ranks: Ranks) -> float:
-        return lost(at(ranks).ranks)
-
-    max_ranks = slot.highest(rule.multiple)
+    clamp = cache(partial(highest.method.clamp, highest.geometry.weight_shape))  # asked for every way of computing
+    max_ranks, error = slot.highest(unit), _error(slot)
     if slot.present and max_ranks != highest.ranks and all(max_ranks):
         present_cost = None  # its ranks are no multiples, and there are some below them
-    return Candidate(max_ranks, error, costs, dense_cost, present_cost, rule.multiple)
+    if unit == 1:
+        return Candidate(max_ranks, error, costs, dense_cost, present_cost, clamp)
+
+    def attained(of: Callable[[Ranks], float]) -> Callable[[Ranks], Any]:
+        return lambda ranks: of(clamp(ranks))
+
+    # What a multiple attains next to others may be none, so that walks go over the multiples themselves.
+    return Candidate(max_ranks, attained(error), [*map(attained, costs)], dense_cost, present_cost, multiple=unit)
 
 
 def _accurate(slot: Slot, rule: RelativeError) -> Choice:

@@ -5,32 +5,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tnlayers.network import Network, Sizes, size_of
-from tnlayers.roles import Operation, Partition, Roles, roles_of
+from tnlayers.network import Indices, Network, Sizes, size_of
+from tnlayers.roles import Operation, Partition, roles_of
 from tnlayers.schedule import Schedule, partitions
 from tnlayers.steps import Axis, possible_operations
 
 __all__ = ["Machine", "Rate", "estimate", "macs", "schedules"]
 
-_EINSUM_LAUNCHES = 3  # two permutations and a batched matmul
 _PASSES = 3  # of a training step: the output, and the gradients of the input and of the weight
+_MERGING_WIDTH = 64
+
+
+def products(
+    network: Network, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
+) -> list[tuple[int, Indices]]:
+    """Returns for each step at how many positions of a sample it multiplies, and the indices that it runs over at each."""
+    extent = dict(zip(axes, input_size, strict=True))
+    found = []
+    for roles in roles_of(network, partition):
+        laid = extent | {index: axes[index].positions(extent[index]) for index in roles.kernel}
+        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
+        run = (*roles.carried, *roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
+        found.append((math.prod(laid.values()), run))
+    return found
 
 
 def macs(
     network: Network, sizes: Sizes, partition: Partition, axes: Mapping[str, Axis], input_size: Sequence[int] = ()
 ) -> int:
     """Multiply-accumulates for one sample, once the weights of each group are merged; bias and padding are not counted."""
-    extent, total = dict(zip(axes, input_size, strict=True)), 0
-    for roles in roles_of(network, partition):
-        total += _step_macs(roles, sizes, axes, extent)
-        extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
-    return total
-
-
-def _step_macs(roles: Roles, sizes: Sizes, axes: Mapping[str, Axis], extent: Mapping[str, int]) -> int:
-    laid = dict(extent) | {index: axes[index].positions(extent[index]) for index in roles.kernel}
-    weight = size_of((*roles.kept, *roles.consumed, *roles.produced, *roles.kernel), sizes)
-    return math.prod(laid.values()) * size_of(roles.carried, sizes) * weight
+    return sum(positions * size_of(run, sizes) for positions, run in products(network, partition, axes, input_size))
 
 
 def schedules(network: Network, sizes: Sizes, axes: Mapping[str, Axis]) -> Iterator[Schedule]:
@@ -44,10 +48,17 @@ def schedules(network: Network, sizes: Sizes, axes: Mapping[str, Axis]) -> Itera
 
 @dataclass(frozen=True)
 class Rate:
-    """Multiply-accumulates in a second: `peak` for many channels, half of it where the fewer of the channels are `half`."""
+    """What an operation costs.
+
+    Attributes:
+        peak: multiply-accumulates in a second, for many channels.
+        half: for how many channels, of those consumed and produced the fewer, it is half of that.
+        launch: the seconds that a call takes whatever its size, in training with its gradients.
+    """
 
     peak: float
     half: float
+    launch: float
 
     def seconds(self, macs: float, width: int) -> float:
         return macs / self.peak * (1 + self.half / width) if macs else 0.0
@@ -55,29 +66,41 @@ class Rate:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second: the constants of the cost model.
+    """What a device does in a second, in inference or in training: the constants of the cost model.
 
     Attributes:
         rates: those of each operation.
         depthwise: that of a convolution whose groups have one channel.
         values: how many are read or written.
-        launch_seconds: how long it takes to start an operation.
+        merge_launch: the seconds that a product of two factors takes whatever its size, with its gradients.
     """
 
     rates: Mapping[Operation, Rate]
     depthwise: Rate
     values: float
-    launch_seconds: float
+    merge_launch: float
 
     @staticmethod
     @lru_cache
-    def of(device_type: str) -> "Machine":
-        """Gives rounded figures of one CPU core with wide vectors or of a data-centre GPU; only their ratios matter."""
+    def of(device_type: str, *, training: bool) -> "Machine":
+        """Gives rounded figures of one CPU core with wide vectors, fitted by `benchmarks/constants.py`, or of a data-centre GPU.
+
+        Only their ratios matter. Those of the GPU are no measurements.
+        """
         if device_type == "cuda":
-            fast = Rate(2e13, 32)
-            return Machine({"convolution": fast, "linear": fast, "bmm": fast}, Rate(1e12, 0), 5e11, 5e-6)
-        rates: dict[Operation, Rate] = {"convolution": Rate(4e10, 8), "linear": Rate(6e10, 8), "bmm": Rate(5e10, 8)}
-        return Machine(rates, Rate(1e10, 0), 3e9, 5e-6)
+            launch = 2e-5 if training else 7e-6
+            fast = Rate(2e13, 32, launch)
+            rates: dict[Operation, Rate] = dict.fromkeys(("convolution", "linear", "bmm"), fast)
+            return Machine(rates, Rate(1e12, 0, launch), 5e11, 4 * launch)
+        if training:
+            rates = {"convolution": Rate(4e10, 15, 2.8e-4), "linear": Rate(4e10, 12, 3e-4), "bmm": Rate(4e10, 12, 3e-4)}
+            return Machine(rates, Rate(1.4e10, 0, 5e-4), 2.3e9, 2.8e-4)
+        rates = {
+            "convolution": Rate(4.6e10, 10, 4.5e-5),
+            "linear": Rate(4.6e10, 11, 4.5e-5),
+            "bmm": Rate(4.6e10, 11, 4.5e-5),
+        }
+        return Machine(rates, Rate(1e12, 0, 8e-5), 2e9, 0.0)
 
 
 def estimate(
@@ -105,10 +128,10 @@ def estimate(
     """
     extent, total = dict(zip(axes, input_size, strict=True)), 0.0
     passes = _PASSES if training else 1
-    for roles, operation in zip(
-        roles_of(network, schedule.groups, schedule.operations), schedule.operations, strict=True
-    ):
-        compute = batch * _step_macs(roles, sizes, axes, extent)
+    every = roles_of(network, schedule.groups, schedule.operations)
+    multiplied = products(network, schedule.groups, axes, input_size)
+    for roles, operation, (positions, run) in zip(every, schedule.operations, multiplied, strict=True):
+        compute = batch * positions * size_of(run, sizes)
         read = batch * size_of(roles.before, sizes) * math.prod(extent.values())
         extent |= {index: axes[index].output_size(extent[index]) for index in roles.kernel}
         written = batch * size_of(roles.after, sizes) * math.prod(extent.values())
@@ -117,14 +140,13 @@ def estimate(
         rate = machine.rates[operation]
         if consumed == produced == 1 and operation == "convolution":
             rate = machine.depthwise
-        launches, values = 1, read + written + weight
+        values = read + written + weight
         if roles.before != roles.wanted:
-            launches, values = launches + 1, values + 2 * read
+            values += 2 * read
         if training and operation == "bmm":  # its weight's gradient is made for each matrix of the batch, then summed
             values += 2 * batch * size_of(roles.ahead, sizes) * weight
-        total += passes * (rate.seconds(compute, min(consumed, produced)) + values / machine.values)
-        total += passes * launches * machine.launch_seconds
+        total += passes * (rate.seconds(compute, min(consumed, produced)) + values / machine.values) + rate.launch
         if training:
-            total += passes * machine.rates["linear"].seconds(roles.merge.macs(sizes), 64)
-            total += passes * _EINSUM_LAUNCHES * len(roles.merge.products) * machine.launch_seconds
+            total += passes * machine.rates["linear"].seconds(roles.merge.macs(sizes), _MERGING_WIDTH)
+            total += machine.merge_launch * len(roles.merge.products)
     return total

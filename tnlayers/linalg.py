@@ -33,6 +33,7 @@ __all__ = [
 
 _SWEEPS = 20
 _TOLERANCE = 1e-6  # of the squared norm, between two sweeps
+_WELL_CONDITIONED = 1e-9  # the least eigenvalue of a Gram matrix over the largest: rounding is 1e-15 of the largest
 
 
 def precise(weight: Tensor) -> Tensor:
@@ -89,12 +90,16 @@ def fold(matrix: Tensor, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Returns the (k,) singular values in descending order.
+    """Returns the (k,) singular values in descending order, each to 1e-6 of itself or 1e-15 of the largest.
 
-    A QR of the tall side first: its cost is linear in the long side, it keeps nothing larger than the unfolding, and
-    unlike the Gram matrix it does not square the condition number.
+    The Gram matrix takes half the time of an SVD and squares the condition number: it serves where that is small. Elsewhere there
+    is a QR of the tall side first, whose cost is linear in the long side and which keeps nothing larger than the unfolding.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    if 0 not in tall.shape:
+        energies = torch.linalg.eigvalsh(tall.mT @ tall).flip(0)
+        if energies[-1] > _WELL_CONDITIONED * energies[0]:
+            return energies.sqrt()
     if tall.shape[0] > 2 * tall.shape[1]:
         tall = torch.linalg.qr(tall, mode="r").R
     return torch.linalg.svdvals(tall)

@@ -10,7 +10,7 @@ overriding what stands under "parameters" below (`ADTN` does).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from inspect import get_annotations, isabstract
 from typing import ClassVar, Self
@@ -164,7 +164,7 @@ class Factorization(ABC):
         )
 
     def error_estimate(self, weight: Tensor) -> Callable[[Ranks], float]:
-        """Ranks -> the squared relative error of truncating the weight to them; never below the error of the best fit.
+        """Attained ranks -> the squared relative error of truncating the weight to them; never below that of the best fit.
 
         Each bond cuts the weight's indices in two. Bonds whose sides are disjoint are truncated together by projections
         that commute (HOSVD), and what they keep is read off the energies of the rotated weight, exactly. Any other bond
@@ -174,11 +174,11 @@ class Factorization(ABC):
         network, sizes = self.network(shape), self.mode_sizes(shape)
         with decomposing():
             modes = weight.reshape([sizes[index] for index in network.weight_indices])
-            energy, spectra = _energies(modes, _sides(network, sizes))
+            energy, spectra = _energies(modes, sides := _sides(network, sizes))
         total = float(energy.sum())
         lost_table = _lost(energy).cpu().numpy()  # which may have as many entries as the weight
         discarded = {place: tails(values) for place, values in spectra.items()}
-        outer = [place for place in range(len(network.bonds)) if place not in spectra]
+        outer = [place for place in sides if place not in spectra]
 
         def error(ranks: Ranks) -> float:
             lost = lost_table.item(*(ranks[place] - 1 for place in outer))
@@ -261,24 +261,29 @@ def _lost(energy: Tensor) -> Tensor:
     return lost
 
 
-def _sides(network: Network, sizes: Mapping[str, int]) -> list[tuple[list[int], bool]]:
-    """Returns for each bond the axes on the smaller side of its cut, and whether earlier bonds have none of them."""
+def _sides(network: Network, sizes: Mapping[str, int]) -> dict[int, tuple[list[int], bool]]:
+    """Returns for each bond the axes on the smaller side of its cut, and whether earlier bonds have none of them.
+
+    Of bonds whose cuts differ by axes of size 1 alone there is one: their ranks are the same, and truncate the same.
+    """
     used: set[int] = set()
-    sides = {}
-    cuts = [min(network.cut(bond), key=lambda side: size_of(side, sizes)) for bond in network.bonds]
-    for place in sorted(range(len(cuts)), key=lambda place: size_of(cuts[place], sizes)):
-        axes = [network.weight_indices.index(index) for index in cuts[place]]
-        sides[place] = (axes, used.isdisjoint(axes))
+    sides: dict[int, tuple[list[int], bool]] = {}
+    cuts = {place: network.cut(bond) for place, bond in enumerate(network.bonds)}
+    distinct = {frozenset(frozenset(index for index in side if sizes[index] > 1) for side in cuts[n]): n for n in cuts}
+    smaller = {place: min(cuts[place], key=lambda side: size_of(side, sizes)) for place in distinct.values()}
+    for place, side in sorted(smaller.items(), key=lambda item: size_of(item[1], sizes)):
+        axes = [network.weight_indices.index(index) for index in side]
+        sides[place] = (axes, used.isdisjoint(axes) and len(smaller) > 1)  # one cut alone needs no basis
         if used.isdisjoint(axes):
             used.update(axes)
-    return [sides[place] for place in range(len(cuts))]
+    return dict(sorted(sides.items()))
 
 
-def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[Tensor, dict[int, list[float]]]:
+def _energies(weight: Tensor, sides: Mapping[int, tuple[list[int], bool]]) -> tuple[Tensor, dict[int, list[float]]]:
     """Returns the squared entries of the weight in the singular bases of the disjoint sides, an axis a side, and the others' spectra."""
     spectra = {}
     rotated, axes_left = weight, list(range(weight.dim()))
-    for place, (axes, disjoint) in enumerate(sides):
+    for place, (axes, disjoint) in sides.items():
         matrix = unfold(weight, axes)
         if not disjoint:
             spectra[place] = singular_values(matrix).square().tolist()
@@ -289,5 +294,5 @@ def _energies(weight: Tensor, sides: Sequence[tuple[list[int], bool]]) -> tuple[
         shape = [rotated.shape[axis] for axis in rest]
         rotated = (basis.mT @ unfold(rotated, now)).mT.reshape(*shape, -1)
         axes_left = [*(axes_left[axis] for axis in rest), -1 - place]
-    ends = [axes_left.index(-1 - place) for place, (_, disjoint) in enumerate(sides) if disjoint]
+    ends = [axes_left.index(-1 - place) for place, (_, disjoint) in sides.items() if disjoint]
     return unfold(rotated.square(), ends).sum(dim=1).reshape([rotated.shape[axis] for axis in ends]), spectra

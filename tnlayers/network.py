@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ MODE_NAMES = {"i": "input", "d": "depth", "h": "height", "w": "width", "o": "out
 """What the factor of a mode is called."""
 
 
+@lru_cache
 def window_of(weight_shape: Sequence[int]) -> str:
     """Returns the indices of a weight behind o and i: "h w" for (o, i, h, w), "w" for (o, i, w), none for a linear."""
     return " ".join("dhw"[5 - len(weight_shape) :]) if len(weight_shape) > 2 else ""
@@ -188,14 +189,23 @@ class Network:
         Above that a factor has linearly dependent slices, which carry nothing. Starting from bonds without bound, it
         gives the attainable ranks: the smaller side of the cut that each bond makes. Not meant for hyperedges.
         """
-        clamped, before = dict(sizes), None
-        while clamped != before:
-            before = dict(clamped)
-            for indices in self.indices.values():
-                for bond in set(indices).intersection(self.bonds):
-                    others = size_of((index for index in indices if index not in (bond, "g")), clamped)
-                    clamped[bond] = min(clamped[bond], others)
+        clamped, lowered = dict(sizes), True
+        while lowered:
+            lowered = False
+            for bond, others in self._limits:
+                if clamped[bond] > (limit := size_of(others, clamped)):
+                    clamped[bond], lowered = limit, True
         return clamped
+
+    @cached_property
+    def _limits(self) -> list[tuple[str, Indices]]:
+        """Each bond of each factor, with the other indices there, whose product bounds it."""
+        return [
+            (bond, tuple(index for index in indices if index not in (bond, "g")))
+            for indices in self.indices.values()
+            for bond in indices
+            if bond in self.bonds
+        ]
 
     def cut(self, bond: str) -> tuple[Indices, Indices]:
         """Returns the two sets of weight indices that removing a bond leaves apart; its spectrum is that of this unfolding.

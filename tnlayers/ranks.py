@@ -30,8 +30,6 @@ __all__ = [
 ]
 
 Ranks = tuple[int, ...]
-
-
 Of = Literal["rule", "model"]
 
 
@@ -50,11 +48,8 @@ class _Rule:
         check_multiple(type(self).__name__, value, multiple)
 
     def __str__(self) -> str:
-        said = [
-            repr(value) if place == 0 else f"{field.name}={value}"
-            for place, (field, value) in enumerate(zip(fields(self), astuple(self), strict=True))
-            if value != field.default
-        ]
+        (_, first), *others = ((field, getattr(self, field.name)) for field in fields(self))
+        said = [repr(first), *(f"{field.name}={value}" for field, value in others if value != field.default)]
         return f"{type(self).__name__}({', '.join(said)})"
 
 
@@ -156,6 +151,7 @@ class Candidate:
         costs: for each way of computing the layer: ranks -> parameters or multiply-accumulates.
         dense_cost: what the dense layer costs; budgets are fractions of it.
         present_cost: what the layer costs if it is left as it is, for it may be factorized already; None if it may not stay so.
+        clamp: ranks -> those that `error` and `costs` are asked of: each at most what is attainable next to the others.
         multiple: what its ranks are multiples of, where they are below `max_ranks`.
     """
 
@@ -164,6 +160,7 @@ class Candidate:
     costs: Sequence[Callable[[Ranks], int]]
     dense_cost: int
     present_cost: int | None
+    clamp: Callable[[Ranks], Ranks] = tuple
     multiple: int = 1
 
 
@@ -190,32 +187,35 @@ _FEW = 512  # choices of ranks, all of which take no longer to look at than a pa
 
 
 def _path(candidate: Candidate, cost: Callable[[Ranks], int]) -> list[_Point]:
-    """Goes from the highest ranks down to the lowest, each step lowering the bond that loses the least for what it saves."""
-    ranks, unit = candidate.max_ranks, candidate.multiple
-    steps = [unit * max(1, rank // (unit * _STEPS)) for rank in ranks]
+    """Goes from the highest ranks down, each step lowering the bond that loses the least for what it saves, until nothing saves."""
+    unit = candidate.multiple
+    steps = [unit * max(1, rank // (unit * _STEPS)) for rank in candidate.max_ranks]
 
     def point(ranks: Ranks) -> _Point:
         return _Point(ranks, cost(ranks), candidate.error(ranks))
+
+    def lowered(ranks: Ranks, bond: int) -> Ranks:
+        """Other bonds go down with it where they would be above what they then attain."""
+        new = max(1, math.ceil((ranks[bond] - steps[bond]) / unit)) * unit
+        return candidate.clamp((*ranks[:bond], new, *ranks[bond + 1 :]))
 
     def loss(new: _Point, old: _Point) -> tuple[float, float]:
         lost, saved = new.error - old.error, old.cost - new.cost
         if saved > 0:
             return lost / saved, new.error
-        # A rank above what it attains next to the others is lowered for nothing, which opens what is below it.
         return 0.0 if lost <= 0 else math.inf, new.error
 
+    ranks = candidate.max_ranks
     path = [point(ranks)]
     while max(ranks) > unit:
-        lowered = [
-            tuple(
-                max(1, math.ceil((rank - steps[bond]) / unit)) * unit if bond == lower else rank
-                for bond, rank in enumerate(ranks)
-            )
-            for lower in range(len(ranks))
-            if ranks[lower] > unit
-        ]
-        path.append(min((point(option) for option in lowered), key=lambda new: loss(new, path[-1])))
-        ranks = path[-1].ranks or ranks
+        options = {lowered(ranks, bond) for bond, rank in enumerate(ranks) if rank > unit}
+        rate, best = min(
+            ((loss(new, path[-1]), new) for new in map(point, sorted(options))), key=operator.itemgetter(0)
+        )
+        if rate[0] == math.inf:
+            break
+        path.append(best)
+        ranks = best.ranks or ranks
     return path
 
 

@@ -1,20 +1,21 @@
 """What a factorized layer is, whatever its weights: the one place that knows its shapes and what it costs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from tnlayers.cost import Machine, estimate, macs, schedules
+from tnlayers.cost import Machine, estimate, macs, products, schedules
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
 from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
-from tnlayers.network import Network
+from tnlayers.network import Network, size_of
 from tnlayers.plan import Plan
 from tnlayers.ranks import Ranks
 from tnlayers.roles import Partition
@@ -153,6 +154,18 @@ class LayerSpec:
         axes, input_size = self.geometry.axes, self.geometry.input_size
         return sum(call.rows * macs(self.network, self.sizes, plan, axes, input_size(call)) for call in calls)
 
+    def macs_of_ranks(self, calls: Sequence[Call], plan: Partition) -> Callable[[Ranks], int]:
+        """Returns a function from attained ranks to `macs` there, in which all that no rank changes is multiplied out."""
+        if self.geometry.lookup:
+            return lambda ranks: self.at(ranks).macs(calls, plan)
+        bonds = self.method.bonds(self.geometry.weight_shape)
+        terms: Counter[tuple[int, ...]] = Counter()  # the places of the ranks in a product -> what it is multiplied by
+        for call in calls:
+            for positions, run in products(self.network, plan, self.geometry.axes, self.geometry.input_size(call)):
+                fixed = size_of((index for index in run if index not in bonds), self.sizes)
+                terms[tuple(bonds.index(index) for index in run if index in bonds)] += call.rows * positions * fixed
+        return lambda ranks: sum(fixed * math.prod(map(ranks.__getitem__, places)) for places, fixed in terms.items())
+
     def best_plan(self, calls: Sequence[Call] = NOMINAL_CALLS, device_type: str = "cpu") -> PlanChoice:
         """Returns the partitions that the cost model holds to be the fastest for the first of the calls, in inference and in training."""
         if self.geometry.lookup:
@@ -177,7 +190,7 @@ class LayerSpec:
             training: whether gradients are taken, and weights merged, at every call.
             groups: the partition, where it is given.
         """
-        machine, axes, call = Machine.of(device_type), self.geometry.axes, calls[0]
+        machine, axes, call = Machine.of(device_type, training=training), self.geometry.axes, calls[0]
         size = self.geometry.input_size(call)
 
         def seconds(schedule: Schedule) -> float:

@@ -19,10 +19,11 @@ from tnlayers.tracing import Example, evaluating, layer_inputs
 __all__ = ["Timing", "Tuned", "autotune"]
 
 _CANDIDATES = 6  # how many of the cost model's favourites are measured
-_HOPELESS = 1.25  # of the fastest in the first round
-_ROUNDS = 5
+_HOPELESS = 1.25  # of the fastest
+_ALL_ROUNDS = 2  # before anything drops out: a machine that does something else meanwhile spoils single times
+_ROUNDS = 6
 _SHORTEST = 1e-3  # seconds: what is shorter is repeated within a measurement
-_LONGEST = 1.0  # seconds of further rounds for one layer
+_LONGEST = 1.0  # seconds for one layer in one mode
 
 Progress = Callable[[str, float, float], None]
 """Takes what is being done, how much of it is done, and how much there is."""
@@ -220,18 +221,19 @@ def _stepped(compute: Callable[..., Tensor], parameters: Sequence[Tensor], x: Te
 
 
 def _seconds(calls: Mapping[Schedule | None, Callable[[], Any]], device: torch.device) -> dict[Schedule | None, float]:
-    """Returns the least time of each call; they take turns, and what is far behind after one round drops out."""
-    for call in calls.values():
+    """Returns the least time of each call; they take turns, and what is far behind after some rounds drops out."""
+    least = dict.fromkeys(calls, math.inf)
+    repeats = {}
+    for name, call in calls.items():
         call()  # chooses algorithms, makes threads
-    least = {name: _once(call, 1, device) for name, call in calls.items()}
-    repeats = {name: max(1, math.ceil(_SHORTEST / max(seconds, 1e-6))) for name, seconds in least.items()}
-    limit = _HOPELESS * min(seconds for name, seconds in least.items() if name)
-    close = [name for name in calls if name is None or least[name] <= limit]
+        repeats[name] = max(1, math.ceil(_SHORTEST / max(_once(call, 1, device), 1e-6)))
     start = time.perf_counter()
-    for _ in range(_ROUNDS):
-        for name in close:
-            least[name] = min(least[name], _once(calls[name], repeats[name], device))
-        if time.perf_counter() - start > _LONGEST:
+    for number in range(_ROUNDS):
+        limit = _HOPELESS * min(least.values())
+        for name, call in calls.items():
+            if number < _ALL_ROUNDS or name is None or least[name] <= limit:
+                least[name] = min(least[name], _once(call, repeats[name], device))
+        if number >= _ALL_ROUNDS and time.perf_counter() - start > _LONGEST:
             break
     return least
 

@@ -1,19 +1,16 @@
 """Measures for a given number of seconds; see the package."""
 
 import argparse
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
 
 from benchmarks.gpu import conformance, layers, nets, training
-from benchmarks.gpu.rows import LostDevice, Rows, Setting
+from benchmarks.machine import ROOT, commit, machine
+from benchmarks.rows import LostDevice, Rows, Setting, deadlines
 
 PARTS = {
     "conformance": (conformance, 0.18),
@@ -22,49 +19,22 @@ PARTS = {
     "training": (training, 0.42),
 }
 """Each part, and its share of the time; what a part leaves is the next one's."""
-_ROOT = Path(__file__).parents[2]
 _ALGORITHMS = 4
 _TIMES = f"medians of CUDA events, calls in turns, the fastest of cuDNN's first {_ALGORITHMS} algorithms"
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """Returns what the figures depend on."""
-    cuda = device.type == "cuda"
-    return {
-        "settings": {
-            "conformance": "Against float64 on the CPU, TF32 off",
-            "layers": f"In bfloat16, channels last unless named otherwise, {_TIMES}",
-            "nets": "In bfloat16, in training by autocast without an optimizer's step, channels last; half of the MACs of all layers that "
-            f"a method takes, MACs of the whole net by torch's count of an evaluation; {_TIMES}",
-            "training": "CIFAR-10 as JPEG, all pictures, augmented on the device; autocast to bfloat16, channels last, AdamW, cosine",
-        },
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if cuda else None,
-        },
-        "threads": torch.get_num_threads(),
-    }
-
-
-def commit() -> str | None:
-    """Returns the commit that is checked out; None where git does not say."""
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return asked.stdout.strip()
+SETTINGS = {
+    "conformance": "Against float64 on the CPU, TF32 off",
+    "layers": f"In bfloat16, channels last unless named otherwise, {_TIMES}",
+    "nets": "In bfloat16, in training by autocast without an optimizer's step, channels last; half of the MACs of all layers that "
+    f"a method takes, MACs of the whole net by torch's count of an evaluation; {_TIMES}",
+    "training": "CIFAR-10 as JPEG, all pictures, augmented on the device; autocast to bfloat16, channels last, AdamW, cosine",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=_ROOT / "results/gpu/gpu.json", help="rows in it are not made again"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results/gpu/gpu.json", help="rows in it are not made again")
     parser.add_argument("--data", type=Path, help="archive of train/<class>/*.jpg and test/<class>/*.jpg")
     parser.add_argument("--checkpoint", type=Path, help="the published ResNet-20, to retrain it")
     parser.add_argument("--seconds", type=float, default=480)
@@ -79,17 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("there is no CUDA device; --quick --device cpu tests the script", file=sys.stderr)
         return 2
     setting = Setting(device, options.quick, options.data, options.checkpoint)
-    rows = Rows(options.out, {"commit": options.commit or commit()} | about(device), device)
+    about = {"settings": SETTINGS, "commit": options.commit or commit()} | machine(device)
+    rows = Rows(options.out, about, device)
     if options.retry:
         rows.forget_errors()
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark_limit = False, _ALGORITHMS
-    whole, share = sum(PARTS[part][1] for part in options.parts), 0.0
-    for part in options.parts:
-        module, own = PARTS[part]
-        share += own / whole
+    for part, end in deadlines({part: PARTS[part][1] for part in options.parts}, options.seconds).items():
         torch.backends.cudnn.benchmark = part != "conformance"  # looks for the fastest algorithm
         try:
-            rows.fill(part, module.rows(setting), start + share * options.seconds)
+            rows.fill(part, PARTS[part][0].rows(setting), start + end)
         except LostDevice as error:
             print(f"the device is lost ({error}); run again to go on", file=sys.stderr)
             return 3

@@ -13,8 +13,8 @@ import hypothesis
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.device import captured, captured_step
-from benchmarks.gpu.rows import Row, Setting
+from benchmarks.device import captured, captured_step
+from benchmarks.rows import Row, Setting
 from tests.cases import CASES, Case
 from tests.drawn_layers import METHODS, Drawn, cases, drawn_layers, wrong
 from tnlayers import (
@@ -66,18 +66,18 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Yields every method on every kind of layer, every layer of the suite in its forms, and what a compiler and a graph make."""
     device = setting.device
     yield from drawn_rows(0, setting)
-    for case in CASES[:1] + CASES[-1:] if setting.quick else CASES:
+    for case in CASES[:1] + CASES[-1:] if setting.tiny else CASES:
         yield Row(f"forms {case.name}", 1.0, partial(forms, case, device))
     yield Row("embeddings", 1.0, partial(embeddings, device))
     yield Row("captured training", 1.0, partial(captured_training, device))
-    for name in list(COMPILED)[:1] if setting.quick else COMPILED:
-        yield Row(f"compiled {name}", 6.0, partial(compiled, name, device, "eager" if setting.quick else "inductor"))
-    for number in range(1, 1 if setting.quick else PASSES):
+    for name in list(COMPILED)[:1] if setting.tiny else COMPILED:
+        yield Row(f"compiled {name}", 6.0, partial(compiled, name, device, "eager" if setting.tiny else "inductor"))
+    for number in range(1, 1 if setting.tiny else PASSES):
         yield from drawn_rows(number, setting)
 
 
 def drawn_rows(number: int, setting: Setting) -> Iterator[Row]:
-    for method in METHODS[:1] if setting.quick else METHODS:
+    for method in METHODS[:1] if setting.tiny else METHODS:
         yield Row(f"drawn {method.__name__}, pass {number}", 2.0, partial(drawn, method, number, setting.device))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.device import captured, peak_bytes
-from benchmarks.gpu.rows import Row, Setting
-from benchmarks.timing import cuda_medians, medians
+from benchmarks.device import captured, parameter_bytes, peak_bytes, training_step
+from benchmarks.rows import Row, Setting
+from benchmarks.timing import medians
 from tnlayers import (
     CP,
     MPS,
@@ -29,7 +29,7 @@ from tnlayers import (
     tensorize,
 )
 
-__all__ = ["ROUNDS", "parameter_bytes", "rows"]
+__all__ = ["ROUNDS", "rows"]
 
 ROUNDS = 9
 CONVS: Mapping[
@@ -63,8 +63,8 @@ class Subject:
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Yields every layer at one batch, then at the next one."""
-    convs, linears = (TINY_CONVS, TINY_LINEARS) if setting.quick else (CONVS, LINEARS)
-    for batch, vectors in ((2, 3),) if setting.quick else ((8, 4096), (64, 64), (1, 1)):
+    convs, linears = (TINY_CONVS, TINY_LINEARS) if setting.tiny else (CONVS, LINEARS)
+    for batch, vectors in ((2, 3),) if setting.tiny else ((8, 4096), (64, 64), (1, 1)):
         for name, (sizes, side) in convs.items():
             yield Row(f"conv {name}, batch {batch}", 3.0, partial(row, conv(sizes, side), batch, setting))
         for name, features in linears.items():
@@ -131,12 +131,11 @@ def measure(models: Mapping[str, tuple[nn.Module, Tensor]], setting: Setting) ->
         Name -> seconds of inference, of its replay as a graph and of a training step, and the peak memory of that step.
     """
     device = setting.device
-    timed = cuda_medians if device.type == "cuda" else medians
-    rounds = 1 if setting.quick else ROUNDS
+    rounds = 1 if setting.tiny else ROUNDS
     of: dict[str, dict[str, Any]] = {name: {} for name in models}
 
     def note(form: str, calls: Mapping[str, Callable[[], object]]) -> None:
-        for name, seconds in timed(calls, rounds).items():
+        for name, seconds in medians(calls, rounds, device).items():
             of[name][form] = seconds
 
     for model, _ in models.values():
@@ -149,17 +148,5 @@ def measure(models: Mapping[str, tuple[nn.Module, Tensor]], setting: Setting) ->
     steps = {name: partial(training_step, model, x) for name, (model, x) in models.items()}
     note("training", steps)
     for name, step in steps.items():
-        peak = peak_bytes(step, device)
-        of[name]["training peak bytes"] = None if peak is None else peak + parameter_bytes(models[name][0])
+        of[name]["training peak bytes"] = peak_bytes(step, device) + parameter_bytes(models[name][0])
     return of
-
-
-def training_step(model: nn.Module, x: Tensor) -> None:
-    """Takes the gradients of all parameters and of the input, and lets them go."""
-    given = x.detach().requires_grad_()
-    model(given).float().square().mean().backward()
-    model.zero_grad()
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

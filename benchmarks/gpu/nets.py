@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.counted import counted
-from benchmarks.gpu.device import captured, peak_bytes
-from benchmarks.gpu.layers import ROUNDS, parameter_bytes
-from benchmarks.gpu.rows import Row, Setting
-from benchmarks.timing import cuda_medians, medians
+from benchmarks.device import captured, parameter_bytes, peak_bytes
+from benchmarks.gpu.layers import ROUNDS
+from benchmarks.rows import Row, Setting
+from benchmarks.timing import medians
 from lightning_modules.nets import NETS, build_net
 from tnlayers import Factorization, FactorizedLayer, LowRank, MacsKept, Rule, Tucker, resolve, tensorize
 
@@ -40,15 +40,15 @@ TINY = (("cnn4", "Tucker"),)
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Yields nets in eager mode, then a few compiled, which takes longer than all that is measured."""
-    for name, method in TINY if setting.quick else ORDER:
+    for name, method in TINY if setting.tiny else ORDER:
         yield Row(f"{name}, {method}", 8.0, partial(row, name, method, setting))
-    for name, method in TINY if setting.quick else COMPILED:
+    for name, method in TINY if setting.tiny else COMPILED:
         yield Row(f"{name}, {method}, compiled", 30.0, partial(compiled_row, name, method, setting))
 
 
 def row(name: str, method: str, setting: Setting) -> dict[str, Any]:
     nets, about = pair(name, method, setting)
-    one, many = pictures(setting, 1), pictures(setting, 2 if setting.quick else 64)
+    one, many = pictures(setting, 1), pictures(setting, 2 if setting.tiny else 64)
     of: dict[str, dict[str, Any]] = {kind: {} for kind in nets}
 
     def note(form: str, seconds: Mapping[str, float]) -> None:
@@ -56,19 +56,18 @@ def row(name: str, method: str, setting: Setting) -> dict[str, Any]:
             of[kind][form] = value
 
     low = {kind: copy.deepcopy(net).bfloat16().eval() for kind, net in nets.items()}
-    timed, rounds = how(setting)
+    timed = partial(medians, rounds=1 if setting.tiny else ROUNDS, device=setting.device)
     with torch.no_grad():
         for x in (one, many):
-            note(f"inference, batch {len(x)}", timed({kind: partial(net, x) for kind, net in low.items()}, rounds))
+            note(f"inference, batch {len(x)}", timed({kind: partial(net, x) for kind, net in low.items()}))
             replays = {kind: captured(partial(net, x), setting.device)[0] for kind, net in low.items()}
-            note(f"inference, batch {len(x)}, graph", timed(replays, rounds))
+            note(f"inference, batch {len(x)}, graph", timed(replays))
             del replays
     del low
     steps = {kind: partial(training_step, net.train(), many) for kind, net in nets.items()}
-    note(f"training, batch {len(many)}", timed(steps, rounds))
+    note(f"training, batch {len(many)}", timed(steps))
     for kind, step in steps.items():
-        peak = peak_bytes(step, setting.device)
-        of[kind]["training peak bytes"] = None if peak is None else peak + parameter_bytes(nets[kind])
+        of[kind]["training peak bytes"] = peak_bytes(step, setting.device) + parameter_bytes(nets[kind])
     return about | {"of": of}
 
 
@@ -76,14 +75,14 @@ def compiled_row(name: str, method: str, setting: Setting) -> dict[str, Any]:
     """Times inference of the compiled nets."""
     torch.compiler.reset()
     nets, about = pair(name, method, setting)
-    backend = "eager" if setting.quick else "inductor"
-    x = pictures(setting, 2 if setting.quick else 64)
+    backend = "eager" if setting.tiny else "inductor"
+    x = pictures(setting, 2 if setting.tiny else 64)
     calls: dict[str, Callable[[], Tensor]] = {
         kind: partial(torch.compile(net.bfloat16().eval(), backend=backend), x) for kind, net in nets.items()
     }
-    timed, rounds = how(setting)
+    timed = partial(medians, rounds=1 if setting.tiny else ROUNDS, device=setting.device)
     with torch.no_grad():
-        seconds = timed(calls, rounds)
+        seconds = timed(calls)
     return about | {"of": {kind: {f"inference, batch {len(x)}, compiled": value} for kind, value in seconds.items()}}
 
 
@@ -94,7 +93,7 @@ def pair(name: str, method: str, setting: Setting) -> tuple[dict[str, nn.Module]
     dense = build_net(full, num_classes=1000, input_shape=(3, 224, 224))
     dense = dense.to(setting.device, memory_format=torch.channels_last)
     rules = [Rule(STEMS[name], None), Rule("*", METHODS[method])]
-    example = pictures(setting, 2 if setting.quick else 64).float()
+    example = pictures(setting, 2 if setting.tiny else 64).float()
     small = copy.deepcopy(dense)
     small = tensorize(small, resolve(small, rules, example, init="random"), init="random")
     nets: dict[str, nn.Module] = {"dense": dense, method: small}
@@ -105,14 +104,9 @@ def pair(name: str, method: str, setting: Setting) -> tuple[dict[str, nn.Module]
 
 
 def pictures(setting: Setting, batch: int) -> Tensor:
-    side = 32 if setting.quick else 224
+    side = 32 if setting.tiny else 224
     x = torch.randn(batch, 3, side, side, device=setting.device, dtype=torch.bfloat16)
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def how(setting: Setting) -> tuple[Callable[[Mapping[str, Callable[[], object]], int], dict[str, float]], int]:
-    """Returns what times calls, and in how many rounds."""
-    return cuda_medians if setting.device.type == "cuda" else medians, 1 if setting.quick else ROUNDS
 
 
 def training_step(net: nn.Module, x: Tensor) -> None:

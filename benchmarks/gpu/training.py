@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.counted import counted
+from benchmarks.device import captured_step, synchronize, whole_step
 from benchmarks.gpu.conformance import capturable
-from benchmarks.gpu.device import captured_step, synchronize, whole_step
 from benchmarks.gpu.pictures import Part, read
-from benchmarks.gpu.rows import Row, Setting
+from benchmarks.rows import Row, Setting
 from lightning_modules.nets import build_net
 from tnlayers import (
     CP,
@@ -56,13 +56,13 @@ def rows(setting: Setting) -> Iterator[Row]:
     if setting.data is None:
         return
     data = read(setting.data, setting.device)
-    for seed in range(1 if setting.quick else SEEDS):
+    for seed in range(1 if setting.tiny else SEEDS):
         for name in EPOCHS:
             if name == "resnet20" and seed == 0 and setting.checkpoint is not None:
-                for method in ["dense", *HALVED][: 2 if setting.quick else None]:
+                for method in ["dense", *HALVED][: 2 if setting.tiny else None]:
                     row = partial(retrained, method, data, setting)
                     yield Row(f"published resnet20, {method}", SECONDS[name], row)
-            for method in ["dense", *METHODS][: 2 if setting.quick else None]:
+            for method in ["dense", *METHODS][: 2 if setting.tiny else None]:
                 row = partial(from_scratch, name, method, seed, data, setting)
                 yield Row(f"{name} from scratch, {method}, seed {seed}", SECONDS[name], row)
 
@@ -75,7 +75,7 @@ def from_scratch(name: str, method: str, seed: int, data: dict[str, Part], setti
     if method != "dense":
         tensorize(net, [*STAY[name], Rule("*", METHODS[method](ParamsKept(QUARTER)))], init="random", example_input=x)
     about = {"net": name, "method": method, "start": "scratch", "seed": seed} | kept(net, x, dense)
-    return about | train(net, data, 1 if setting.quick else EPOCHS[name], SCRATCH_RATE, seed, setting)
+    return about | train(net, data, 1 if setting.tiny else EPOCHS[name], SCRATCH_RATE, seed, setting)
 
 
 def retrained(method: str, data: dict[str, Part], setting: Setting) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def retrained(method: str, data: dict[str, Part], setting: Setting) -> dict[str,
         tensorize(net, [Rule(rule.pattern, rule.factorization) for rule in rules_of(net)], example_input=x)
     about = {"net": "resnet20", "method": method, "start": "published", "seed": 0, "compress_seconds": seconds}
     about |= kept(net, x, dense) | {"right_after": accuracy(net, data["test"])}
-    return about | train(net, data, 1 if setting.quick else EPOCHS["resnet20"], RETRAINING_RATE, 0, setting)
+    return about | train(net, data, 1 if setting.tiny else EPOCHS["resnet20"], RETRAINING_RATE, 0, setting)
 
 
 def fresh(name: str, data: dict[str, Part], setting: Setting) -> nn.Module:

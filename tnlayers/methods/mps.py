@@ -4,6 +4,7 @@ Oseledets, Tensor-train decomposition (2011), SIAM J. Sci. Comput. 33, algorithm
 the naive TT that Garipov et al. (2016), arXiv 1611.03214, compare their TT-conv with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -47,37 +48,36 @@ class MPS(Factorization):
         object.__setattr__(self, "order", " ".join(modes))
 
     def network(self, weight_shape: tuple[int, ...]) -> Network:
-        return _network(self._modes(weight_shape))
-
-    def _modes(self, weight_shape: tuple[int, ...]) -> tuple[str, ...]:
-        """Returns the modes of this weight along the train.
-
-        Raises:
-            UserError: the order names none of its modes d or h.
-        """
-        own = ["o", "i", *window_of(weight_shape).split()]
-        modes = tuple(mode for mode in self.order.split() if mode in own)
-        if len(modes) < len(own):
-            raise UserError(
-                f"order {self.order!r} leaves out a mode of a weight with the modes {' '.join(own)}; name it"
-            )
-        return modes
+        return _network(self.order, _modes(weight_shape))
 
     def _decompose(self, weight: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        modes = self._modes(tuple(weight.shape))
-        own = ["o", "i", *window_of(weight.shape).split()]
         from tensorly.decomposition import tensor_train  # here, since TensorLy takes long to import
 
+        own = _modes(weight.shape)
+        modes = [mode for mode in self.order.split() if mode in own]
         cores = tensor_train(weight.permute([own.index(mode) for mode in modes]), rank=[1, *ranks, 1])
         shaped = [cores[0][0], *cores[1:-1], cores[-1][..., 0]]
         return {MODE_NAMES[mode]: core for mode, core in zip(modes, shaped, strict=True)}
 
 
+def _modes(weight_shape: Sequence[int]) -> str:
+    """Returns the modes of a weight in its own order."""
+    return f"oi{window_of(weight_shape)}".replace(" ", "")
+
+
 @lru_cache
-def _network(modes: tuple[str, ...]) -> Network:
+def _network(order: str, own: str) -> Network:
+    """Returns the train over the modes that a weight has.
+
+    Raises:
+        UserError: the order leaves one of them out.
+    """
+    modes = [mode for mode in order.split() if mode in own]
+    if len(modes) < len(own):
+        raise UserError(f"order {order!r} leaves out a mode of a weight with the modes {' '.join(own)}; name it")
     bonds = ["", *_BONDS[: len(modes) - 1], ""]
     cores = {MODE_NAMES[mode]: f"{bonds[n]} {mode} {bonds[n + 1]}".strip() for n, mode in enumerate(modes)}
-    return Network(cores, weight=" ".join(["o", "i", *(mode for mode in "dhw" if mode in modes)]))
+    return Network(cores, weight=" ".join(own))
 
 
 class MPSConv2d(FactorizedConv2d):

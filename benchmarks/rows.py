@@ -5,14 +5,15 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["LostDevice", "Row", "Rows", "Setting"]
+__all__ = ["LostDevice", "Row", "Rows", "Setting", "deadlines"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,20 @@ class Setting:
 
     Attributes:
         device: where.
-        quick: whether everything is tiny, for a test of the script.
+        tiny: whether everything is tiny, for a test of the script.
         data: the archive of the pictures, train/<class>/*.jpg and test/<class>/*.jpg; None leaves out the trainings.
         checkpoint: the published ResNet-20; None leaves out its retraining.
     """
 
     device: torch.device
-    quick: bool = False
+    tiny: bool = False
     data: Path | None = None
     checkpoint: Path | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which nets are run on such a device."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,13 @@ class Row:
     make: Callable[[], dict[str, Any]]
 
 
+def deadlines(shares: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Returns when each part ends, in seconds from now; what a part leaves of its share is the next one's."""
+    return dict(
+        zip(shares, (seconds * share / sum(shares.values()) for share in accumulate(shares.values())), strict=True)
+    )
+
+
 class LostDevice(RuntimeError):
     """The device answers no call any more, so only a new process can go on."""
 
@@ -61,6 +74,7 @@ class Rows:
         device: where they are measured.
         rows: what is known.
         left_out: the names of the rows for which no time was left.
+        known_commit: that of the rows that the file has already.
     """
 
     path: Path
@@ -68,10 +82,12 @@ class Rows:
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    known_commit: str | None = None
 
     def __post_init__(self) -> None:
         if self.path.exists():
-            self.rows = json.loads(self.path.read_text())["rows"]
+            known = json.loads(self.path.read_text())
+            self.rows, self.known_commit = known["rows"], known.get("commit")
 
     def forget_errors(self) -> None:
         self.rows = [row for row in self.rows if "error" not in row]
@@ -130,10 +146,12 @@ class Rows:
         return False
 
     def write(self) -> None:
-        result = self.about | {"left_out": self.left_out, "rows": self.rows}
+        """Writes the file, each row on a line of its own."""
+        head = json.dumps(self.about | {"left_out": self.left_out}, indent=1).removesuffix("\n}")
+        rows = ",\n".join(map(json.dumps, self.rows))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
         part.replace(self.path)
 
 

@@ -1,12 +1,25 @@
-"""Graphs and memory of a device; on the CPU, the same calls without a graph."""
+"""What is done on a device: graphs, training steps, and their memory; on the CPU, the same calls without a graph."""
 
 import gc
+import itertools
+import json
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["captured", "captured_step", "peak_bytes", "synchronize", "whole_step"]
+__all__ = [
+    "captured",
+    "captured_step",
+    "parameter_bytes",
+    "peak_bytes",
+    "synchronize",
+    "training_step",
+    "whole_step",
+]
 
 
 def captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
@@ -81,11 +94,14 @@ def _warm_up(call: Callable[[], object], device: torch.device) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Returns how many bytes the second of two calls has allocated at most; None on the CPU, which does not count them."""
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Returns how many bytes the second of two calls has allocated at most, by torch's own count of the device's memory.
+
+    On the CPU the profiler writes down each piece that is taken or given back; what a library takes for itself is not in it.
+    """
     call()
     if device.type != "cuda":
-        return None
+        return _cpu_peak_bytes(call)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -95,6 +111,28 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def _cpu_peak_bytes(call: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    pieces = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return max(itertools.accumulate((size for _, size in pieces), initial=0))
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def training_step(model: nn.Module, x: Tensor) -> None:
+    """Takes the gradients of all parameters and of the input, and lets them go; the gradient of the output is all ones."""
+    out = model(x.detach().requires_grad_())
+    out.backward(torch.ones_like(out))
+    model.zero_grad()
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -1,0 +1,191 @@
+"""What is to be reached, and how far the rows of a run reach it."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tnlayers.markdown import markdown_table
+
+__all__ = ["FORMS", "NEVER_SLOWER", "Target", "best", "choice", "speed", "targets", "targets_table"]
+
+Measured = dict[str, Any]
+FORMS = ("inference", "training")
+NEVER_SLOWER = 0.97
+"""The least times as fast as dense that counts as no slower: times of equal calls differ by as much."""
+_NEAR, _NETS = 1.05, {"ResNet-18": (1.75, 1.5), "ResNet-50": (1.75, 1.5), "VGG-16": (1.75, 1.5)}
+_NETS |= {"ResNet-20": (1.5, 1.4), "MobileNetV3-small": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table.
+
+    Attributes:
+        what: the ratio.
+        goal: what it is to be, as text.
+        measured: what it is, and of which rows.
+        met: None where no row tells.
+    """
+
+    what: str
+    goal: str
+    measured: str = "no rows"
+    met: bool | None = None
+
+
+def best(row: Measured, what: str, form: str, **wanted: str) -> float | None:
+    """Returns the seconds, or bytes, of a row's fastest contender of a kind; None where there is none."""
+    found = [
+        one[form]
+        for one in row["measured"]
+        if one["what"] == what and form in one and all(one[key] == value for key, value in wanted.items())
+    ]
+    return min(found, default=None)
+
+
+def speed(row: Measured, form: str, against: str = "dense", what: str = "ours") -> float | None:
+    """Returns how many times as fast one is as the other, each in its best layout."""
+    slow, fast = best(row, against, form), best(row, what, form)
+    return None if slow is None or fast is None else slow / fast
+
+
+def choice(row: Measured, form: str) -> float | None:
+    """Returns the time of the plan that the cost model chooses over that of the fastest one."""
+    found = {one["how"]: one[form] for one in row["measured"] if one["what"] == "plan" and form in one}
+    chosen = found.get(row.get("model", {}).get(form))
+    return None if chosen is None else chosen / min(found.values())
+
+
+def targets(rows: Sequence[Measured]) -> list[Target]:
+    """Computes the table from all rows of a run."""
+    of: dict[str, list[Measured]] = {"layers": [], "nets": [], "forms": [], "start": []}
+    for row in rows:
+        if "measured" in row or "seconds_to_import" in row:
+            of[row["part"]].append(row)
+    return [
+        *_layers(of["layers"]),
+        *_trains([row for row in of["layers"] if row["method"] == "TT" and row["kind"] == "linear"]),
+        *_choices(of["layers"]),
+        *_forms(of["forms"]),
+        *_nets(of["nets"]),
+        *_start({row["name"]: row for row in of["start"]}),
+    ]
+
+
+def targets_table(found: Iterable[Target]) -> str:
+    said = {True: "yes", False: "**no**", None: ""}
+    cells = [[one.what, one.goal, one.measured, said[one.met]] for one in found]
+    return markdown_table(["what", "target", "measured", "met"], cells)
+
+
+def _layers(rows: Sequence[Measured]) -> Iterable[Target]:
+    for form in FORMS:
+        yield _least(
+            f"any layer against the faster dense layout, {form}", rows, lambda row, form=form: speed(row, form)
+        )
+    yield _peak(rows)
+    quarter = [
+        row
+        for row in rows
+        if (row["method"], row["divisor"], row["batch"]) == ("Tucker", 4, 8)
+        and row["channels"] >= 64
+        and row["kernel"] > 1
+    ]
+    of = "Tucker at a quarter of 64 channels and more, 3x3 and 5x5, batch 8"
+    for form, goal in zip(FORMS, (0.78, 0.50), strict=True):
+        shares = [share * row["macs_kept"] for row in quarter if (share := speed(row, form)) is not None]
+        yield _mean(f"{of}: speed-up over MAC reduction, {form}", shares, goal)
+    for form, goal in zip(FORMS, (1.8, 1.5), strict=True):
+        found = [share for row in quarter if (share := speed(row, form, "tltorch")) is not None]
+        yield _mean(f"the same layers against tltorch's better path, {form}", found, goal)
+
+
+def _peak(rows: Sequence[Measured]) -> Target:
+    what, goal, form = "peak memory of a training step over dense's, layers", "<= 1", "training peak bytes"
+    found = {row["name"]: 1 / share for row in rows if (share := speed(row, form)) is not None}
+    if not found:
+        return Target(what, goal)
+    worst, above = max(found, key=lambda name: found[name]), sum(share > 1 for share in found.values())
+    return Target(what, goal, f"{found[worst]:.2f} at most ({worst}); above 1 in {above} of {len(found)}", not above)
+
+
+def _trains(rows: Sequence[Measured]) -> Iterable[Target]:
+    for form in FORMS:
+        found = [share for row in rows if (share := speed(row, form, "tltorch")) is not None]
+        yield _mean(f"TT of linears against tltorch's BlockTT of the same ranks, better path, {form}", found, 3.0)
+        yield _least(f"TT of linears against dense, {form}", rows, lambda row, form=form: speed(row, form))
+
+
+def _choices(rows: Sequence[Measured]) -> Iterable[Target]:
+    for form in FORMS:
+        what, goal = f"the cost model's plan within 5 % of the best one, {form}", ">= 90 % of the rows"
+        found = [share for row in rows if (share := choice(row, form)) is not None]
+        near = statistics.fmean(share <= _NEAR for share in found) if found else 0.0
+        yield Target(what, goal, f"{near:.0%} of {len(found)}", near >= 0.9) if found else Target(what, goal)
+
+
+def _forms(rows: Sequence[Measured]) -> Iterable[Target]:
+    for batch, goal in ((1, 1.0), (32, 0.62)):
+        found = {row["form"]: 1 / share for row in rows if row["batch"] == batch and (share := speed(row, FORMS[0]))}
+        what = f"ResNet-18 (64x64) at half the MACs, batch {batch}: time left in each form"
+        told = ", ".join(f"{form} {share:.2f}" for form, share in found.items())
+        met = max(found.values()) <= goal if found else None
+        yield Target(what, f"<= {goal:.2f}", told or "no rows", met)
+
+
+def _nets(rows: Sequence[Measured]) -> Iterable[Target]:
+    for net, goals in _NETS.items():
+        for form, goal in zip(FORMS, goals, strict=True):
+            found = {
+                row["method"]: share
+                for row in rows
+                if row["net"] == net and "Tai" not in row["method"] and (share := speed(row, form)) is not None
+            }
+            what, told = f"{net} at half the MACs, best method, {form}", f">= {goal:.2f}"
+            method = max(found, key=lambda name: found[name], default="")
+            yield (
+                Target(what, told, f"{found[method]:.2f} ({method})", found[method] >= goal)
+                if found
+                else Target(what, told)
+            )
+    tai = [share for row in rows if "Tai" in row["method"] and (share := speed(row, FORMS[0])) is not None]
+    plain = [share for row in rows if (share := speed(row, FORMS[0], what="chains")) is not None]
+    what, goal = "VGG-16 with Tai et al.'s ranks, inference", ">= 2.50"
+    if tai:
+        yield Target(what, goal, f"{tai[0]:.2f}; plain convolutions {plain[0]:.2f}", tai[0] >= 2.5)
+    else:
+        yield Target(what, goal)
+
+
+def _start(rows: dict[str, Measured]) -> Iterable[Target]:
+    what, goal = "quickstart: time left", "<= 75 %"
+    share = speed(rows["quickstart"], FORMS[0]) if "quickstart" in rows else None
+    yield Target(what, goal, f"{1 / share:.0%}", 1 / share <= 0.75) if share else Target(what, goal)
+    what, goal = "import tnlayers over import torch", "<= 0.3 s"
+    if "import" in rows:
+        taken = rows["import"]["seconds_to_import"]
+        more = taken["tnlayers"] - taken["torch"]
+        yield Target(what, goal, f"{more:.2f} s over {taken['torch']:.2f} s", more <= 0.3)
+    else:
+        yield Target(what, goal)
+
+
+def _least(what: str, rows: Sequence[Measured], of: Callable[[Measured], float | None]) -> Target:
+    found = {row["name"]: share for row in rows if (share := of(row)) is not None}
+    goal = f">= {NEVER_SLOWER}"
+    if not found:
+        return Target(what, goal)
+    least, below = min(found, key=lambda name: found[name]), sum(share < NEVER_SLOWER for share in found.values())
+    return Target(what, goal, f"{found[least]:.2f} at least ({least}); below in {below} of {len(found)}", not below)
+
+
+def _mean(what: str, found: Sequence[float], goal: float) -> Target:
+    """Compares a geometric mean."""
+    if not found:
+        return Target(what, f">= {goal}")
+    mean = math.exp(statistics.fmean(map(math.log, found)))
+    return Target(
+        what, f">= {goal}", f"{mean:.2f}, {min(found):.2f} to {max(found):.2f} in {len(found)} rows", mean >= goal
+    )
