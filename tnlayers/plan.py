@@ -7,7 +7,7 @@ pointwise, one that has some is a transposed convolution along those axes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,9 +99,14 @@ class Plan:
             output_padding: of a transposed convolution, where a call asks for another than the layer's own.
         """
         if self.schedule.recompute and _may_recompute(x, *weights):
-            call = partial(self._compute, x, weights, bias, output_padding)
+
+            def call(x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+                return self._compute(x, weights, bias, output_padding)
+
             # Nothing in it is random, and its shapes follow from the input's: there is no state to keep, and nothing to check.
-            return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+            options: dict[str, Any] = {"preserve_rng_state": False, "determinism_check": "none"}
+            recomputed: Tensor = checkpoint(call, x, bias, *weights, use_reentrant=False, **options)
+            return recomputed
         return self._compute(x, weights, bias, output_padding)
 
     def _compute(

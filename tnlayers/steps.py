@@ -180,6 +180,8 @@ def _batched(x: Tensor, weight: Tensor, bias: Tensor | None, kept: int) -> Tenso
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Takes (n, consumed, h, w) of the default layout to (n, produced, h, w) in channels last."""
+    if _folds(x, weight, len(weight)):
+        return F.linear(x.permute(0, 2, 3, 1).contiguous(), weight, bias).permute(0, 3, 1, 2)
     rows, matrices = x.flatten(2).mT, weight.mT.expand(x.shape[0], *weight.mT.shape)
     y = torch.bmm(rows, matrices) if bias is None else torch.baddbmm(bias, rows, matrices)
     return y.reshape(x.shape[0], *x.shape[2:], y.shape[2]).permute(0, 3, 1, 2)
@@ -187,8 +189,20 @@ def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _turned_back(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Takes (n, consumed, h, w) in channels last to (n, produced, h, w) of the default layout."""
+    if _folds(x, weight, x.shape[1]):
+        rows = F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), weight, bias)
+        return rows.mT.reshape(-1).view(x.shape[0], rows.shape[2], *x.shape[2:])
     columns = x.permute(0, 2, 3, 1).flatten(1, 2).mT
     return _batched(columns, weight, bias, 1).unflatten(2, x.shape[2:])
+
+
+def _folds(x: Tensor, weight: Tensor, width: int) -> bool:
+    """Tells whether a copy of (n, h, w) times the other channels is less than a gradient of the weight for each picture.
+
+    One matmul for each picture copies nothing, but in the backward pass it makes (n, produced, consumed), to sum over n.
+    """
+    gradient = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return gradient and x.shape[2] * x.shape[3] < width
 
 
 def arrange(x: Tensor, channels: tuple[int, ...], order: tuple[int, ...], *, channels_last: bool) -> Tensor:

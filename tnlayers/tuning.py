@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.kept import kept_bytes
 from tnlayers.layers import FactorizedEmbedding
 from tnlayers.plan import Plan
 from tnlayers.schedule import ByMode, OnePlan, Schedule, of_mode
@@ -86,6 +87,7 @@ def autotune(
     *,
     inference: bool = True,
     training: bool = True,
+    lean: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Tuned]:
     """Measures how each factorized layer is computed the fastest, and has it computed so from then on.
@@ -100,6 +102,9 @@ def autotune(
         example_input: what the model takes, with the batch and the memory format that it will be used with.
         inference: whether to choose the plans for evaluation.
         training: whether to choose those for training, by a call together with its gradients.
+        lean: whether a layer in training shall keep no more bytes for its backward pass than the dense layer does, of
+            activations, merged weights, parameters and their gradients. Where a plan would keep more, the activations between
+            its steps are made again in the backward pass, which takes most of another forward call; that is measured with it.
         progress: is told of each layer; nothing is printed.
 
     Returns:
@@ -125,7 +130,7 @@ def autotune(
         trains = tuple(factor.requires_grad for factor in layer.parameters())
         key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"]
         if key not in known:
-            known[key] = _measured(layer, form, inference=inference, training=training)
+            known[key] = _measured(layer, form, inference=inference, training=training, lean=lean)
         found[name] = known[key]
         layer.set_plan(_choice(layer, found[name], _machine(form)))
     if progress is not None:
@@ -149,45 +154,65 @@ def _machine(form: _Form) -> str:
     return f"{name}, torch {torch.__version__}, {size} {dtype}"
 
 
-def _measured(layer: FactorizedLayer, form: _Form, *, inference: bool, training: bool) -> Tuned:
+def _measured(layer: FactorizedLayer, form: _Form, *, inference: bool, training: bool, lean: bool) -> Tuned:
     """Times the candidates and the dense layer, on inputs like those that the layer gets."""
     with torch.inference_mode(False):
         x, dense = form.drawn(), layer.to_dense()
         if x.dim() == 4 and not x.is_contiguous():
             dense = dense.to(memory_format=torch.channels_last)
         timings = [
-            _fastest(layer, dense, x, training=mode) if asked else None
+            _fastest(layer, dense, x, training=mode, lean=lean) if asked else None
             for mode, asked in ((False, inference), (True, training))
         ]
     return Tuned(*timings)
 
 
-def _fastest(layer: FactorizedLayer, dense: nn.Module, x: Tensor, *, training: bool) -> Timing:
+def _fastest(layer: FactorizedLayer, dense: nn.Module, x: Tensor, *, training: bool, lean: bool) -> Timing:
     calls: dict[Schedule | None, Callable[[], Any]] = {}
     form = _stepped if training else _evaluated
     with evaluating(dense):
         dense.requires_grad_(training)
         calls[None] = form(dense, list(dense.parameters()), x)
-        for schedule in _candidates(layer, x, training=training):
-            plan = layer.spec.compile(schedule, x.device.type)
-            assert isinstance(plan, Plan)
-            calls[schedule] = form(*_computing(layer, plan, training=training), x)
+        limit = kept_bytes(dense, list(dense.parameters()), x) if lean and training else None
+        for schedule in _candidates(layer, x, limit, training=training):
+            calls[schedule] = form(*_computing(layer, schedule, x, training=training), x)
         seconds = _seconds(calls, x.device)
     best = min((schedule for schedule in seconds if schedule), key=lambda schedule: seconds[schedule])
     return Timing(best, seconds[best], seconds[None])
 
 
-def _candidates(layer: FactorizedLayer, x: Tensor, *, training: bool) -> list[Schedule]:
-    """Returns the cost model's favourites, and its favourite that computes like the dense layer."""
+def _candidates(layer: FactorizedLayer, x: Tensor, limit: int | None, *, training: bool) -> list[Schedule]:
+    """Returns the cost model's favourites, and its favourite that computes like the dense layer; with a limit, those that keep it."""
     ranked = layer.spec.ranked_schedules([layer.spec.geometry.call(x)], x.device.type, training=training)
     if x.dim() == 4 and not x.is_contiguous():  # in channels last a bmm step is a linear one, where there can be one
         ranked = [one for one in ranked if "bmm" not in one.operations] or ranked
     dense = next(schedule for schedule in ranked if len(schedule.groups) == 1)
+    if limit is not None:
+        return _lean(layer, list(dict.fromkeys([dense, *ranked])), x, limit)
     return list(dict.fromkeys([*ranked[:_CANDIDATES], dense]))
 
 
-def _computing(layer: FactorizedLayer, plan: Plan, *, training: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def _lean(layer: FactorizedLayer, ranked: Sequence[Schedule], x: Tensor, limit: int) -> list[Schedule]:
+    """Returns the first that keep no more bytes than the limit, recomputed where they would; if none does, that which keeps the least."""
+    kept: dict[Schedule, int] = {}
+    found: list[Schedule] = []
+    for schedule in ranked:
+        for one in (schedule, replace(schedule, recompute=True)):
+            kept[one] = kept_bytes(*_computing(layer, one, x, training=True), x)
+            if kept[one] <= limit:
+                found.append(one)
+                break
+        if len(found) > _CANDIDATES:
+            break
+    return found or [min(kept, key=lambda one: kept[one])]
+
+
+def _computing(
+    layer: FactorizedLayer, schedule: Schedule, x: Tensor, *, training: bool
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Returns the layer as a function, with what its gradients are taken for; in inference its weights are merged before."""
+    plan = layer.spec.compile(schedule, x.device.type)
+    assert isinstance(plan, Plan)
     axes, geometry = len(layer.spec.geometry.axes), layer.spec.geometry
     weights = [] if training else [weight.detach() for weight in layer._make("_merged", plan)]
 
