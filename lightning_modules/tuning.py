@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,7 +15,7 @@ from tnlayers.errors import UserError, message
 from tnlayers.rules import fits
 from tnlayers.schedule import is_measured, plain_plan
 from tnlayers.tracing import Example, factorized_layers
-from tnlayers.tuning import Timing, Tuned
+from tnlayers.tuning import Progress, Timing, Tuned
 
 __all__ = ["plain_timings", "timed", "tune"]
 
@@ -41,9 +42,10 @@ def tune(trainer: Trainer, net: nn.Module, rules: Sequence[Rule], example: Examp
         try:
             with (
                 trainer.precision_plugin.forward_context(),
-                progress_bar(Console(stderr=True)) if shown else nullcontext() as bar,
+                progress_bar(Console(stderr=True)) if shown else nullcontext(_unseen) as bar,
             ):
-                found = autotune(net, example, layers=layers, progress=bar)
+                # One name for all layers, so that there is one line where there is no terminal.
+                found = autotune(net, example, layers=layers, progress=partial(_show, bar))
         except Exception as error:  # whatever it is, the other processes must not wait for plans
             problem = error
     plans = {name: plain_plan(layers[name].plan_choice) for name in found}
@@ -54,6 +56,14 @@ def tune(trainer: Trainer, net: nn.Module, rules: Sequence[Rule], example: Examp
         for name, plan in plans.items():
             layers[name].set_plan(plan)
     return found
+
+
+def _show(bar: Progress, _: str, done: float, total: float) -> None:
+    bar("timing the layers", done, total)
+
+
+def _unseen(*_: object) -> None:
+    """Shows nothing."""
 
 
 def _has_plan(name: str, rules: Sequence[Rule]) -> bool:

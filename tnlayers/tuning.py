@@ -16,7 +16,7 @@ from tnlayers.plan import Plan
 from tnlayers.schedule import ByMode, OnePlan, Schedule, of_mode
 from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, layer_inputs, tensors_in
 
-__all__ = ["Timing", "Tuned", "autotune", "check_values"]
+__all__ = ["Progress", "Timing", "Tuned", "autotune", "check_values"]
 
 _CANDIDATES = 6  # how many of the cost model's favourites are measured
 _HOPELESS = 1.25  # of the fastest in the first round
