@@ -1,9 +1,8 @@
 """How the layers of a run are computed the fastest: measured by its first process, under its precision, for all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -15,11 +14,9 @@ from tnlayers.errors import UserError, message
 from tnlayers.rules import fits
 from tnlayers.schedule import is_measured, plain_plan
 from tnlayers.tracing import Example, factorized_layers
-from tnlayers.tuning import Progress, Timing, Tuned
+from tnlayers.tuning import Progress, Tuned
 
-__all__ = ["plain_timings", "timed", "tune"]
-
-_SLOWER = 0.97  # of dense: what is nearer to it is within the noise
+__all__ = ["tune"]
 
 
 def tune(trainer: Trainer, net: nn.Module, rules: Sequence[Rule], example: Example) -> dict[str, Tuned]:
@@ -69,51 +66,3 @@ def _unseen(*_: object) -> None:
 def _has_plan(name: str, rules: Sequence[Rule]) -> bool:
     named = next((rule.plan for rule in rules if rule.factorization and fits(name, rule.pattern)), None)
     return named not in (None, "auto") and not is_measured(named)
-
-
-def timed(tuned: Mapping[str, Tuned]) -> str:
-    """Says how many times as fast as the dense ones the layers are, all their calls together, and which are not faster."""
-    parts = []
-    for mode in ("inference", "training"):
-        found = {name: (timing, layer.num_calls) for name, layer in tuned.items() if (timing := getattr(layer, mode))}
-        if found:
-            dense, own = (
-                sum(calls * getattr(timing, key) for timing, calls in found.values())
-                for key in ("dense_seconds", "seconds")
-            )
-            parts.append(f"{mode} {dense / own:.2f}x")
-    said = [f"{', '.join(parts)} as fast as dense, in {len(tuned)} layers"]
-    like_dense = {
-        name: layer.inference for name, layer in tuned.items() if layer.inference and layer.inference.is_dense
-    }
-    slower = {
-        name: layer.training for name, layer in tuned.items() if layer.training and layer.training.speedup < _SLOWER
-    }
-    if like_dense:
-        said.append(f"{len(like_dense)} compute like dense in inference, which is faster there: {_speeds(like_dense)}")
-    if slower:
-        said.append(f"slower than dense in training: {_speeds(slower)}")
-    return "; ".join(said)
-
-
-def _speeds(timings: Mapping[str, Timing]) -> str:
-    return ", ".join(f"{name or 'the model itself'} ({timing.speedup:.2f}x)" for name, timing in timings.items())
-
-
-def plain_timings(tuned: Mapping[str, Tuned]) -> dict[str, Any]:
-    """Returns what was found for each layer as strings, numbers and lists."""
-
-    def plain(timing: Timing | None) -> dict[str, Any] | None:
-        if timing is None:
-            return None
-        plan = plain_plan(timing.schedule)
-        return {"plan": plan, "seconds": timing.seconds, "dense_seconds": timing.dense_seconds}
-
-    return {
-        name: {
-            "inference": plain(layer.inference),
-            "training": plain(layer.training),
-            "num_calls": layer.num_calls,
-        }
-        for name, layer in tuned.items()
-    }

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_modules import ImageClassifier, TensorizedCheckpoint
 from lightning_modules.callbacks import Autotune
 from lightning_modules.data import Digits
-from lightning_modules.tuning import timed, tune
+from lightning_modules.timings import timed
+from lightning_modules.tuning import tune
 from tests.cases import CASES, Case
 from tests.tolerances import EXACT, FLOAT64
 from tnlayers import (

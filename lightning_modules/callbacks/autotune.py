@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.callbacks.replaced_parameters import keeps_whole_parameters
 from lightning_modules.tensorized import budget_rules, tensorized_net, training_input
-from lightning_modules.tuning import timed, tune
+from lightning_modules.timings import timed
+from lightning_modules.tuning import tune
 from tnlayers.errors import UserError
 from tnlayers.tracing import factorized_layers
 
