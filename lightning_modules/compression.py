@@ -87,16 +87,8 @@ def compress(
     notes.append(f"BatchNorm   statistics {verb}")
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
-    tuned: dict[str, Tuned] = {}
-    if tunes:
-        counted = _macs_kept(model.net.cpu(), example)
-        tuned = tune(trainer, model.net, model.rules, example)
-        rules = [_with_plan(rule, model.net) for rule in rules]
-        if tuned and (now := _macs_kept(model.net, example)) > counted:
-            notes.append(
-                f"MACs rose   from {percent(counted)} to {percent(now)} of the dense net's, since computing like dense is faster "
-                "in some layers"
-            )
+    tuned, said = _tuned(trainer, model, example) if tunes else ({}, [])
+    rules, notes = [_with_plan(rule, model.net) for rule in rules], notes + said
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
     report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes), tuned)
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
@@ -104,6 +96,16 @@ def compress(
         report.write(out)
         log_report(trainer, report, out)
     return Compression(rules, report)
+
+
+def _tuned(trainer: Trainer, model: ImageClassifier, example: Tensor) -> tuple[dict[str, Tuned], list[str]]:
+    """Measures the plans of a compressed net; returns what was found, and a note where they have more MACs than before."""
+    before = _macs_kept(model.net.cpu(), example)
+    found = tune(trainer, model.net, model.rules, example)
+    if not found or (after := _macs_kept(model.net, example)) <= before:
+        return found, []
+    kept = f"from {percent(before)} to {percent(after)} of the dense net's"
+    return found, [f"MACs rose   {kept}, since computing like dense is faster in some layers"]
 
 
 def _macs_kept(net: nn.Module, example: Tensor) -> float:
