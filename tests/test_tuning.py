@@ -349,8 +349,8 @@ def test_what_was_measured_is_said_in_one_line() -> None:
     fast, slow, like_dense = Timing(APART, 1.0, 3.0), Timing(APART, 2.0, 1.0), Timing(DENSE, 1.0, 0.94)
     tuned = {"a": Tuned(fast, slow, 2), "b": Tuned(like_dense, None)}
     assert timed(tuned) == (
-        "inference 2.31x, training 0.50x as fast as dense, in 2 layers; 1 compute like dense in inference, which is faster "
-        "there: b (0.94x); slower than dense in training: a (0.50x)"
+        "inference 2.31x, training 0.50x as fast as dense, in 2 layers; 1 compute like dense in inference, since nothing is "
+        "faster: b (0.94x); slower than dense in training: a (0.50x)"
     )
     assert timed({"a": Tuned(fast, None)}) == "inference 3.00x as fast as dense, in 1 layers"
 
