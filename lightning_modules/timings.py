@@ -30,7 +30,9 @@ def timed(tuned: Mapping[str, Tuned]) -> str:
         name: layer.training for name, layer in tuned.items() if layer.training and layer.training.speedup < _SLOWER
     }
     if like_dense:
-        said.append(f"{len(like_dense)} compute like dense in inference, since nothing is faster: {_speeds(like_dense)}")
+        said.append(
+            f"{len(like_dense)} compute like dense in inference, since nothing is faster: {_speeds(like_dense)}"
+        )
     if slower:
         said.append(f"slower than dense in training: {_speeds(slower)}")
     return "; ".join(said)

@@ -145,7 +145,7 @@ def estimate(
             values += 2 * read
         if training and operation == "bmm" and (axes or roles.behind):
             # The gradient of the weight is made for each matrix of the batch, mostly in the cache, and summed.
-            values += batch * size_of(roles.ahead, sizes) * weight / 4
+            values += batch * size_of(roles.ahead, sizes) * weight // 4
         total += passes * (rate.seconds(compute, min(consumed, produced)) + values / machine.values) + rate.launch
         if training:
             total += passes * machine.rates["linear"].seconds(roles.merge.macs(sizes), _MERGING_WIDTH)
