@@ -107,6 +107,14 @@ class ImageClassifier(TensorizedCheckpoint):
         """Returns zeros (n, channels, height, width) of a usual batch, on the module's device and in its precision."""
         return torch.zeros(_EXAMPLE_BATCH, *self.hparams["input_shape"], device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
 
+    @property
+    def training_input(self) -> Tensor:
+        """Returns zeros of a batch of the data, in the layout that the net gets."""
+        trainer = trainer_of(self)
+        batch = getattr(getattr(trainer, "datamodule", None), "batch_size", _EXAMPLE_BATCH)
+        shape = (batch, *self.hparams["input_shape"])
+        return torch.zeros(shape, device=self.device, dtype=self.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+
     def load(self, path: str | Path) -> LoadReport:
         """Takes a checkpoint's weights, and its structure if it is tensorized."""
         self._prepared = True

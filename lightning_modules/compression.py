@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,12 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
 from lightning_modules.loggers import log_pictures, log_table
 from lightning_modules.report import Report
-from tnlayers import Rule, Summary, rules_of, summarize, tensorize, to_dense
+from lightning_modules.tuning import tune
+from tnlayers import MacsKept, Rule, Summary, fraction_kept, rules_of, summarize, tensorize, to_dense
 from tnlayers.errors import UserError
+from tnlayers.summary import percent
+from tnlayers.tracing import factorized_layers
+from tnlayers.tuning import Tuned
 
 __all__ = [
     "Compression",
@@ -38,7 +42,13 @@ class Compression:
 
 
 def compress(
-    model: ImageClassifier, data: ImageData, trainer: Trainer, checkpoint: str | Path, out: Path
+    model: ImageClassifier,
+    data: ImageData,
+    trainer: Trainer,
+    checkpoint: str | Path,
+    out: Path,
+    *,
+    tunes: bool = False,
 ) -> Compression:
     """Loads a checkpoint into the model, applies the model's rules, and writes model.ckpt and the report to `out`.
 
@@ -54,6 +64,7 @@ def compress(
         trainer: runs the tests.
         checkpoint: of the dense net, or of a tensorized one that is to be compressed further.
         out: an empty folder.
+        tunes: whether to measure how each layer is computed the fastest, unless its rule names a plan; see `tnlayers.autotune`.
     """
     trainer.precision_plugin.convert_module(model)  # ranks are chosen in the dtype that the factors will have
     loaded = model.load(checkpoint)
@@ -76,13 +87,33 @@ def compress(
     notes.append(f"BatchNorm   statistics {verb}")
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
+    tuned, said = _tuned(trainer, model, example) if tunes else ({}, [])
+    rules, notes = [_with_plan(rule, model.net) for rule in rules], notes + said
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
-    report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes))
+    report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes), tuned)
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
     if trainer.is_global_zero:
         report.write(out)
         log_report(trainer, report, out)
     return Compression(rules, report)
+
+
+def _tuned(trainer: Trainer, model: ImageClassifier, example: Tensor) -> tuple[dict[str, Tuned], list[str]]:
+    """Measures the plans of a compressed net; returns what was found, and a note where they have more MACs than before."""
+    before = _macs_kept(model.net.cpu(), example)
+    found = tune(trainer, model.net, model.rules, example)
+    if not found or (after := _macs_kept(model.net, example)) <= before:
+        return found, []
+    kept = f"from {percent(before)} to {percent(after)} of the dense net's"
+    return found, [f"MACs rose   {kept}, since computing like dense is faster in some layers"]
+
+
+def _macs_kept(net: nn.Module, example: Tensor) -> float:
+    return fraction_kept(net, MacsKept, example, of="model")
+
+
+def _with_plan(rule: Rule, net: nn.Module) -> Rule:
+    return replace(rule, plan=factorized_layers(net)[rule.pattern].plan_choice) if rule.factorization else rule
 
 
 def accuracy_on_test(trainer: Trainer, model: ImageClassifier, data: ImageData) -> float:

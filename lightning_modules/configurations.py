@@ -21,7 +21,7 @@ COMMANDS = ("compress", "fit", "predict", "study", "test", "validate")
 """The commands that take configurations."""
 CONFIG = ("-c", "--config")
 """The two names of the option that takes a configuration."""
-SECTIONS = ("data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
+SECTIONS = ("autotune", "data", "model", "model.optimizer", "model_checkpoint", "protocol", "rank_schedule", "trainer")
 """The keys that always have options below them."""
 _FILES = {name.rpartition(".")[2] for name in SECTIONS}
 """The keys whose value may be another file of options."""

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_modules.callbacks import (
+    Autotune,
     CompressionLog,
     Interruptible,
     PredictionWriter,
@@ -94,6 +95,7 @@ class TensorCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "model_checkpoint")
         parser.set_defaults({"model_checkpoint.save_last": True, "model_checkpoint.save_on_exception": True})
         parser.add_lightning_class_args(RankSchedule, "rank_schedule")
+        parser.add_lightning_class_args(Autotune, "autotune")
 
     def _parse_ckpt_path(self) -> None:
         """Takes no options from a checkpoint: what the command line says holds."""

@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.plots import plot_accuracy, plot_layers, png
+from lightning_modules.timings import plain_timings, timed
 from tnlayers import Summary
 from tnlayers.files import write_files
 from tnlayers.summary import LayerSummary, Totals, kept, percent
+from tnlayers.tuning import Tuned
 
 __all__ = ["Report", "environment"]
 
@@ -30,12 +33,14 @@ class Report:
         summary: parameters, multiply-accumulates, errors and times.
         accuracy: stage ("dense" or "before", "right after", "retrained") -> fraction of the test pictures.
         notes: sentences that belong to the figures.
+        tuned: what was measured to choose the layers' plans.
     """
 
     title: str
     summary: Summary
     accuracy: dict[str, float]
     notes: tuple[str, ...] = ()
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     def show(self, console: Console) -> None:
         """Prints the per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
@@ -68,6 +73,8 @@ class Report:
                 f"({totals.dense_seconds / totals.seconds:.2f}x as fast), for a batch of {self.summary.batch} on {self.summary.device}, "
                 f"{torch.get_num_threads()} threads, channels last"
             )
+        if self.tuned:
+            lines.append(f"timed       {timed(self.tuned)}")
         if self.accuracy:
             lines.append("accuracy    " + ", ".join(f"{stage} {value:.2%}" for stage, value in self.accuracy.items()))
         reasons: dict[tuple[str, str, str], list[str]] = {}
@@ -102,6 +109,7 @@ class Report:
             "accuracy": self.accuracy,
             "notes": list(self.notes),
             "environment": environment(),
+            "timings": plain_timings(self.tuned),
             **self.summary.to_plain(),
         }
 

@@ -6,6 +6,8 @@ Any LightningModule will do: each question has a default. A module answers one i
   LightningModule itself.
 - `example_input`: what that module takes, a tensor or a tuple of tensors, with the batch that plans are chosen for. By default
   it is Lightning's `example_input_array`.
+- `training_input`: the same with the batch and the memory format of training, for which `Autotune` measures plans. By default it
+  is `example_input`.
 - `rules`: the list of `tnlayers.Rule` by which it was tensorized. A later budget then counts the layers that they left dense too.
 - `accuracy_of(net)`: a method that returns a number from 0 to 1, how good a copy of that module is on validation data. `AccuracyDrop`
   asks for it.
@@ -18,7 +20,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from tnlayers import FactorizedLayer, Rule
+from tnlayers import Rule
 from tnlayers.errors import UserError
 from tnlayers.saved_layers import restructure, structure_of
 from tnlayers.tracing import Example, map_tensors, tensors_in
@@ -29,9 +31,9 @@ __all__ = [
     "checkpoint_path",
     "copied",
     "example_input",
-    "factorized_layers",
     "tensorized_net",
     "trainer_of",
+    "training_input",
 ]
 
 
@@ -51,11 +53,6 @@ def tensorized_net(module: LightningModule) -> nn.Module:
         ) from None
 
 
-def factorized_layers(net: nn.Module) -> dict[str, FactorizedLayer]:
-    """Returns the factorized layers of a net by name."""
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, FactorizedLayer)}
-
-
 def example_input(module: LightningModule) -> Example:
     """Returns what `tensorized_net` takes, on the module's device and in its precision.
 
@@ -72,6 +69,16 @@ def example_input(module: LightningModule) -> Example:
         )
     dtype: Any = module.dtype
     return map_tensors(given, lambda value: value.to(module.device, dtype if value.is_floating_point() else None))
+
+
+def training_input(module: LightningModule) -> Example:
+    """Returns what `tensorized_net` takes in training.
+
+    Raises:
+        UserError: the module has no example.
+    """
+    given = _said(module, "training_input", None)
+    return example_input(module) if given is None else given
 
 
 def budget_rules(module: LightningModule) -> list[Rule]:

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
+from lightning_modules.callbacks.autotune import Autotune
 from lightning_modules.callbacks.replaced_parameters import keeps_whole_parameters
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.classifier import ImageClassifier
@@ -88,7 +89,8 @@ class CompressionTrainer(Trainer):
             checkpoint: dense, or tensorized to compress it further: .pt, .pth, .th, .ckpt or .safetensors.
             out: a new folder for model.ckpt, config.yaml (for fit and test), report.md, report.json and the plots.
         """
-        found = compress(model, datamodule, self, checkpoint, Path(out))
+        tunes = any(isinstance(each, Autotune) and each.measures(self) for each in self.callbacks)  # type: ignore[attr-defined]
+        found = compress(model, datamodule, self, checkpoint, Path(out), tunes=tunes)
         if self.is_global_zero:
             found.report.show(Console())
         self.resolved_rules = found.rules

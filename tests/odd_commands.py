@@ -51,8 +51,8 @@ OPTIONS = [
     )),
     *(f"data.{name}" for name in ("batch_size", "val_fraction", "split_seed", "augment", "mean", "std", "root", "num_workers")),
     *(f"model_checkpoint.{name}" for name in ("monitor", "mode", "save_top_k", "every_n_epochs", "dirpath", "filename")),
-    "rank_schedule.ranks", "rank_schedule.pattern", "seed_everything", "ckpt_path", "checkpoint", "out", "dense", "nonsense",
-    "model", "data", "trainer", "config",
+    "rank_schedule.ranks", "rank_schedule.pattern", "autotune.enabled", "seed_everything", "ckpt_path", "checkpoint", "out",
+    "dense", "nonsense", "model", "data", "trainer", "config",
 ]  # fmt: skip
 VALUES = [
     None, True, False, 0, -1, 1, 2, 0.5, -0.5, 1e300, -1e300, float("nan"), float("inf"), 10**30, "", " ", "x", "null", "two",

@@ -583,7 +583,11 @@ def test_compress_writes_everything(compressed: Path) -> None:
     report = json.loads((compressed / "report.json").read_text())
     assert set(report["accuracy"]) == {"dense", "right after"}
     assert report["totals"]["params"] < 0.5 * report["totals"]["dense_params"]
-    assert all(0 < layer["error"] < 1 for layer in report["layers"] if layer["rank"])
+    factorized = [layer for layer in report["layers"] if layer["rank"]]
+    assert all(0 < layer["error"] < 1 for layer in factorized)
+    assert report["timings"].keys() == {layer["name"] for layer in factorized}
+    assert all(timing["training"]["seconds"] > 0 for timing in report["timings"].values())
+    assert "- timed       inference" in (compressed / "report.md").read_text()
 
 
 def test_compressed_config_has_integer_ranks(compressed: Path, dense: Path) -> None:
@@ -593,6 +597,7 @@ def test_compressed_config_has_integer_ranks(compressed: Path, dense: Path) -> N
     ranks = {rule["pattern"]: rule["rank"] for rule in model["rules"] if rule["method"] != "dense"}
     assert {"conv3", "conv4", "fc1"} <= ranks.keys()
     assert all(isinstance(rank, int) for each in ranks.values() for rank in each)
+    assert all("64x" in rule["plan"]["measured_on"] for rule in model["rules"] if rule["method"] != "dense")
 
 
 def test_fit_starts_from_the_compressed_net(compressed: Path, tmp_path: Path) -> None:

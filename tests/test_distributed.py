@@ -121,7 +121,9 @@ def config(folder: Path, *callbacks: dict[str, object], **model: object) -> list
     path = folder / "options.yaml"
     data = {"class_path": "tests.processes.OddDigits", "init_args": {"batch_size": 32}}
     trainer = {"callbacks": [save, *callbacks], "max_epochs": 2, "limit_train_batches": 10}
-    path.write_text(yaml.safe_dump({"data": data, "model": {**MODEL, **model}, "trainer": trainer}))
+    untimed = {"enabled": False}  # each of several runs would measure something else
+    options = {"data": data, "model": {**MODEL, **model}, "trainer": trainer, "autotune": untimed}
+    path.write_text(yaml.safe_dump(options))
     return ["-c", str(path), *CPU, *output_to(folder)]
 
 

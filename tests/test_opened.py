@@ -700,7 +700,7 @@ def test_inputs_are_multiplied_once_and_states_step_by_step() -> None:
 def test_factors_are_merged_once_for_all_steps_and_get_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Any = factorized(open_module(nn.LSTM(6, 5, proj_size=3, dtype=torch.float64)), 2)
     x, merges, merge = normal(7, 3, 6), [], FactorizedLinear._make
-    monkeypatch.setattr(FactorizedLinear, "_make", lambda layer, name: merges.append(layer) or merge(layer, name))
+    monkeypatch.setattr(FactorizedLinear, "_make", lambda layer, *given: merges.append(layer) or merge(layer, *given))
 
     def gradients() -> dict[str, Tensor]:
         opened.zero_grad()

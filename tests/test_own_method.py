@@ -220,9 +220,9 @@ def test_an_error_of_a_method_s_own_keeps_its_cause() -> None:
 @pytest.mark.parametrize("plan", [None, 3, "dens"])
 def test_plans_are_checked(plan: Any) -> None:
     layer = FactorizedConv2d(8, 8, 3, method=Tucker(2))
-    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense' or groups"):
+    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense', groups"):
         layer.set_plan(plan)
-    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense' or groups"):
+    with pytest.raises(ValueError, match="expected 'auto', 'factors', 'dense', groups"):
         FactorizedConv2d(8, 8, 3, method=Tucker(2), plan=plan)
     layer.set_plan([["input"], ["core", "output"]])  # type: ignore[arg-type]
     assert layer.plan_choice == (("input",), ("core", "output"))

@@ -384,18 +384,18 @@ def test_a_weight_that_is_not_finite_is_named(case: Case, value: float) -> None:
 
 
 def test_a_layer_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Converting makes one spec, compiles one plan, and draws nothing at random; truncating makes what it decides on."""
+    """Converting makes one spec, compiles a plan for each mode, and draws nothing at random; truncating makes what it decides on."""
     specs, plans = [], []
     settled, compiled = LayerSpec.__post_init__, LayerSpec.compile
     monkeypatch.setattr(LayerSpec, "__post_init__", lambda spec: (specs.append(spec), settled(spec))[1])
-    monkeypatch.setattr(LayerSpec, "compile", lambda *given: (plans.append(given), compiled(*given))[1])
+    monkeypatch.setattr(LayerSpec, "compile", lambda *given, **by: (plans.append(given), compiled(*given, **by))[1])
     net = nn.Sequential(nn.Conv2d(8, 8, 3))
     state = torch.get_rng_state()
     tensorize(net, [Rule("0", Tucker((6, 4)))])
-    assert (len(specs), len(plans)) == (1, 1)
+    assert (len(specs), len(plans)) == (1, 2)
     torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
     truncate(net, [Rule("0", Tucker((3, 2)))])
-    assert len(plans) == 2
+    assert len(plans) == 4
 
 
 NAN = nn.Sequential(nn.Linear(8, 8))

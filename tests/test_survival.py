@@ -39,6 +39,7 @@ def config(folder: Path, ranks: dict[object, str], *callbacks: object, **trainer
         "data": {"class_path": "lightning_modules.data.Digits", "init_args": {"batch_size": 128, "augment": "crop"}},
         "model": MODEL,
         "rank_schedule": {"ranks": ranks},
+        "autotune": {"enabled": False},  # of several runs each would measure something else
         "trainer": {"callbacks": [averages, *callbacks], "accelerator": "cpu", **trainer},
     }
     path.write_text(yaml.safe_dump(options))

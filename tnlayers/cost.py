@@ -143,8 +143,9 @@ def estimate(
         values = read + written + weight
         if roles.before != roles.wanted:
             values += 2 * read
-        if training and operation == "bmm":  # its weight's gradient is made for each matrix of the batch, then summed
-            values += 2 * batch * size_of(roles.ahead, sizes) * weight
+        if training and operation == "bmm" and (axes or roles.behind):
+            # The gradient of the weight is made for each matrix of the batch, mostly in the cache, and summed.
+            values += batch * size_of(roles.ahead, sizes) * weight // 4
         total += passes * (rate.seconds(compute, min(consumed, produced)) + values / machine.values) + rate.launch
         if training:
             total += passes * machine.rates["linear"].seconds(roles.merge.macs(sizes), _MERGING_WIDTH)

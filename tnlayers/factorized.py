@@ -21,7 +21,7 @@ from tnlayers.linalg import precise, relative_error
 from tnlayers.merged import Merging
 from tnlayers.method import Factorization
 from tnlayers.ranks import Rank, Ranks
-from tnlayers.schedule import PlanChoice, check_plan
+from tnlayers.schedule import PlanChoice, at_other_ranks, check_plan, is_measured
 from tnlayers.spec import LayerSpec
 
 __all__ = ["FactorizedLayer", "Fill", "Init"]
@@ -281,7 +281,7 @@ class FactorizedLayer(Merging):
 
         Args:
             rank: the new rank; an int lowers every bond that is above it.
-            plan: how it is computed from then on; None keeps what was chosen.
+            plan: how it is computed from then on; None keeps what was chosen, unless that was measured at the old rank.
 
         Returns:
             ||W - W~||_F / ||W||_F against the weight before.
@@ -292,9 +292,9 @@ class FactorizedLayer(Merging):
         rank = self.spec.method.with_rank(rank).rank  # refuses what the method cannot have
         if isinstance(rank, int) and rank > max(self.ranks):
             rank = (rank,) * len(self.ranks)  # which says that it is too high
-        (choice,) = settle([self.slot()], rank, plan or self.plan_choice)
+        (choice,) = settle([self.slot()], rank, plan or at_other_ranks(self.plan_choice))
         if choice.spec in (None, self.spec):  # the layer may be as small as it can be
-            self.set_plan(choice.plan)
+            self.set_plan(self.plan_choice if plan is None and is_measured(self.plan_choice) else choice.plan)
             return 0.0
         assert choice.spec is not None
         weight = self._precise_weight()
@@ -321,7 +321,7 @@ class FactorizedLayer(Merging):
         with suppress(UserError):
             found = self.spec.of_parameters(shapes)
             if found.ranks != self.ranks:
-                self._become(found, self.plan_choice, anew=True, **self._like)
+                self._become(found, at_other_ranks(self.plan_choice), anew=True, **self._like)
                 warnings.warn(
                     f"{prefix.rstrip('.') or type(self).__name__}: rank {found.ranks} adopted from the loaded state; "
                     "an optimizer made before holds the old factors: make it anew",

@@ -27,7 +27,9 @@ __all__ = [
     "Partition",
     "PlanChoice",
     "Schedule",
+    "at_other_ranks",
     "check_plan",
+    "is_measured",
     "of_mode",
     "partition_of",
     "partitions",
@@ -91,6 +93,8 @@ class ByMode:
             if isinstance(plan, ByMode):
                 raise UserError(f"{mode} plan {plan!r}: expected one plan")
             object.__setattr__(self, mode, plan)
+        if not isinstance(self.measured_on, str):
+            raise UserError(f"measured_on {self.measured_on!r}: expected the name of a machine")
 
 
 PlanChoice = OnePlan | ByMode
@@ -124,6 +128,16 @@ def of_mode(plan: PlanChoice, *, training: bool) -> OnePlan:
     if isinstance(plan, ByMode):
         return plan.training if training else plan.inference
     return plan
+
+
+def is_measured(plan: PlanChoice) -> bool:
+    """Tells whether a choice was found by measuring, rather than asked for or estimated."""
+    return isinstance(plan, ByMode) and bool(plan.measured_on)
+
+
+def at_other_ranks(plan: PlanChoice) -> PlanChoice:
+    """Returns what is left of a choice where the ranks change: what was measured says nothing of those."""
+    return "auto" if is_measured(plan) else plan
 
 
 def plain_plan(plan: PlanChoice) -> Any:

@@ -21,7 +21,8 @@ from tnlayers.ranks import Rank, RankRule
 from tnlayers.reasons import refusal, weight_owners, weight_type
 from tnlayers.rules import Rule, fits
 from tnlayers.settling import settle_rules
-from tnlayers.tracing import Example
+from tnlayers.tracing import Example, factorized_layers
+from tnlayers.tuning import autotune, check_values
 
 __all__ = [
     "factorize",
@@ -130,7 +131,12 @@ def _check_weight(name: str, layer: nn.Module, rank: Rank, init: Init) -> None:
 
 
 def tensorize(
-    model: Model, rules: Sequence[Rule], *, init: Init = "decompose", example_input: Example | None = None
+    model: Model,
+    rules: Sequence[Rule],
+    *,
+    init: Init = "decompose",
+    example_input: Example | None = None,
+    tune: bool = False,
 ) -> Model:
     """Replaces layers in place by factorized ones and returns the model (the layer itself if the model is one layer).
 
@@ -139,13 +145,22 @@ def tensorize(
         rules: rules, resolved or not; see `resolve`.
         init: "decompose" keeps the weights as closely as the ranks allow; "random" initialises anew.
         example_input: what the model takes; see `resolve`.
+        tune: whether to measure how each of these layers is computed the fastest; see `autotune`. It takes the place of the
+            plans that the rules name. By default nothing is measured, so that the same call always makes the same model, with
+            the multiply-accumulates that `resolve` counted.
 
     Raises:
-        ValueError: what `resolve` raises.
+        ValueError: what `resolve` raises, and `autotune` with `tune`.
     """
+    if tune:
+        check_values(model, example_input)
     before = [weakref.ref(parameter) for parameter in model.parameters()]
-    model = _tensorized(model, _resolved(model, rules, example_input, init), init)
+    resolved = _resolved(model, rules, example_input, init)
+    model = _tensorized(model, resolved, init)
     warn_of_optimizers(before, model)
+    taken = {name for name, choice in resolved.items() if choice.spec}
+    if taken and tune and example_input is not None:
+        autotune(model, example_input, layers=taken)
     return model
 
 
@@ -204,7 +219,7 @@ def to_dense(model: Model, rules: Sequence[Rule] | None = None) -> Model:
 
 def matching_layers(model: nn.Module, rules: Sequence[Rule] | None) -> dict[str, FactorizedLayer]:
     """Returns the factorized layers that one of the rules matches, by name; all of them where there are no rules."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
+    layers = factorized_layers(model)
     return {name: layer for name, layer in layers.items() if rules is None or _matches(rules, name, layer)}
 
 
@@ -216,11 +231,10 @@ def _matches(rules: Sequence[Rule], name: str, layer: FactorizedLayer) -> bool:
 
 def rules_of(model: nn.Module) -> list[Rule]:
     """Returns what the factorized layers of a model are, as resolved rules: the structure that a checkpoint has to carry."""
-    plans = {name: layer.plan_choice for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    return [Rule(name, method, plan=plans[name]) for name, method in methods_of(model).items()]
+    layers = factorized_layers(model)
+    return [Rule(name, method, plan=layers[name].plan_choice) for name, method in methods_of(model).items()]
 
 
 def methods_of(model: nn.Module) -> dict[str, Factorization]:
     """Returns the methods of the factorized layers, by name."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
-    return named_apart(layers)
+    return named_apart(factorized_layers(model))

@@ -17,6 +17,7 @@ __all__ = [
     "calls_of",
     "countable_layers",
     "evaluating",
+    "factorized_layers",
     "layer_inputs",
     "map_tensors",
     "num_samples",
@@ -83,6 +84,11 @@ def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if type(module) in DENSE or isinstance(module, FactorizedLayer)
     }
+
+
+def factorized_layers(model: nn.Module) -> dict[str, FactorizedLayer]:
+    """Returns the factorized layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, FactorizedLayer)}
 
 
 def layer_inputs(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from tnlayers.kept import kept_bytes
 from tnlayers.layers import FactorizedEmbedding
 from tnlayers.plan import Plan
 from tnlayers.schedule import ByMode, OnePlan, Schedule, of_mode
-from tnlayers.tracing import Example, evaluating, layer_inputs
+from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, layer_inputs, tensors_in
 
-__all__ = ["Timing", "Tuned", "autotune"]
+__all__ = ["Progress", "Timing", "Tuned", "autotune", "check_values"]
 
 _CANDIDATES = 6  # how many of the cost model's favourites are measured
 _HOPELESS = 1.25  # of the fastest
@@ -56,10 +56,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found for a layer; None for a mode that was not asked for."""
+    """What was found for a layer; None for a mode that was not asked for.
+
+    Attributes:
+        inference: of a call in evaluation.
+        training: of a call in training.
+        num_calls: how often the model calls the layer.
+    """
 
     inference: Timing | None
     training: Timing | None
+    num_calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def autotune(
     inference: bool = True,
     training: bool = True,
     lean: bool = False,
+    layers: Container[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tuned]:
     """Measures how each factorized layer is computed the fastest, and has it computed so from then on.
@@ -105,37 +113,58 @@ def autotune(
         lean: whether a layer in training shall keep no more bytes for its backward pass than the dense layer does, of
             activations, merged weights, parameters and their gradients. Where a plan would keep more, the activations between
             its steps are made again in the backward pass, which takes most of another forward call; that is measured with it.
+        layers: the names of those to measure; by default all, whatever their plans are.
         progress: is told of each layer; nothing is printed.
 
     Returns:
         Name -> what was found. Layers that the example does not reach are absent, and so are embeddings, which have one plan.
 
     Raises:
-        UserError: the model has no factorized layer that the example reaches.
+        UserError: there are no values to compute with, or the model has no factorized layer that the example reaches.
     """
+    check_values(model, example_input)
     forms = layer_inputs(model, example_input, _Form.of)
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactorizedLayer) and not isinstance(layer, FactorizedEmbedding) and name in forms
-    }
-    if not layers:
+    reached = {name: layer for name, layer in factorized_layers(model).items() if name in forms}
+    if not reached:
         raise UserError("there is no factorized layer that the example input reaches; tensorize the model first")
+    chosen = {
+        name: layer
+        for name, layer in reached.items()
+        if not isinstance(layer, FactorizedEmbedding) and (layers is None or name in layers)
+    }
     known: dict[Any, Tuned] = {}
     found = {}
-    for done, (name, layer) in enumerate(layers.items()):
+    for done, (name, layer) in enumerate(chosen.items()):
         if progress is not None:
-            progress(f"timing {name}", done, len(layers))
+            progress(f"timing {name}", done, len(chosen))
         form = max(forms[name], key=lambda form: math.prod(form.shape))
         trains = tuple(factor.requires_grad for factor in layer.parameters())
         key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"]
         if key not in known:
             known[key] = _measured(layer, form, inference=inference, training=training, lean=lean)
-        found[name] = known[key]
+        found[name] = replace(known[key], num_calls=len(forms[name]))
         layer.set_plan(_choice(layer, found[name], _machine(form)))
     if progress is not None:
-        progress("timing layers", len(layers), len(layers))
+        progress("timing layers", len(chosen), len(chosen))
     return found
+
+
+def check_values(model: nn.Module, example_input: Example | None) -> None:
+    """Checks that there is something to measure with.
+
+    Raises:
+        UserError: no tensor in the example, or values that are on the meta device.
+    """
+    given = list(tensors_in(arguments_of(example_input))) if example_input is not None else []
+    if not given:
+        raise UserError(
+            f"example_input {example_input!r}: layers are timed on what reaches them; expected what the model takes, such as "
+            "torch.zeros(32, 3, 224, 224)"
+        )
+    if any(value.is_meta for value in (*given, *model.parameters())):
+        raise UserError(
+            "the meta device has no values to compute with, so nothing can be timed there; move the model and the example first"
+        )
 
 
 def _choice(layer: FactorizedLayer, tuned: Tuned, machine: str) -> ByMode:
@@ -160,11 +189,10 @@ def _measured(layer: FactorizedLayer, form: _Form, *, inference: bool, training:
         x, dense = form.drawn(), layer.to_dense()
         if x.dim() == 4 and not x.is_contiguous():
             dense = dense.to(memory_format=torch.channels_last)
-        timings = [
-            _fastest(layer, dense, x, training=mode, lean=lean) if asked else None
-            for mode, asked in ((False, inference), (True, training))
-        ]
-    return Tuned(*timings)
+        return Tuned(
+            _fastest(layer, dense, x, training=False, lean=lean) if inference else None,
+            _fastest(layer, dense, x, training=True, lean=lean) if training else None,
+        )
 
 
 def _fastest(layer: FactorizedLayer, dense: nn.Module, x: Tensor, *, training: bool, lean: bool) -> Timing:
@@ -238,6 +266,7 @@ def _stepped(compute: Callable[..., Tensor], parameters: Sequence[Tensor], x: Te
     x = x.detach().requires_grad_()
 
     def call() -> Any:
+        torch.clear_autocast_cache()  # each step of a training casts its weights anew
         with torch.enable_grad():
             y = compute(x)
             return torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))

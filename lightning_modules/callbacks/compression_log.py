@@ -11,10 +11,11 @@ from lightning_modules.compression import layer_metrics, log_report
 from lightning_modules.loggers import run_folder
 from lightning_modules.plots import Spectrum, plot_spectra, png
 from lightning_modules.report import Report
-from lightning_modules.tensorized import example_input, factorized_layers, tensorized_net
+from lightning_modules.tensorized import example_input, tensorized_net
 from tnlayers import FactorizedLayer, Summary, summarize
 from tnlayers.files import write_files
 from tnlayers.linalg import effective_rank, precise, singular_values
+from tnlayers.tracing import factorized_layers
 
 __all__ = ["CompressionLog"]
 

@@ -26,11 +26,11 @@ from lightning_modules.tensorized import (
     budget_rules,
     copied,
     example_input,
-    factorized_layers,
     tensorized_net,
 )
 from tnlayers import CheckpointError, MacsKept, ParamsKept, Rule, fraction_kept, rules_from_plain, truncate
 from tnlayers.errors import UserError, about, as_checkpoint_error, message, shortened
+from tnlayers.tracing import factorized_layers
 
 __all__ = ["RankSchedule"]
 
