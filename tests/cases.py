@@ -113,7 +113,7 @@ _DENSE: dict[type[nn.Module], tuple[dict[str, Any], tuple[int, ...]]] = {
 
 CASES = (
     Case(TuckerConv2d, (5, 4), (3, 2), ("input", "core", "output"), trained=6),
-    Case(CPConv2d, 9, 4, ("input", "height", "width", "output"), trained=24),
+    Case(CPConv2d, 9, 3, ("input", "height", "width", "output"), trained=24),
     Case(MPSConv2d, (4, 6, 5), (3, 3, 3), ("input", "height", "width", "output"), trained=8),
     Case(MPSConv2d, (3, 6, 8), (2, 4, 3), ("height", "width", "input", "output"), {"order": "h w i o"}),
     Case(LowRankConv2d, 6, 3, ("vertical", "horizontal"), trained=12),

@@ -87,6 +87,7 @@ FLOORS = [
     "tracing",
     "opened",
     "layers",
+    "kept",
     "tuning",
     "joint",
     "methods",
