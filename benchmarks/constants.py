@@ -25,7 +25,7 @@ from lightning_modules.report import environment
 from tnlayers import CP, MPS, SVD, TT, Factorization, FactorizedLayer, LowRank, ParamsKept, Rule, Tucker, tensorize
 from tnlayers.cost import Machine, Rate, estimate, schedules
 from tnlayers.schedule import Schedule
-from tnlayers.tuning import _computing, _evaluated, _stepped
+from tnlayers.tuning import timed_calls
 
 ROUNDS = 8
 CONVS = [(64, 64, 56, 3), (128, 128, 28, 3), (256, 256, 14, 3), (512, 512, 7, 3), (16, 16, 32, 3), (32, 32, 16, 3)]
@@ -50,14 +50,11 @@ def layers() -> Iterator[tuple[str, nn.Module, Factorization, torch.Tensor]]:
 
 def measured(layer: FactorizedLayer, x: torch.Tensor, *, training: bool) -> dict[Schedule, float]:
     """Returns the least seconds of this thread's processor for each schedule; what is far behind after two rounds drops out."""
-    every = list(schedules(layer.spec.network, layer.spec.sizes, layer.spec.geometry.axes))
+    spec = layer.spec
+    every = list(schedules(spec.network, spec.sizes, spec.geometry.axes, spec.plans))
     if x.dim() == 4:
         every = [one for one in every if "bmm" not in one.operations] or every
-    form = _stepped if training else _evaluated
-    calls: dict[Schedule, Any] = {}
-    for one in every:
-        plan: Any = layer.spec.compile(one, "cpu")
-        calls[one] = form(*_computing(layer, plan, training=training), x)
+    calls = timed_calls(layer, every, x, training=training)
     least = dict.fromkeys(calls, math.inf)
     for number in range(ROUNDS):
         near = min(least.values()) * (2 if number > 2 else math.inf)

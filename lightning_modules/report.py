@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.plots import plot_accuracy, plot_layers, png
-from lightning_modules.timings import plain_timings, timed
+from lightning_modules.timing_report import plain_timings, timed
 from tnlayers import Summary
 from tnlayers.files import write_files
 from tnlayers.summary import LayerSummary, Totals, kept, percent

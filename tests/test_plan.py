@@ -124,7 +124,7 @@ def test_the_choice_follows_the_costs() -> None:
         def seconds(schedule: Schedule) -> float:
             return estimate(network, sizes, schedule, axes, machine, (28, 28), 32, training=False)
 
-        return len(min(cost_schedules(network, sizes, axes), key=seconds).groups)
+        return len(min(cost_schedules(network, sizes, axes, partitions(tuple(network.factors))), key=seconds).groups)
 
     assert steps(low, machine) == 3
     assert steps(low | {"r": 256, "s": 256}, machine) == 1

@@ -140,7 +140,7 @@ def test_a_lean_layer_keeps_no_more_than_the_dense_one(size: int, channels_last:
     x = torch.randn(4, 16, size, size)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     dense = layer.to_dense()
-    autotune(layer, x, inference=False, lean=True)
+    autotune(layer, x, lean=True)
     most = kept_bytes(dense, list(dense.parameters()), x)
     assert kept_bytes(layer, list(layer.parameters()), x) <= most
     assert isinstance(layer.training_plan, Plan)

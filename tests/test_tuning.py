@@ -14,10 +14,11 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from benchmarks import constants
 from lightning_modules import ImageClassifier, TensorizedCheckpoint
 from lightning_modules.callbacks import Autotune
 from lightning_modules.data import Digits
-from lightning_modules.timings import timed
+from lightning_modules.timing_report import timed
 from lightning_modules.tuning import tune
 from tests.cases import CASES, Case
 from tests.tolerances import EXACT, FLOAT64
@@ -38,7 +39,7 @@ from tnlayers import (
     tuning,
 )
 from tnlayers.cost import schedules
-from tnlayers.schedule import is_measured, plain_plan
+from tnlayers.schedule import check_plan, is_measured, plain_plan
 from tnlayers.tuning import Timing, Tuned
 
 pytestmark = pytest.mark.filterwarnings("ignore:ADTN. .* leave a relative error")
@@ -91,19 +92,27 @@ def test_no_value_changes(case: Case, clock: Any) -> None:
 
 @pytest.mark.parametrize("fastest", [APART, DENSE], ids=["apart", "dense"])
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_the_fastest_is_chosen_for_its_mode(mode: str, fastest: Schedule, clock: Any) -> None:
-    layer = TuckerConv2d(64, 64, 3, rank=4, plan=(("input", "core"), ("output",)))
-    clock(lambda schedule: 0.5 if schedule and schedule.groups == fastest.groups else 1.0)
-    (found,) = autotune(
-        layer, torch.randn(2, 64, 16, 16), **{"inference": False, "training": False, mode: True}
-    ).values()
-    timing, other = (getattr(found, name) for name in (mode, {"inference": "training", "training": "inference"}[mode]))
+def test_the_fastest_is_chosen_for_its_mode(
+    mode: str, fastest: Schedule, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = TuckerConv2d(64, 64, 3, rank=4)
+    slow = Schedule((("input", "core"), ("output",)), ("convolution",) * 2)
+    stepped, modes = tuning._stepped, []
+    monkeypatch.setattr(tuning, "_stepped", lambda *given: modes.append("training") or stepped(*given))
+
+    def seconds(schedule: Schedule | None) -> float:
+        now = modes[-1] if modes else "inference"
+        return 1.0 if schedule is None else 0.5 if schedule.groups == (fastest if now == mode else slow).groups else 2.0
+
+    clock(seconds)
+    (found,) = autotune(layer, torch.randn(2, 64, 16, 16)).values()
+    timing = getattr(found, mode)
     assert timing.schedule.groups == fastest.groups
-    assert (timing.seconds, timing.dense_seconds, other) == (0.5, 1.0, None)
+    assert (timing.seconds, timing.dense_seconds) == (0.5, 1.0)
     assert (timing.speedup, timing.is_dense) == (2.0, fastest == DENSE)
     plans = {"inference": layer.plan, "training": layer.training_plan}
     assert plans.pop(mode).schedule == timing.schedule  # type: ignore[union-attr]
-    assert plans.popitem()[1].groups == (("input", "core"), ("output",))
+    assert plans.popitem()[1].groups == slow.groups
 
 
 def test_equal_layers_are_measured_once(clock: Any) -> None:
@@ -170,7 +179,7 @@ LAYER, PICTURES = TuckerConv2d(4, 4, 3, rank=2), torch.zeros(2, 4, 9, 9)
         (LAYER, None, "example_input None: layers are timed on what reaches them"),
         (LAYER, PICTURES.to("meta"), "the meta device has no values"),
         (copy.deepcopy(LAYER).to("meta"), PICTURES, "the meta device has no values"),
-        (nn.Conv2d(4, 4, 3), PICTURES, "no factorized layer that the example input reaches"),
+        (nn.Conv2d(4, 4, 3), PICTURES, "no factorized layer to time"),
     ],
 )
 def test_what_cannot_be_timed_is_said(model: nn.Module, example: Any, message: str) -> None:
@@ -205,7 +214,7 @@ def drawn(seed: int) -> nn.Sequential:
     """Layers with any schedules for the two modes, as if they had been measured."""
     rng, net = random.Random(seed), dense()
     for layer in tensorize(net, [Rule("*", Tucker(2))]):
-        possible = list(schedules(layer.spec.network, layer.spec.sizes, layer.spec.geometry.axes))
+        possible = list(schedules(layer.spec.network, layer.spec.sizes, layer.spec.geometry.axes, layer.spec.plans))
         layer.set_plan(ByMode(rng.choice(possible), rng.choice(possible), rng.choice(["", "a machine"])))
     return net
 
@@ -347,12 +356,63 @@ def test_fit_tunes_where_it_begins(clock: Any, tmp_path: Path, monkeypatch: pyte
 
 def test_what_was_measured_is_said_in_one_line() -> None:
     fast, slow, like_dense = Timing(APART, 1.0, 3.0), Timing(APART, 2.0, 1.0), Timing(DENSE, 1.0, 0.94)
-    tuned = {"a": Tuned(fast, slow, 2), "b": Tuned(like_dense, None)}
+    tuned = {"a": Tuned(fast, slow, 2), "b": Tuned(like_dense, fast)}
     assert timed(tuned) == (
-        "inference 2.31x, training 0.50x as fast as dense, in 2 layers; 1 compute like dense in inference, since nothing is "
+        "inference 2.31x, training 1.00x as fast as dense, in 2 layers; 1 compute like dense in inference, since nothing is "
         "faster: b (0.94x); slower than dense in training: a (0.50x)"
     )
-    assert timed({"a": Tuned(fast, None)}) == "inference 3.00x as fast as dense, in 1 layers"
+    assert timed({"a": Tuned(fast, fast)}) == "inference 3.00x, training 3.00x as fast as dense, in 1 layers"
+
+
+class Broadcast(nn.Module):
+    """Gives its layer one vector for all rows, without a copy, as class tokens and queries are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x[:1].expand(8, 32))
+        return out
+
+
+def test_expanded_inputs_are_timed() -> None:
+    net, x = Broadcast(), torch.randn(2, 32)
+    tensorize(net, [Rule("layer", LowRank(4))], example_input=x, tune=True)
+    assert is_measured(net.layer.plan_choice)  # type: ignore[arg-type]
+
+
+def test_a_frozen_layer_is_compared_with_a_frozen_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Sequential(nn.Linear(32, 32)).requires_grad_(False), torch.randn(2, 32)
+    tensorize(net, [Rule("0", LowRank(4))])
+    asked: list[int] = []
+    monkeypatch.setattr(tuning, "_stepped", lambda _, parameters, __: asked.append(len(parameters)) or (lambda: None))
+    autotune(net, x)
+    assert {*asked} == {0}
+
+
+@pytest.mark.parametrize("layers", ["10", ["typo"]])
+def test_names_of_no_layers_are_refused(layers: Any) -> None:
+    net = nn.Sequential(TuckerConv2d(8, 8, 3, rank=2), TuckerConv2d(8, 8, 3, rank=2))
+    with pytest.raises(UserError, match="expected names of factorized layers"):
+        autotune(net, torch.randn(1, 8, 9, 9), layers=layers)
+
+
+def test_plans_by_mode_do_not_nest() -> None:
+    nested: Any = "dense"
+    for _ in range(5000):
+        nested = {"inference": nested, "training": "dense"}
+    with pytest.raises(UserError, match="expected one plan"):
+        check_plan(nested)
+
+
+def test_the_constants_of_the_cost_model_can_be_measured() -> None:
+    layer = TuckerConv2d(8, 8, 3, rank=2)
+    x = torch.randn(1, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    for training in (False, True):
+        found = constants.measured(layer, x, training=training)
+        assert len(found) == 7
+        assert all(seconds > 0 for seconds in found.values())
 
 
 def test_a_plan_of_a_rule_has_a_plain_form() -> None:

@@ -52,7 +52,7 @@ def _chain(layer: FactorizedLayer) -> nn.Sequential:
             "by `to_dense`, or leave it by giving rules for the others"
         )
     with torch.no_grad():
-        weights = layer._make("_merged", plan)
+        weights = layer.merged_weights(plan)
     made: OrderedDict[str, nn.Module] = OrderedDict()
     for group, step, weight in zip(plan.groups, plan.steps, weights, strict=True):
         name, last = "_".join(group), step is plan.steps[-1]

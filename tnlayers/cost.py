@@ -1,13 +1,13 @@
 """What a plan costs: multiply-accumulates exactly, and a model of the time that tells which plan is the fastest."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tnlayers.network import Indices, Network, Sizes, size_of
 from tnlayers.roles import Operation, Partition, roles_of
-from tnlayers.schedule import Schedule, partitions
+from tnlayers.schedule import Schedule
 from tnlayers.steps import Axis, possible_operations
 
 __all__ = ["Machine", "Rate", "estimate", "macs", "schedules"]
@@ -37,9 +37,11 @@ def macs(
     return sum(positions * size_of(run, sizes) for positions, run in products(network, partition, axes, input_size))
 
 
-def schedules(network: Network, sizes: Sizes, axes: Mapping[str, Axis]) -> Iterator[Schedule]:
-    """Yields every partition with each operation in all the steps that it can compute, and the plainest one in the others."""
-    for groups in partitions(tuple(network.factors)):
+def schedules(
+    network: Network, sizes: Sizes, axes: Mapping[str, Axis], every: Iterable[Partition]
+) -> Iterator[Schedule]:
+    """Yields each partition with each operation in all the steps that it can compute, and the plainest one in the others."""
+    for groups in every:
         possible = [possible_operations(roles, axes, sizes) for roles in roles_of(network, groups)]
         kinds = dict.fromkeys(operation for known in possible for operation in known)
         found = (Schedule(groups, tuple(kind if kind in known else known[0] for known in possible)) for kind in kinds)

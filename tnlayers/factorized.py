@@ -49,6 +49,7 @@ class FactorizedLayer(Merging):
 
     bias: nn.Parameter | None
     decomposition_error: float | None
+    _compiled_for: str
 
     def __init_subclass__(cls) -> None:
         """Shows the options of the method that a layer names in place of its `**options`: they are the method's own signature."""
@@ -121,11 +122,18 @@ class FactorizedLayer(Merging):
 
     def set_plan(self, plan: PlanChoice) -> None:
         """Chooses how the layer is computed; see `tnlayers.schedule`."""
-        plan, device = check_plan(plan), self._like["device"].type
-        self.plan = self.spec.compile(plan, device)
-        self.training_plan = self.spec.compile(plan, device, training=True)
-        self.plan_choice = plan
+        self.plan_choice = check_plan(plan)
+        self._compile()
         self._keep()
+
+    def _compile(self) -> None:
+        self._compiled_for = self._like["device"].type
+        self.plan = self.spec.compile(self.plan_choice, self._compiled_for)
+        self.training_plan = self.spec.compile(self.plan_choice, self._compiled_for, training=True)
+
+    def _moved(self) -> None:
+        if self._like["device"].type not in (self._compiled_for, "meta"):  # other operations are the fastest there
+            self._compile()
 
     def reset_parameters(self) -> None:
         """Gives the reconstructed weight the standard deviation that the dense layer's own initialisation has."""

@@ -83,7 +83,7 @@ class FactorizedConv2d(_Convolution):
     """Signature and attributes of `nn.Conv2d`, plus `method` and `plan`; (n, i, h, w) or (i, h, w) in, (n, o, h', w') out.
 
     Args:
-        plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
+        plan: "auto" (the fastest by the cost model), "factors", "dense", groups of factor names, a `Schedule` or a `ByMode`.
         options: the method, or the method's own options where the class fixes it: `rank` (an int, one int a bond,
             `ParamsKept`, `MacsKept` or `RelativeError`, the last from dense only), and others, such as `order` of MPS.
 
@@ -170,7 +170,7 @@ class FactorizedLinear(_Planned):
     """Signature and attributes of `nn.Linear`, plus `method` and `plan`; (..., i) in, (..., o) out.
 
     Args:
-        plan: "auto" (the cheapest), "factors", "dense", or groups of factor names.
+        plan: "auto" (the fastest by the cost model), "factors", "dense", groups of factor names, a `Schedule` or a `ByMode`.
         options: as of `FactorizedConv2d`; another is `in_shape` of TT.
 
     Raises:

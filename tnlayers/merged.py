@@ -162,6 +162,10 @@ class Merging(Leaf):
         plan = self.training_plan if self._takes_gradients() else self.plan
         return plan, self._make("_merged", plan)
 
+    def merged_weights(self, plan: Any) -> list[Tensor]:
+        """Returns the weights of the steps of any plan of this layer, merged anew and differentiable in the factors."""
+        return self._make("_merged", plan)
+
     def _takes_gradients(self) -> bool:
         """Tells whether gradients may flow into the factors in this call."""
         if self.training:
@@ -231,13 +235,17 @@ class Merging(Leaf):
         """Factors have no memory format: `to(memory_format=...)` is about pictures, and torch refuses it for five dimensions."""
         with torch.inference_mode(False):
             super()._apply(lambda x: fn(x.reshape(-1)).view(x.shape) if x.dim() > 3 else fn(x), recurse)
+        self._moved()
         self._keep()
         return self
+
+    def _moved(self) -> None:
+        """Is called when the factors may have come to another device."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is derived; a shallow copy has modules and parameters of its own to exchange."""
         own = {name: dict(getattr(self, name)) for name in ("_modules", "_parameters")}
-        return self.__dict__ | own | {"_merged": None, "_whole": None}
+        return self.__dict__ | own | {"_merged": None, "_whole": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,7 +12,6 @@ step last, a bmm step anywhere. What it produces comes last, or after a bmm step
 a tensor train is contracted from one end to the other without any index being moved.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -69,7 +68,7 @@ def _ends(network: Network) -> tuple[Indices, Indices, Indices]:
 
 @lru_cache(maxsize=4096)  # rank rules ask for the same few thousands of times
 def roles_of(
-    network: Network, partition: Partition, operations: Sequence[Operation] | None = None
+    network: Network, partition: Partition, operations: tuple[Operation, ...] | None = None
 ) -> tuple[Roles, ...]:
     """Returns the roles of the indices in each step; without operations, those of convolutions and linear steps."""
     inputs, outputs, spatial = _ends(network)

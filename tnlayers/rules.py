@@ -158,7 +158,7 @@ def rank_from_text(value: Any, **more: type[Any]) -> Any:
             raise UserError(
                 f"rank {value!r}: {key}={text} is not understood; {rule.__name__} takes {' and '.join(known)}, once each"
             )
-    return rule(number, **{key: int(text) if text.isdecimal() else text for key, text in given})
+    return rule(number, **{key: int(text) if text.isdecimal() and len(text) < 10 else text for key, text in given})
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ _VERSION = 1
 _DEPTH = 8
 _VALUES = 100_000
 _BITS = 64
+_CHARACTERS = 4000
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -191,5 +192,7 @@ def check_plain(value: object) -> None:
             waiting.extend((part, depth + 1) for part in item)
         elif isinstance(item, int) and item.bit_length() > _BITS:
             raise UserError(f"it holds a number of more than {_BITS} bits")
+        elif isinstance(item, str) and len(item) > _CHARACTERS:
+            raise UserError(f"it holds a text of more than {_CHARACTERS} characters")
         elif not isinstance(item, str | int | float | None):
             raise UserError(f"it holds a {type(item).__name__}; expected strings, numbers, lists and mappings")

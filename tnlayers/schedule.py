@@ -89,10 +89,10 @@ class ByMode:
 
     def __post_init__(self) -> None:
         for mode in ("inference", "training"):
-            plan = check_plan(getattr(self, mode))
-            if isinstance(plan, ByMode):
-                raise UserError(f"{mode} plan {plan!r}: expected one plan")
-            object.__setattr__(self, mode, plan)
+            plan = getattr(self, mode)
+            if isinstance(plan, ByMode) or (isinstance(plan, Mapping) and "inference" in plan):
+                raise UserError(f"the {mode} plan is one for each mode itself; expected one plan")
+            object.__setattr__(self, mode, check_plan(plan))
         if not isinstance(self.measured_on, str):
             raise UserError(f"measured_on {self.measured_on!r}: expected the name of a machine")
 
@@ -120,7 +120,9 @@ def check_plan(plan: object) -> PlanChoice:
         return groups
     if plan in ("auto", "factors", "dense"):
         return plan
-    raise UserError(f"plan {plan!r}: expected 'auto', 'factors', 'dense', groups of factor names or a Schedule")
+    raise UserError(
+        f"plan {plan!r}: expected 'auto', 'factors', 'dense', groups of factor names, a Schedule or a ByMode"
+    )
 
 
 def of_mode(plan: PlanChoice, *, training: bool) -> OnePlan:

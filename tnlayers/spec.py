@@ -196,8 +196,8 @@ class LayerSpec:
         def seconds(schedule: Schedule) -> float:
             return estimate(self.network, self.sizes, schedule, axes, machine, size, call.rows, training=training)
 
-        every = schedules(self.network, self.sizes, axes)
-        return sorted((one for one in every if groups in (None, one.groups)), key=seconds)
+        every = [groups] if groups else partitions(tuple(self.network.factors))
+        return sorted(schedules(self.network, self.sizes, axes, every), key=seconds)
 
     def compile(
         self, plan: PlanChoice, device_type: str, *, training: bool = False, calls: Sequence[Call] = NOMINAL_CALLS

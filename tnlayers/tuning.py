@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,17 +14,17 @@ from tnlayers.factorized import FactorizedLayer
 from tnlayers.kept import kept_bytes
 from tnlayers.layers import FactorizedEmbedding
 from tnlayers.plan import Plan
-from tnlayers.schedule import ByMode, OnePlan, Schedule, of_mode
+from tnlayers.schedule import ByMode, Schedule
 from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, layer_inputs, tensors_in
 
-__all__ = ["Progress", "Timing", "Tuned", "autotune", "check_values"]
+__all__ = ["Progress", "Timing", "Tuned", "autotune", "check_values", "timed_calls"]
 
 _CANDIDATES = 6  # how many of the cost model's favourites are measured
 _HOPELESS = 1.25  # of the fastest
 _ALL_ROUNDS = 2  # before anything drops out: a machine that does something else meanwhile spoils single times
 _ROUNDS = 6
 _SHORTEST = 1e-3  # seconds: what is shorter is repeated within a measurement
-_LONGEST = 1.0  # seconds for one layer in one mode
+_LONGEST = 1.0  # seconds, after which no further round begins
 
 Progress = Callable[[str, float, float], None]
 """Takes what is being done, how much of it is done, and how much there is."""
@@ -46,7 +46,7 @@ class Timing:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the layer computes like the dense one, since no other way is faster."""
+        """Whether the layer computes like the dense one, since none of the other ways that were measured is faster."""
         return len(self.schedule.groups) == 1
 
     @property
@@ -56,16 +56,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found for a layer; None for a mode that was not asked for.
+    """What was found for a layer.
 
     Attributes:
         inference: of a call in evaluation.
         training: of a call in training.
-        num_calls: how often the model calls the layer.
+        num_calls: how often the model calls the layer with such an input; it is the largest one.
     """
 
-    inference: Timing | None
-    training: Timing | None
+    inference: Timing
+    training: Timing
     num_calls: int = 1
 
 
@@ -84,7 +84,8 @@ class _Form:
 
     def drawn(self) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(0)
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        stride = self.stride if 0 not in self.stride else torch.empty(self.shape, device="meta").stride()  # expanded
+        x = torch.empty_strided(self.shape, stride, dtype=self.dtype, device=self.device)
         return x.normal_(generator=generator)
 
 
@@ -92,27 +93,26 @@ def autotune(
     model: nn.Module,
     example_input: Example,
     *,
-    inference: bool = True,
-    training: bool = True,
     lean: bool = False,
-    layers: Container[str] | None = None,
+    layers: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tuned]:
     """Measures how each factorized layer is computed the fastest, and has it computed so from then on.
 
-    The candidates are the plans that the cost model holds to be the fastest, with their operations, and the plan "dense": a layer
-    that nothing makes faster than the dense one computes like it. No value changes by more than rounding. What is
-    found holds for the device, the dtype, the layout, the batch and the autocast under which this is called; it is kept in
-    each layer's `plan_choice`, and so in checkpoints, with the machine that it was measured on.
+    In evaluation and in training the candidates are the plans that the cost model holds to be the fastest, with their operations, and
+    the plan "dense": a layer that none of them makes faster than the dense one computes like it in evaluation; in training
+    merging its weight comes on top, and what is found says by how much. No value changes by more than rounding.
+
+    What is found holds for the device, the dtype, the layout, the batch and the autocast under which this is called; it is kept
+    in each layer's `plan_choice`, and so in checkpoints, with the machine that it was measured on.
 
     Args:
         model: a model with factorized layers; their plans are set in place.
         example_input: what the model takes, with the batch and the memory format that it will be used with.
-        inference: whether to choose the plans for evaluation.
-        training: whether to choose those for training, by a call together with its gradients.
         lean: whether a layer in training shall keep no more bytes for its backward pass than the dense layer does, of
             activations, merged weights, parameters and their gradients. Where a plan would keep more, the activations between
             its steps are made again in the backward pass, which takes most of another forward call; that is measured with it.
+            If no plan keeps so little, that which keeps the least is taken.
         layers: the names of those to measure; by default all, whatever their plans are.
         progress: is told of each layer; nothing is printed.
 
@@ -120,13 +120,19 @@ def autotune(
         Name -> what was found. Layers that the example does not reach are absent, and so are embeddings, which have one plan.
 
     Raises:
-        UserError: there are no values to compute with, or the model has no factorized layer that the example reaches.
+        UserError: there are no values to compute with, no factorized layer that the example reaches, or none of a name.
     """
     check_values(model, example_input)
     forms = layer_inputs(model, example_input, _Form.of)
-    reached = {name: layer for name, layer in factorized_layers(model).items() if name in forms}
+    factorized = factorized_layers(model)
+    if not factorized:
+        raise UserError("there is no factorized layer to time; tensorize the model first")
+    reached = {name: layer for name, layer in factorized.items() if name in forms}
     if not reached:
-        raise UserError("there is no factorized layer that the example input reaches; tensorize the model first")
+        raise UserError(f"the example input reaches none of the factorized layers, such as {next(iter(factorized))!r}")
+    unknown = [name for name in layers or () if name not in factorized]
+    if isinstance(layers, str) or unknown:
+        raise UserError(f"layers {layers!r}: expected names of factorized layers, such as [{next(iter(factorized))!r}]")
     chosen = {
         name: layer
         for name, layer in reached.items()
@@ -141,9 +147,9 @@ def autotune(
         trains = tuple(factor.requires_grad for factor in layer.parameters())
         key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"]
         if key not in known:
-            known[key] = _measured(layer, form, inference=inference, training=training, lean=lean)
-        found[name] = replace(known[key], num_calls=len(forms[name]))
-        layer.set_plan(_choice(layer, found[name], _machine(form)))
+            known[key] = _measured(layer, form, lean=lean)
+        found[name] = replace(known[key], num_calls=forms[name].count(form))
+        layer.set_plan(ByMode(known[key].inference.schedule, known[key].training.schedule, _machine(form)))
     if progress is not None:
         progress("timing layers", len(chosen), len(chosen))
     return found
@@ -167,13 +173,6 @@ def check_values(model: nn.Module, example_input: Example | None) -> None:
         )
 
 
-def _choice(layer: FactorizedLayer, tuned: Tuned, machine: str) -> ByMode:
-    def chosen(timing: Timing | None, *, training: bool) -> OnePlan:
-        return timing.schedule if timing else of_mode(layer.plan_choice, training=training)
-
-    return ByMode(chosen(tuned.inference, training=False), chosen(tuned.training, training=True), machine)
-
-
 def _machine(form: _Form) -> str:
     if form.device.type == "cuda":
         name = torch.cuda.get_device_name(form.device)
@@ -183,29 +182,25 @@ def _machine(form: _Form) -> str:
     return f"{name}, torch {torch.__version__}, {size} {dtype}"
 
 
-def _measured(layer: FactorizedLayer, form: _Form, *, inference: bool, training: bool, lean: bool) -> Tuned:
+def _measured(layer: FactorizedLayer, form: _Form, *, lean: bool) -> Tuned:
     """Times the candidates and the dense layer, on inputs like those that the layer gets."""
     with torch.inference_mode(False):
         x, dense = form.drawn(), layer.to_dense()
         if x.dim() == 4 and not x.is_contiguous():
             dense = dense.to(memory_format=torch.channels_last)
-        return Tuned(
-            _fastest(layer, dense, x, training=False, lean=lean) if inference else None,
-            _fastest(layer, dense, x, training=True, lean=lean) if training else None,
-        )
+        inference, training = (_fastest(layer, dense, x, training=mode, lean=lean) for mode in (False, True))
+    return Tuned(inference, training)
 
 
 def _fastest(layer: FactorizedLayer, dense: nn.Module, x: Tensor, *, training: bool, lean: bool) -> Timing:
-    calls: dict[Schedule | None, Callable[[], Any]] = {}
-    form = _stepped if training else _evaluated
+    trained = [parameter for parameter in dense.parameters() if parameter.requires_grad]
     with evaluating(dense):
-        dense.requires_grad_(training)
-        calls[None] = form(dense, list(dense.parameters()), x)
-        limit = kept_bytes(dense, list(dense.parameters()), x) if lean and training else None
-        for schedule in _candidates(layer, x, limit, training=training):
-            calls[schedule] = form(*_computing(layer, schedule, x, training=training), x)
-        seconds = _seconds(calls, x.device)
-    best = min((schedule for schedule in seconds if schedule), key=lambda schedule: seconds[schedule])
+        limit = kept_bytes(dense, trained, x) if lean and training else None
+        candidates = _candidates(layer, x, limit, training=training)
+        like_ours = _stepped if training else _evaluated
+        calls: dict[Any, Callable[[], Any]] = {None: like_ours(dense, trained, x)}
+        seconds = _seconds(calls | timed_calls(layer, candidates, x, training=training), x.device)
+    best = min(candidates, key=lambda schedule: seconds[schedule])
     return Timing(best, seconds[best], seconds[None])
 
 
@@ -235,6 +230,21 @@ def _lean(layer: FactorizedLayer, ranked: Sequence[Schedule], x: Tensor, limit: 
     return found or [min(kept, key=lambda one: kept[one])]
 
 
+def timed_calls(
+    layer: FactorizedLayer, every: Sequence[Schedule], x: Tensor, *, training: bool
+) -> dict[Schedule, Callable[[], Any]]:
+    """Returns a call of a layer for each schedule, without the layer's own checks: what is timed.
+
+    Args:
+        layer: it is not changed.
+        every: the schedules.
+        x: what it is given.
+        training: whether a call merges the weights and takes the gradients too.
+    """
+    form = _stepped if training else _evaluated
+    return {schedule: form(*_computing(layer, schedule, x, training=training), x) for schedule in every}
+
+
 def _computing(
     layer: FactorizedLayer, schedule: Schedule, x: Tensor, *, training: bool
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -242,14 +252,14 @@ def _computing(
     plan = layer.spec.compile(schedule, x.device.type)
     assert isinstance(plan, Plan)
     axes, geometry = len(layer.spec.geometry.axes), layer.spec.geometry
-    weights = [] if training else [weight.detach() for weight in layer._make("_merged", plan)]
+    weights = [] if training else [weight.detach() for weight in layer.merged_weights(plan)]
 
     def compute(x: Tensor) -> Tensor:
         if not axes:
-            rows = plan(x.reshape(-1, geometry.in_channels), weights or layer._make("_merged", plan), layer.bias)
+            rows = plan(x.reshape(-1, geometry.in_channels), weights or layer.merged_weights(plan), layer.bias)
             return rows.reshape(*x.shape[:-1], geometry.out_channels)
         batched = x if x.dim() > axes + 1 else x.unsqueeze(0)
-        return plan(batched, weights or layer._make("_merged", plan), layer.bias)
+        return plan(batched, weights or layer.merged_weights(plan), layer.bias)
 
     return compute, [parameter for parameter in layer.parameters() if parameter.requires_grad]
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.callbacks.replaced_parameters import keeps_whole_parameters
 from lightning_modules.tensorized import budget_rules, tensorized_net, training_input
-from lightning_modules.timings import timed
+from lightning_modules.timing_report import timed
 from lightning_modules.tuning import tune
 from tnlayers.errors import UserError
 from tnlayers.tracing import factorized_layers
@@ -21,7 +21,7 @@ class Autotune(Callback):
 
     `fit` does so before its first step, on its device, in its precision and with its batch, and `compress` before it reports. No value
     changes by more than rounding; two runs with the same seed may therefore differ by that. A plan that a rule names stays. A run
-    that is resumed keeps the plans that it had, so that it goes on exactly.
+    that is resumed measures nothing, so that it goes on exactly with the plans that its checkpoint has.
 
     It works on any LightningModule; `lightning_modules.tensorized` says what a module may tell it.
 
@@ -53,5 +53,5 @@ class Autotune(Callback):
         except UserError as error:
             rank_zero_info(f"layers are not timed: {error}")
             return
-        if found := tune(trainer, net, budget_rules(pl_module), example):
-            rank_zero_info(f"timed       {timed(found)}")
+        found = tune(trainer, net, budget_rules(pl_module), example)
+        rank_zero_info(f"timed       {timed(found) if found else 'nothing: the rules name the plans of all layers'}")

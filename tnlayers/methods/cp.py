@@ -38,10 +38,12 @@ __all__ = ["CP", "CPConv2d"]
 
 _SWEEPS = 50
 _TOLERANCE = 1e-6  # of what a sweep lowers, in the units of the relative error
+_LITTLE = 1e-2  # the same, of the relative error itself where that is small
 _MOMENTUM = 1.0  # how far a sweep goes on along the last one's change before it starts
 _BRAKE = 0.9  # of the momentum, after a sweep from too far
 _COARSE = 1e-2  # of the squared error: above, float32 does for all sweeps but the last
-_DAMPING = 5e-2  # of the squared error; see `_als`
+_HEAVY = 1e7  # of a tensor's entries times terms, from which on a sweep takes long
+_DAMPING = 1e-1  # of the squared error; see `_als`
 _LEAST_RIDGE = 1e-12  # keeps the normal equations solvable where nothing is left
 _MOST_ENTRIES = 200_000_000  # of what a step of ALS holds; above, the closed form stays as it is
 _MOST_WORK = 90_000_000_000  # multiply-accumulates of all sweeps, some four seconds; above there are fewer sweeps
@@ -167,24 +169,26 @@ def _als(tensor: Tensor, terms: "CPTensor") -> "CPTensor":
     sweep lowers error^2 + ridge * sum_r ||term_r||^2, and terms that cancel each other cost more than they gain. With a ridge of
     c times the present error^2 the sum stays below its start plus log(error_start^2 / error^2) / c.
 
-    Float32 on a CPU is twice as fast and does where the error is large; elsewhere it might mean TF32.
+    Float32 on a CPU is twice as fast and does where the error is large and a sweep takes long; elsewhere it might mean TF32.
     """
     left = (tensor - _product(terms)).square().sum()
     sweeps = _sweeps(tensor.shape, terms.rank)
-    if left > _COARSE and tensor.device.type == "cpu" and sweeps > 1:
-        terms, left, done = _swept(tensor.float(), _to(terms, torch.float32), left.float(), sweeps - 1)
-        terms, left, sweeps = _to(terms, tensor.dtype), left.to(tensor), sweeps - done
+    heavy = tensor.numel() * terms.rank > _HEAVY
+    if heavy and left > _COARSE and tensor.device.type == "cpu" and sweeps > 1:
+        terms, done = _swept(tensor.float(), _to(terms, torch.float32), left.float(), sweeps - 1, enough=_COARSE)
+        terms, sweeps = _to(terms, tensor.dtype), sweeps - done
+        left = (tensor - _product(terms)).square().sum()  # that of float32 may be all rounding
     return _swept(tensor, terms, left, sweeps)[0]
 
 
-def _swept(tensor: Tensor, terms: "CPTensor", left: Tensor, sweeps: int) -> "tuple[CPTensor, Tensor, int]":
-    """Sweeps until little is gained; returns the terms, their squared error and how many sweeps it were.
+def _swept(tensor: Tensor, terms: "CPTensor", left: Tensor, sweeps: int, enough: float = 0.0) -> "tuple[CPTensor, int]":
+    """Sweeps until little is gained, or the squared error is small enough; returns the terms and how many sweeps it were.
 
     A sweep starts ahead of the present terms, where the last change leads to. If it ends no better it is undone, the next starts
     from the terms themselves, and those after it less far ahead.
     """
     before, momentum, done = terms, _MOMENTUM, 0
-    while done < sweeps:
+    while done < sweeps and left > enough:
         ahead = [now + momentum * (now - last) for now, last in zip(terms.factors, before.factors, strict=True)]
         ridge = (_DAMPING * left).clamp_min(_LEAST_RIDGE)
         new, error = _sweep(tensor, _units(terms.weights, ahead).factors, ridge)
@@ -192,13 +196,13 @@ def _swept(tensor: Tensor, terms: "CPTensor", left: Tensor, sweeps: int) -> "tup
         done, gain = done + 1, float(old - (error + ridge * new.weights.square().sum()).sqrt())
         if gain > 0:
             before, terms, left = terms, new, error
-            if gain <= _TOLERANCE:
+            if gain <= min(_TOLERANCE, _LITTLE * float(left.sqrt())):
                 break
         elif before is terms:
             break
         else:
             before, momentum = terms, _BRAKE * momentum
-    return terms, left, done
+    return terms, done
 
 
 def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: Tensor) -> "tuple[CPTensor, Tensor]":
