@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,20 +124,7 @@ def autotune(
     """
     check_values(model, example_input)
     forms = layer_inputs(model, example_input, _Form.of)
-    factorized = factorized_layers(model)
-    if not factorized:
-        raise UserError("there is no factorized layer to time; tensorize the model first")
-    reached = {name: layer for name, layer in factorized.items() if name in forms}
-    if not reached:
-        raise UserError(f"the example input reaches none of the factorized layers, such as {next(iter(factorized))!r}")
-    unknown = [name for name in layers or () if name not in factorized]
-    if isinstance(layers, str) or unknown:
-        raise UserError(f"layers {layers!r}: expected names of factorized layers, such as [{next(iter(factorized))!r}]")
-    chosen = {
-        name: layer
-        for name, layer in reached.items()
-        if not isinstance(layer, FactorizedEmbedding) and (layers is None or name in layers)
-    }
+    chosen = _asked_for(model, layers, forms)
     known: dict[Any, Tuned] = {}
     found = {}
     for done, (name, layer) in enumerate(chosen.items()):
@@ -153,6 +140,26 @@ def autotune(
     if progress is not None:
         progress("timing layers", len(chosen), len(chosen))
     return found
+
+
+def _asked_for(model: nn.Module, layers: Collection[str] | None, reached: Container[str]) -> dict[str, FactorizedLayer]:
+    """Returns the layers that are to be measured, by name.
+
+    Raises:
+        UserError: the model has none, the example reaches none, or there is none of a name.
+    """
+    factorized = factorized_layers(model)
+    if not factorized:
+        raise UserError("there is no factorized layer to time; tensorize the model first")
+    if not any(name in reached for name in factorized):
+        raise UserError(f"the example input reaches none of the factorized layers, such as {next(iter(factorized))!r}")
+    if isinstance(layers, str) or not all(name in factorized for name in layers or ()):
+        raise UserError(f"layers {layers!r}: expected names of factorized layers, such as [{next(iter(factorized))!r}]")
+    return {
+        name: layer
+        for name, layer in factorized.items()
+        if name in reached and not isinstance(layer, FactorizedEmbedding) and (layers is None or name in layers)
+    }
 
 
 def check_values(model: nn.Module, example_input: Example | None) -> None:

@@ -24,11 +24,11 @@ _BEST = "Times as fast as dense, each in its faster layout of the input, default
 
 _MISSED = """Where a target is missed, one of these is the reason:
 
-- Normalisation, activations and additions take the time that they took before. In a net whose convolutions take two thirds of the time, half of
-  their work saves a third.
-- A call of a factorized layer in eager mode asks whether its factors have changed since its weights were merged, and starts several operations
-  in place of one. That takes tens of microseconds, which shows where a dense layer takes a fraction of a millisecond. Graphs ask nothing:
-  compare the forms.
+- Normalisation, activations and additions take the time that they took before. In a net whose convolutions take two thirds of
+  the time, half of their work saves a third.
+- A call of a factorized layer in eager mode asks whether its factors have changed since its weights were merged, and starts
+  several operations in place of one. That takes tens of microseconds, which shows where a dense layer takes a fraction of a
+  millisecond. Graphs ask nothing: compare the forms.
 - A step with few channels uses several threads worse than the dense convolution does, and moves as many values for fewer operations.
 - In training weights are merged at every step, forward and backward: a small batch pays as much for it as a large one.
 - A layer keeps the activations between its steps; `autotune(net, example, lean=True)` makes them anew."""

@@ -38,7 +38,7 @@ __all__ = ["CP", "CPConv2d"]
 
 _SWEEPS = 50
 _TOLERANCE = 1e-6  # of what a sweep lowers, in the units of the relative error
-_LITTLE = 1e-2  # the same, of the relative error itself where that is small
+_LITTLE = 1e-3  # the same, of the relative error itself where that is small
 _MOMENTUM = 1.0  # how far a sweep goes on along the last one's change before it starts
 _BRAKE = 0.9  # of the momentum, after a sweep from too far
 _COARSE = 1e-2  # of the squared error: above, float32 does for all sweeps but the last
