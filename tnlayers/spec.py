@@ -199,16 +199,13 @@ class LayerSpec:
         every = [groups] if groups else partitions(tuple(self.network.factors))
         return sorted(schedules(self.network, self.sizes, axes, every), key=seconds)
 
-    def compile(
-        self, plan: PlanChoice, device_type: str, *, training: bool = False, calls: Sequence[Call] = NOMINAL_CALLS
-    ) -> Plan | Lookup:
+    def compile(self, plan: PlanChoice, device_type: str, *, training: bool = False) -> Plan | Lookup:
         """Compiles a plan to integers; a look-up has no choice of one.
 
         Args:
             plan: the choice; where it names no operations the cost model does.
             device_type: "cpu" or "cuda".
             training: which one of plans by mode.
-            calls: how the layer is used.
 
         Raises:
             UserError: groups that are no partition of the factors, in order.
@@ -218,7 +215,7 @@ class LayerSpec:
         one = of_mode(plan, training=training)
         if not isinstance(one, Schedule):
             groups = None if one == "auto" else partition_of(self.network, one)
-            one = self.ranked_schedules(calls, device_type, training=training, groups=groups)[0]
+            one = self.ranked_schedules(NOMINAL_CALLS, device_type, training=training, groups=groups)[0]
         return Plan.compile(self.network, self.sizes, one, self.geometry.axes, self.geometry.pad_mode)
 
 
