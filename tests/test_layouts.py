@@ -1,17 +1,20 @@
 """Numbers do not depend on how a tensor lies in memory, in any plan, forward or backward."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
 from tests.drawn_layers import Drawn, cases, drawn_layers, wrong
 from tests.tolerances import FLOAT64
-from tnlayers import CP, MPS, Factorization, LowRank, MacsKept, Rule, TTConv, Tucker, tensorize
+from tnlayers import CP, MPS, Factorization, LowRank, MacsKept, Rule, TTConv, Tucker, tensorize, to_chains, to_dense
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*above what a weight"),
@@ -36,6 +39,7 @@ SEEN: tuple[tuple[type[Factorization], dict[str, Any], tuple[int, ...]], ...] = 
     (Tucker, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": (1, 3)}, (2, 4, 9, 3)),
     (LowRank, {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "stride": (2, 1)}, (1, 3, 8, 6)),
     (Tucker, {"in_channels": 2, "out_channels": 4, "kernel_size": 1, "stride": 2, "padding": 1}, (3, 2, 2, 8)),
+    (Tucker, {"in_channels": 4, "out_channels": 2, "kernel_size": (1, 2), "groups": 2}, (4, 1, 2)),
 )  # fmt: skip
 
 
@@ -71,3 +75,49 @@ def test_a_whole_net_in_channels_last() -> None:
     net = net.to(memory_format=torch.channels_last)
     assert isinstance(net, nn.Module)
     torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), expected, **FLOAT64)
+
+
+RULES = [Rule("*", Tucker((8, 8)))]
+
+
+class Convolved(TorchDispatchMode):
+    """What convolutions take: the layouts of their inputs and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layouts: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and args[1].shape[-1] > 1:  # else both layouts are the same
+            self.layouts.append((in_channels_last(args[0]), in_channels_last(args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def in_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net: tensorize(net, RULES).to(memory_format=torch.channels_last),
+        lambda net: tensorize(net.to(memory_format=torch.channels_last), RULES),
+        lambda net: copy.deepcopy(tensorize(net.to(memory_format=torch.channels_last), RULES)).double(),
+    ],
+)
+def test_merged_weights_lie_as_the_dense_one_would(made: Callable[[nn.Module], nn.Module], training: bool) -> None:
+    """Torch lays a weight out anew at every call otherwise."""
+    net = made(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).double()).train(training)
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    for last in (True, False):
+        given = x.to(memory_format=torch.channels_last) if last else x
+        with Convolved() as seen, torch.set_grad_enabled(training):
+            out = net(given)
+        assert in_channels_last(out) == last
+        assert seen.layouts
+        assert all(own == weight for own, weight in seen.layouts)
+    for dense in (to_dense(copy.deepcopy(net)), to_chains(copy.deepcopy(net).eval())):
+        weights = [value for value in dense.parameters() if value.dim() == 4 and value.shape[-1] > 1]
+        assert weights
+        assert all(map(in_channels_last, weights))

@@ -60,7 +60,7 @@ def _chain(layer: FactorizedLayer) -> nn.Sequential:
             made[f"{name}_pad"] = getattr(nn, f"{_PADS[step.pad_mode]}{len(step.stride)}d")(step.pad)
         made[name] = _torch_layer(step, weight, bias if last else None)
         made[name].weight.requires_grad_(any(factor.requires_grad for factor in layer.factors.values()))
-    return nn.Sequential(made).train(layer.training)
+    return nn.Sequential(made).train(layer.training).to(memory_format=layer._memory_format)
 
 
 def _torch_layer(step: Step, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:

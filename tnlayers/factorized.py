@@ -232,6 +232,7 @@ class FactorizedLayer(Merging):
         if factors is None and (alone := spec.method.alone()) != spec.method:
             spec = LayerSpec(spec.geometry, alone)
         layer = cls._empty(dense, spec, plan, device=weight.device, dtype=weight.dtype)
+        layer._channels_last = weight.dim() == 4 and not weight.is_contiguous()
         if factors is not None:
             layer.factors = factors
         if init == "random":
@@ -280,7 +281,7 @@ class FactorizedLayer(Merging):
             _copy(dense.bias, self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
         dense.weight.requires_grad_(any(factor.requires_grad for factor in self.factors.values()))
-        return dense.train(self.training)
+        return dense.train(self.training).to(memory_format=self._memory_format)
 
     def truncate(self, rank: Rank, plan: PlanChoice | None = None) -> float:
         """Lowers the rank of this layer in place, keeping the closest weight; for a model see `tnlayers.truncate`.

@@ -78,8 +78,8 @@ class Lookup:
         contraction = Network(asked, " ".join((_ROW, *outputs)), network.rank).contraction(names, (_ROW, *outputs))
         return Lookup((names,), gathered, contraction)
 
-    def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Returns the factors, as a plan returns its merged weights."""
+    def weights(self, factors: Mapping[str, Tensor], *, channels_last: bool = False) -> list[Tensor]:
+        """Returns the factors, as a plan returns its merged weights; they have no channels."""
         return [factors[name] for name in self.contraction.names]
 
     def macs(self, sizes: Sizes) -> int:

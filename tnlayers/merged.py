@@ -6,7 +6,8 @@ A graph that is compiled, exported or traced cannot ask whether a factor has cha
 by `eval()`, by a load and by a move to another device or dtype. Eager calls ask each time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Literal, Self
@@ -45,19 +46,21 @@ class Merged:
     def __init__(self, weights: list[Tensor], factors: Sequence[nn.Parameter], *, checked: bool) -> None:
         self.weights, self.factors, self.checked, self.stepped = weights, list(factors), checked, False
         self._aliases = [factor.detach() for factor in factors]  # their memory is not given to another tensor
-        # Code that reads a dense weight may write to it.
-        self._counts = [value._version for value in (*factors, *weights)]
+        self._marks = self._found()
         _told_of_steps()[id(self)] = self
 
-    def made_of(self, factors: Sequence[Tensor]) -> bool:
+    def made_of(self, factors: Collection[Tensor | None]) -> bool:
         """Tells whether these are the parameters."""
-        return all(own is given for own, given in zip(self.factors, factors, strict=True))
+        return len(factors) == len(self.factors) and all(map(operator.is_, self.factors, factors))
 
     def unwritten(self) -> bool:
         """Tells whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
-        if self.stepped or [value._version for value in (*self.factors, *self.weights)] != self._counts:
-            return False
-        return all(_lies_as(factor, alias) for factor, alias in zip(self.factors, self._aliases, strict=True))
+        return not self.stepped and self._found() == self._marks
+
+    def _found(self) -> list[Any]:
+        """Returns what would change; asking for a shape would leave its mark in a trace."""
+        marks: list[Any] = [(own._version, own.data_ptr(), own.dtype, own.stride()) for own in self.factors]
+        return marks + [weight._version for weight in self.weights]  # code that reads a dense weight may write to it
 
 
 @cache
@@ -78,12 +81,6 @@ def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
     return present
 
 
-def _lies_as(factor: Tensor, alias: Tensor) -> bool:
-    """Tells whether two tensors are the same memory, read in the same way."""
-    same = factor.data_ptr() == alias.data_ptr() and factor.dtype == alias.dtype
-    return same and factor.stride() == alias.stride()  # asking for a shape would leave its mark in a trace
-
-
 class Merging(Leaf):
     """A layer of factors that are merged for a plan, in evaluation once.
 
@@ -101,6 +98,7 @@ class Merging(Leaf):
     _merged: Merged | None
     _whole: Merged | None = None
     _held: tuple[Any, list[Tensor]] | None = None
+    _channels_last: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +110,12 @@ class Merging(Leaf):
         """The device and dtype of the factors."""
         factor = next(iter(self.factors.values()))
         return {"device": factor.device, "dtype": factor.dtype}
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        """That of the dense layer which this one stands for."""
+        last = self._channels_last and len(self.spec.geometry.axes) == 2
+        return torch.channels_last if last else torch.contiguous_format
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
@@ -168,11 +172,11 @@ class Merging(Leaf):
 
     def _takes_gradients(self) -> bool:
         """Tells whether gradients may flow into the factors in this call."""
-        if self.training:
-            return True
+        if self.training or not torch.is_grad_enabled():
+            return self.training
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return False  # the graph is for inference, whatever the mode is in which it is made
-        return torch.is_grad_enabled() and any(factor.requires_grad for factor in self.factors.values())
+        return any(factor.requires_grad for factor in self.factors.values())
 
     def _fresh(self, name: _Kept) -> list[Tensor] | None:
         """Returns what is kept and made of the present factors; None where it has to be made anew."""
@@ -182,6 +186,10 @@ class Merging(Leaf):
             if self._merged is not None or self._whole is not None:  # somebody has set the mode without `train()`
                 self._merged = self._whole = None
             return None
+        if kept is not None and kept.checked and not by_dynamo and not self._takes_gradients():
+            own = self.factors._parameters.values()  # the public ways take as long as a small layer does
+            if kept.made_of(own) and kept.unwritten():
+                return kept.weights
         factors = list(self.factors.values())
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
@@ -195,9 +203,8 @@ class Merging(Leaf):
             return kept.weights if kept is not None and fresh else None
         if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
             return None
-        if kept is None or not (kept.checked and kept.made_of(factors) and kept.unwritten()):
-            kept = self._kept(name, checked=True)
-            setattr(self, name, kept)
+        kept = self._kept(name, checked=True)
+        setattr(self, name, kept)
         return kept.weights
 
     def _keep(self) -> None:
@@ -224,7 +231,8 @@ class Merging(Leaf):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             if name == "_whole":
                 return [self._dense_weight()]
-            return plan.weights(spec.method.factors(parameters, spec.factor_shapes))
+            factors = spec.method.factors(parameters, spec.factor_shapes)
+            return plan.weights(factors, channels_last=self._memory_format == torch.channels_last)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -232,8 +240,13 @@ class Merging(Leaf):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Factors have no memory format: `to(memory_format=...)` is about pictures, and torch refuses it for five dimensions."""
+        """Takes a memory format for the merged weights, which lie as those of the dense layer would.
+
+        Factors have none: torch refuses it for five dimensions.
+        """
         with torch.inference_mode(False):
+            like = torch.empty(2, 2, 2, 2, **self._like).contiguous(memory_format=self._memory_format)
+            self._channels_last = fn(like).is_contiguous(memory_format=torch.channels_last)
             super()._apply(lambda x: fn(x.reshape(-1)).view(x.shape) if x.dim() > 3 else fn(x), recurse)
         self._moved()
         self._keep()

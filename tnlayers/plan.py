@@ -83,9 +83,18 @@ class Plan:
             list(order) == sorted(order) for order in (self.output_order, *(s.order for s in self.steps))
         )
 
-    def weights(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Returns the merged weight of each step, differentiable in the factors."""
-        return [step.weight(factors) for step in self.steps]
+    def weights(self, factors: Mapping[str, Tensor], *, channels_last: bool = False) -> list[Tensor]:
+        """Merges each group into the weight of its step, differentiable in the factors.
+
+        Args:
+            factors: by name.
+            channels_last: whether the input will be in channels last, for which the weights are then laid out; they serve any.
+        """
+        made, last = [], channels_last
+        for step in self.steps:
+            made.append(step.weight(factors, last=last))
+            last = step.lies_last(last)
+        return made
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None = None
@@ -114,6 +123,8 @@ class Plan:
     ) -> Tensor:
         # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
+        if channels_last and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+            x = _of_plain_strides(x)
         final, lies_last = self.steps[-1], channels_last
         for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
             after = step.lies_last(lies_last)
@@ -129,6 +140,19 @@ class Plan:
             moved = x.permute(0, 2, 3, 1)
             return x if moved.is_contiguous() else moved.contiguous().permute(0, 3, 1, 2)
         return x.contiguous() if lies_last else x
+
+
+def _of_plain_strides(x: Tensor) -> Tensor:
+    """Returns (n, c, h, w) in channels last, with the strides that torch itself would give it.
+
+    Where a size is 1, as n of a single picture, its stride may be any, and torch then takes the layout for another one: it
+    mixes up the gradient of a weight in channels last.
+    """
+    c, h, w = x.shape[1:]
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    moved = x.permute(0, 2, 3, 1)
+    return moved.reshape(-1).view(moved.shape).permute(0, 3, 1, 2)
 
 
 def _may_recompute(*inputs: Tensor) -> bool:

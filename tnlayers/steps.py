@@ -70,9 +70,22 @@ class Step:
     output_padding: tuple[int, ...]
     window: tuple[bool, ...]
 
-    def weight(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Makes (kept * produced, consumed, window...) of the group's factors, transposed (kept * consumed, produced, window...)."""
-        return self.merge(factors).reshape(-1).view(self.weight_shape)
+    def weight(self, factors: Mapping[str, Tensor], *, last: bool = False) -> Tensor:
+        """Makes (kept * produced, consumed, window...) of the group's factors, transposed (kept * consumed, produced, window...).
+
+        Args:
+            factors: those of the group, among others.
+            last: whether the activation will be in channels last.
+        """
+        weight = self.merge(factors).reshape(-1).view(self.weight_shape)
+        return self._laid_out(weight, last=last) if self.operation == "convolution" else weight
+
+    def _laid_out(self, weight: Tensor, *, last: bool) -> Tensor:
+        """Lays a convolution's weight out as its activation, since torch would at every call, or would give another layout."""
+        if weight.dim() != 4:
+            return weight
+        form = torch.channels_last if last and self.ahead == 1 else torch.contiguous_format
+        return weight.contiguous(memory_format=form)
 
     @property
     def whole(self) -> bool:
@@ -99,7 +112,7 @@ class Step:
 
         Args:
             x: the activation.
-            weight: what `weight` returns.
+            weight: what `weight` returns, of a convolution in either layout.
             bias: (channels',), or None.
             last: whether the activation is in channels last.
             to_last: whether the output shall be; a linear step alone can change it.
@@ -123,7 +136,7 @@ class Step:
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, *, last: bool, output_padding: Sequence[int] | None
     ) -> Tensor:
-        batch = x.shape[0]
+        batch, weight = x.shape[0], self._laid_out(weight, last=last)
         if self.arranged:
             x = arrange(x, self.channels, self.order, channels_last=last and self.ahead == 1)
         if self.ahead > 1:
@@ -146,13 +159,18 @@ class Step:
         if last:
             leading, positions = (*leading, *positions), ()
             x = x.permute(0, 2, 3, 1)
-        if self.behind == 1 and not positions:
+        if positions:
+            split = x.unflatten(1, (*channels, self.behind)).flatten(3)
+            y = _batched(split.flatten(0, 1), weight, bias, self.kept)
+            y = y.reshape(*leading, produced * self.behind, *positions)
+        elif self.whole and self.kept == 1:
+            y = F.linear(x, weight, bias)
+        elif self.behind == 1:
             rows = (x if self.ahead == 1 else x.unflatten(-1, channels)).flatten(0, -2)
             y = _linear(rows, weight, bias, self.kept).reshape(*leading, produced)
         else:
-            split = x.unflatten(len(leading), (*channels, self.behind)).flatten(len(leading) + 2)
-            y = _batched(split.flatten(0, len(leading)), weight, bias, self.kept)
-            y = y.reshape(*leading, produced * self.behind, *positions)
+            split = x.reshape(-1, self.kept * self.consumed, self.behind)
+            y = _batched(split, weight, bias, self.kept).reshape(*leading, produced * self.behind)
         return y.permute(0, 3, 1, 2) if last else y
 
 

@@ -115,4 +115,4 @@ def rules(net: Net, method: str) -> list[Rule]:
     """Returns those of half of the multiply-accumulates of all layers that the method takes, or of the ranks of the paper."""
     if method == TAI:
         return [Rule(f"features.{place}", LowRank(rank)) for place, rank in zip(_VGG16, _TAI_RANKS, strict=True)]
-    return [Rule(net.stem, None), Rule("*", METHODS[method](MacsKept(0.5)))]
+    return [Rule(net.stem, None), Rule("*", METHODS[method](MacsKept(0.5, multiple=8)))]
