@@ -35,13 +35,14 @@ LINEARS = [(1024, 1024), (3072, 768), (784, 256)]
 
 def layers() -> Iterator[tuple[str, nn.Module, Factorization, torch.Tensor]]:
     for (inputs, outputs, side, kernel), batch in itertools.product(CONVS, (1, 8)):
-        x = torch.randn(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(batch, inputs, side, side).to(memory_format=torch.channels_last)
         for rank in (4, 2):
             methods: list[Factorization] = [Tucker(min(inputs, outputs) // rank)]
             methods += [method(ParamsKept(1 / rank)) for method in (CP, MPS, SVD, LowRank)]
             for method in methods:
                 name = f"{inputs} {outputs} {side} {kernel} batch {batch} {method}"
-                yield name, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), method, x
+                dense = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+                yield name, dense.to(memory_format=torch.channels_last), method, x
     for (inputs, outputs), batch in itertools.product(LINEARS, (1, 64, 1024)):
         for method in (LowRank(min(inputs, outputs) // 8), LowRank(min(inputs, outputs) // 4), TT(4), TT(16)):
             name = f"{inputs} {outputs} batch {batch} {method}"
@@ -49,7 +50,7 @@ def layers() -> Iterator[tuple[str, nn.Module, Factorization, torch.Tensor]]:
 
 
 def measured(layer: FactorizedLayer, x: torch.Tensor, *, training: bool) -> dict[Schedule, float]:
-    """Returns the least seconds of this thread's processor for each schedule; what is far behind after two rounds drops out."""
+    """Returns the least seconds of each schedule; what is far behind after two rounds drops out."""
     spec = layer.spec
     every = list(schedules(spec.network, spec.sizes, spec.geometry.axes, spec.plans))
     if x.dim() == 4:
@@ -60,9 +61,9 @@ def measured(layer: FactorizedLayer, x: torch.Tensor, *, training: bool) -> dict
         near = min(least.values()) * (2 if number > 2 else math.inf)
         for one, call in calls.items():
             if least[one] <= near or number < 3:
-                start = time.thread_time()
+                start = time.perf_counter()
                 call()
-                least[one] = min(least[one], time.thread_time() - start)
+                least[one] = min(least[one], time.perf_counter() - start)
     return least
 
 
@@ -70,7 +71,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only-fit", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the time of one thread is told apart from what else the machine does
     path = Path(__file__).with_name("constants_cpu.json")
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     cases: dict[str, tuple[FactorizedLayer, torch.Tensor]] = {}

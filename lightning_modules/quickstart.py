@@ -21,7 +21,7 @@ __all__ = ["RULES", "run_quickstart"]
 RULES = [
     {"pattern": "conv1", "method": "dense"},
     {"pattern": "fc2", "method": "dense"},
-    {"pattern": "conv*", "method": "Tucker", "rank": "MacsKept(0.35)"},
+    {"pattern": "conv*", "method": "Tucker", "rank": "MacsKept(0.3, multiple=8)"},
     {"pattern": "fc1", "method": "TT", "rank": "ParamsKept(0.4)"},
 ]
 _EPOCHS, _RETRAIN_EPOCHS = 12, 10

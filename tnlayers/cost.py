@@ -85,7 +85,7 @@ class Machine:
     @staticmethod
     @lru_cache
     def of(device_type: str, *, training: bool) -> "Machine":
-        """Gives rounded figures of one CPU core with wide vectors, fitted by `benchmarks/constants.py`, or of a data-centre GPU.
+        """Gives rounded figures of two CPU cores with wide vectors, fitted by `benchmarks/constants.py`, or of a data-centre GPU.
 
         Only their ratios matter. Those of the GPU are no measurements.
         """
@@ -95,14 +95,18 @@ class Machine:
             rates: dict[Operation, Rate] = dict.fromkeys(("convolution", "linear", "bmm"), fast)
             return Machine(rates, Rate(1e12, 0, launch), 5e11, 4 * launch)
         if training:
-            rates = {"convolution": Rate(4e10, 15, 2.8e-4), "linear": Rate(4e10, 12, 3e-4), "bmm": Rate(4e10, 12, 3e-4)}
-            return Machine(rates, Rate(1.4e10, 0, 5e-4), 2.3e9, 2.8e-4)
+            rates = {
+                "convolution": Rate(6.7e10, 4.5, 2.4e-4),
+                "linear": Rate(7e10, 9.3, 2.2e-4),
+                "bmm": Rate(7e10, 9.3, 2.2e-4),
+            }
+            return Machine(rates, Rate(1e12, 0, 3e-4), 5.2e9, 2.1e-4)
         rates = {
-            "convolution": Rate(4.6e10, 10, 4.5e-5),
-            "linear": Rate(4.6e10, 11, 4.5e-5),
-            "bmm": Rate(4.6e10, 11, 4.5e-5),
+            "convolution": Rate(8.1e10, 5.9, 4.6e-5),
+            "linear": Rate(7.6e10, 11, 3.2e-5),
+            "bmm": Rate(7.6e10, 11, 3.2e-5),
         }
-        return Machine(rates, Rate(1e12, 0, 8e-5), 2e9, 0.0)
+        return Machine(rates, Rate(1.8e11, 0, 1.1e-4), 7.9e9, 0.0)
 
 
 def estimate(
