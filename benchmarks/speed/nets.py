@@ -56,7 +56,7 @@ def unet() -> nn.Module:
 
 NETS = {
     "ResNet-18": Net(imagenet("resnet18"), (4, 3, 224, 224), "conv1", ("LowRank", "Tucker", "MPS", "CP"), 10),
-    "VGG-16": Net(imagenet("vgg16"), (2, 3, 224, 224), "features.0", (TAI, "Tucker", "LowRank", "MPS"), 25),
+    "VGG-16": Net(imagenet("vgg16"), (2, 3, 224, 224), "features.0", (TAI, "LowRank", "Tucker", "MPS"), 25),
     "ResNet-50": Net(imagenet("resnet50"), (4, 3, 224, 224), "conv1", ("Tucker", "LowRank", "MPS"), 20),
     "ResNet-20": Net(
         partial(build_net, "resnet20", num_classes=10, input_shape=(3, 32, 32)),
