@@ -24,6 +24,7 @@ _HOPELESS = 1.25  # of the fastest
 _ALL_ROUNDS = 2  # before anything drops out: a machine that does something else meanwhile spoils single times
 _ROUNDS = 6
 _SHORTEST = 1e-3  # seconds: what is shorter is repeated within a measurement
+_LONG = 5e-2  # seconds of a call for which it matters little what lies in the caches
 _LONGEST = 1.0  # seconds, after which no further round begins
 
 Progress = Callable[[str, float, float], None]
@@ -292,7 +293,10 @@ def _stepped(compute: Callable[..., Tensor], parameters: Sequence[Tensor], x: Te
 
 
 def _seconds(calls: Mapping[Schedule | None, Callable[[], Any]], device: torch.device) -> dict[Schedule | None, float]:
-    """Returns the least time of each call; they take turns, and what is far behind after some rounds drops out."""
+    """Returns the least time of each call; they take turns, and what is far behind after some rounds drops out.
+
+    A turn of short calls begins with one that is not timed: in a net the input lies in the caches, which the turn before has filled.
+    """
     least = dict.fromkeys(calls, math.inf)
     repeats = {}
     for name, call in calls.items():
@@ -303,6 +307,8 @@ def _seconds(calls: Mapping[Schedule | None, Callable[[], Any]], device: torch.d
         limit = _HOPELESS * min(least.values())
         for name, call in calls.items():
             if number < _ALL_ROUNDS or name is None or least[name] <= limit:
+                if least[name] < _LONG:
+                    call()
                 least[name] = min(least[name], _once(call, repeats[name], device))
         if number >= _ALL_ROUNDS and time.perf_counter() - start > _LONGEST:
             break
