@@ -13,8 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
 from tests.drawn_layers import Drawn, cases, drawn_layers, wrong
-from tests.tolerances import FLOAT64
-from tnlayers import CP, MPS, Factorization, LowRank, MacsKept, Rule, TTConv, Tucker, tensorize, to_chains, to_dense
+from tests.tolerances import FLOAT32, FLOAT64
+from tnlayers import (
+    CP,
+    MPS,
+    SVD,
+    Factorization,
+    LowRank,
+    MacsKept,
+    Rule,
+    TTConv,
+    Tucker,
+    tensorize,
+    to_chains,
+    to_dense,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*above what a weight"),
@@ -121,3 +134,13 @@ def test_merged_weights_lie_as_the_dense_one_would(made: Callable[[nn.Module], n
         weights = [value for value in dense.parameters() if value.dim() == 4 and value.shape[-1] > 1]
         assert weights
         assert all(map(in_channels_last, weights))
+
+
+def test_layers_of_other_pictures_take_their_own_formats() -> None:
+    """Torch gives each tensor of four or five dimensions the format, and refuses it for other pictures."""
+    volumes = nn.Sequential(nn.Conv3d(4, 4, 3), nn.Conv3d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4))
+    tensorize(volumes, [Rule("1", SVD(2)), Rule("3", SVD(2))])
+    x = torch.randn(2, 4, 5, 5, 5)
+    expected = volumes(x)
+    volumes = volumes.to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(volumes(x.to(memory_format=torch.channels_last_3d)), expected, **FLOAT32)

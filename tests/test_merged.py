@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
@@ -93,6 +94,14 @@ class Scene:
     def load(self) -> None:
         self.layer.load_state_dict({name: -value for name, value in self.layer.state_dict().items()})
 
+    def prune(self) -> None:
+        """It keeps the parameter under another name, and back under its own."""
+        name = list(self.layer.factors)[-1]
+        prune.random_unstructured(self.layer.factors, name, amount=0.5)
+        self.assert_present()
+        prune.remove(self.layer.factors, name)
+        self.new_optimizer({})
+
     def there_and_back(self) -> None:
         self.layer.to(torch.bfloat16)
         with torch.no_grad():
@@ -124,6 +133,7 @@ EVENTS: tuple[Event, ...] = (
     Scene.exchange,
     Scene.replace,
     Scene.load,
+    Scene.prune,
     Scene.there_and_back,
     Scene.copied,
 )

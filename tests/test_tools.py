@@ -185,6 +185,22 @@ def test_layers_of_many_inputs_at_once(case: Case) -> None:
                 assert_close(torch.vmap(layer)(each), torch.stack([layer(part) for part in each]), **FLOAT64)
 
 
+@every_layer
+def test_an_ensemble_of_parameters(case: Case) -> None:
+    """Also of a layer that was moved to channels last, which torch cannot ask about under vmap."""
+    layer = case.convert(case.dense(), case.rank)
+    layer.set_plan("factors")
+    x, parameters = case.input(), {name: torch.stack([value, -value]) for name, value in layer.named_parameters()}
+
+    def call(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    for form in (torch.contiguous_format, torch.channels_last):
+        layer.to(memory_format=form)
+        each = [call({name: value[place] for name, value in parameters.items()}) for place in (0, 1)]
+        assert_close(torch.vmap(call)(parameters), torch.stack(each), **FLOAT64)
+
+
 # ---- tools that know only torch's own layers
 
 

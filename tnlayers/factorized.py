@@ -232,7 +232,8 @@ class FactorizedLayer(Merging):
         if factors is None and (alone := spec.method.alone()) != spec.method:
             spec = LayerSpec(spec.geometry, alone)
         layer = cls._empty(dense, spec, plan, device=weight.device, dtype=weight.dtype)
-        layer._channels_last = weight.dim() == 4 and not weight.is_contiguous()
+        last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        layer._channels_last = last and not weight.is_contiguous()  # windows of one position lie in both ways
         if factors is not None:
             layer.factors = factors
         if init == "random":

@@ -79,7 +79,7 @@ class Lookup:
         return Lookup((names,), gathered, contraction)
 
     def weights(self, factors: Mapping[str, Tensor], *, channels_last: bool = False) -> list[Tensor]:
-        """Returns the factors, as a plan returns its merged weights; they have no channels."""
+        """Returns the factors, as a plan returns its merged weights; they lie in one way only."""
         return [factors[name] for name in self.contraction.names]
 
     def macs(self, sizes: Sizes) -> int:

@@ -6,8 +6,7 @@ A graph that is compiled, exported or traced cannot ask whether a factor has cha
 by `eval()`, by a load and by a move to another device or dtype. Eager calls ask each time.
 """
 
-import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Literal, Self
@@ -37,29 +36,32 @@ class Merged:
 
     Attributes:
         weights: the merged weight of each step of the plan, or the dense weight alone.
-        factors: the parameters that they were made of.
+        factors: the parameters that they were made of, by name.
         stepped: whether an optimizer of one of the factors has taken a step since.
         checked: whether they were made by a forward call. Those made by `eval()` are merged once more, since callers often
             write through `.data` right after it, such as to exchange weights for their moving averages.
     """
 
-    def __init__(self, weights: list[Tensor], factors: Sequence[nn.Parameter], *, checked: bool) -> None:
-        self.weights, self.factors, self.checked, self.stepped = weights, list(factors), checked, False
-        self._aliases = [factor.detach() for factor in factors]  # their memory is not given to another tensor
-        self._marks = self._found()
+    def __init__(self, weights: list[Tensor], factors: Mapping[str, nn.Parameter], *, checked: bool) -> None:
+        self.weights, self.factors, self.checked, self.stepped = weights, dict(factors), checked, False
+        # They hold the factors' memory, so that it is not given to another tensor.
+        self._pairs = [(factor, factor.detach()) for factor in factors.values()]
+        self._marks = self._snapshot()
         _told_of_steps()[id(self)] = self
 
-    def made_of(self, factors: Collection[Tensor | None]) -> bool:
-        """Tells whether these are the parameters."""
-        return len(factors) == len(self.factors) and all(map(operator.is_, self.factors, factors))
+    def made_of(self, factors: Mapping[str, Tensor | None]) -> bool:
+        """Tells whether these are the parameters, under the same names."""
+        return len(factors) == len(self.factors) and all(factors.get(name) is own for name, own in self.factors.items())
 
     def unwritten(self) -> bool:
         """Tells whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
-        return not self.stepped and self._found() == self._marks
+        return not self.stepped and self._snapshot() == self._marks
 
-    def _found(self) -> list[Any]:
-        """Returns what would change; asking for a shape would leave its mark in a trace."""
-        marks: list[Any] = [(own._version, own.data_ptr(), own.dtype, own.stride()) for own in self.factors]
+    def _snapshot(self) -> list[Any]:
+        """Returns what tells whether they were written or exchanged; asking for a shape would leave its mark in a trace."""
+        marks: list[Any] = [
+            (own._version, own.data_ptr() == alias.data_ptr(), own.dtype, own.stride()) for own, alias in self._pairs
+        ]
         return marks + [weight._version for weight in self.weights]  # code that reads a dense weight may write to it
 
 
@@ -75,7 +77,7 @@ def _told_of_steps() -> "WeakValueDictionary[int, Merged]":
         values = [value for group in optimizer.param_groups if kept for value in group["params"]]
         stepped, sharded = {id(value) for value in values}, any(hasattr(value, "full_tensor") for value in values)
         for merged in kept:  # layers see factors that are sharded as others, which are made of them for a call
-            merged.stepped |= sharded or any(id(factor) in stepped for factor in merged.factors)
+            merged.stepped |= sharded or any(id(factor) in stepped for factor in merged.factors.values())
 
     register_optimizer_step_post_hook(tell)
     return present
@@ -114,8 +116,7 @@ class Merging(Leaf):
     @property
     def _memory_format(self) -> torch.memory_format:
         """That of the dense layer which this one stands for."""
-        last = self._channels_last and len(self.spec.geometry.axes) == 2
-        return torch.channels_last if last else torch.contiguous_format
+        return torch.channels_last if self._channels_last else torch.contiguous_format
 
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
@@ -187,10 +188,10 @@ class Merging(Leaf):
                 self._merged = self._whole = None
             return None
         if kept is not None and kept.checked and not by_dynamo and not self._takes_gradients():
-            own = self.factors._parameters.values()  # the public ways take as long as a small layer does
+            own = self.factors._parameters  # the public ways to the values take as long as a small layer does
             if kept.made_of(own) and kept.unwritten():
                 return kept.weights
-        factors = list(self.factors.values())
+        factors = dict(self.factors.items())
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             same = kept is not None and (not tracing or kept.made_of(factors))
@@ -201,7 +202,7 @@ class Merging(Leaf):
         if by_dynamo:
             fresh = kept is not None and not kept.stepped and kept.made_of(factors)
             return kept.weights if kept is not None and fresh else None
-        if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
+        if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors.values()):
             return None
         kept = self._kept(name, checked=True)
         setattr(self, name, kept)
@@ -222,7 +223,7 @@ class Merging(Leaf):
     def _kept(self, name: _Kept, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._make(name, self.plan)]  # some are views of a factor
-            return Merged(weights, list(self.factors.values()), checked=checked)
+            return Merged(weights, dict(self.factors.items()), checked=checked)
 
     def _make(self, name: _Kept, plan: Any) -> list[Tensor]:
         """Makes it in the factors' own precision: autocast would round the products, and casts the result itself."""
@@ -232,7 +233,7 @@ class Merging(Leaf):
             if name == "_whole":
                 return [self._dense_weight()]
             factors = spec.method.factors(parameters, spec.factor_shapes)
-            return plan.weights(factors, channels_last=self._memory_format == torch.channels_last)
+            return plan.weights(factors, channels_last=self._channels_last)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -240,13 +241,14 @@ class Merging(Leaf):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Takes a memory format for the merged weights, which lie as those of the dense layer would.
+        """Applies it to the factors, and takes the memory format that it gives a weight like the dense one.
 
-        Factors have none: torch refuses it for five dimensions.
+        The merged weights of a layer of pictures then lie in that format. Factors have none: torch refuses it for five dimensions.
         """
         with torch.inference_mode(False):
-            like = torch.empty(2, 2, 2, 2, **self._like).contiguous(memory_format=self._memory_format)
-            self._channels_last = fn(like).is_contiguous(memory_format=torch.channels_last)
+            if len(self.spec.geometry.axes) == 2:
+                like = torch.empty((2, 2, 2, 2), memory_format=self._memory_format, **self._like)
+                self._channels_last = fn(like).is_contiguous(memory_format=torch.channels_last)
             super()._apply(lambda x: fn(x.reshape(-1)).view(x.shape) if x.dim() > 3 else fn(x), recurse)
         self._moved()
         self._keep()

@@ -123,7 +123,7 @@ class Plan:
     ) -> Tensor:
         # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
-        if channels_last and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if channels_last:
             x = _of_plain_strides(x)
         final, lies_last = self.steps[-1], channels_last
         for step, weight in zip(self.steps[:-1], weights[:-1], strict=True):
@@ -149,7 +149,7 @@ def _of_plain_strides(x: Tensor) -> Tensor:
     mixes up the gradient of a weight in channels last.
     """
     c, h, w = x.shape[1:]
-    if x.stride() == (h * w * c, 1, w * c, c):
+    if not torch.jit.is_tracing() and x.stride() == (h * w * c, 1, w * c, c):  # type: ignore[attr-defined]
         return x
     moved = x.permute(0, 2, 3, 1)
     return moved.reshape(-1).view(moved.shape).permute(0, 3, 1, 2)

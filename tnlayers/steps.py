@@ -81,11 +81,14 @@ class Step:
         return self._laid_out(weight, last=last) if self.operation == "convolution" else weight
 
     def _laid_out(self, weight: Tensor, *, last: bool) -> Tensor:
-        """Lays a convolution's weight out as its activation, since torch would at every call, or would give another layout."""
-        if weight.dim() != 4:
-            return weight
-        form = torch.channels_last if last and self.ahead == 1 else torch.contiguous_format
-        return weight.contiguous(memory_format=form)
+        """Lays a convolution's weight out as its activation, which copies nothing where it lies so.
+
+        Torch would copy it at every call otherwise, or give the output the layout of the weight.
+        """
+        if weight.dim() < 4 or not last or self.ahead > 1:
+            return weight.contiguous()
+        # Under vmap torch makes no memory format, so that the axes are moved.
+        return weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if weight.is_contiguous() else weight
 
     @property
     def whole(self) -> bool:
@@ -164,7 +167,7 @@ class Step:
             y = _batched(split.flatten(0, 1), weight, bias, self.kept)
             y = y.reshape(*leading, produced * self.behind, *positions)
         elif self.whole and self.kept == 1:
-            y = F.linear(x, weight, bias)
+            y = F.linear(x.contiguous() if self.subsample else x, weight, bias)  # one matmul, not one for each row
         elif self.behind == 1:
             rows = (x if self.ahead == 1 else x.unflatten(-1, channels)).flatten(0, -2)
             y = _linear(rows, weight, bias, self.kept).reshape(*leading, produced)

@@ -194,8 +194,6 @@ def _measured(layer: FactorizedLayer, form: _Form, *, lean: bool) -> Tuned:
     """Times the candidates and the dense layer, on inputs like those that the layer gets."""
     with torch.inference_mode(False):
         x, dense = form.drawn(), layer.to_dense()
-        if x.dim() == 4 and not x.is_contiguous():
-            dense = dense.to(memory_format=torch.channels_last)
         inference, training = (_fastest(layer, dense, x, training=mode, lean=lean) for mode in (False, True))
     return Tuned(inference, training)
 

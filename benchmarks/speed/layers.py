@@ -32,7 +32,8 @@ def row(case: Case, setting: Setting) -> dict[str, Any]:
     about = {"method": case.method, "divisor": case.divisor, "batch": case.batch, "kind": "conv" if conv else "linear"}
     about |= {"kernel": conv.kernel, "channels": min(conv.inputs, conv.outputs)} if conv else {}
     example = x.contiguous(memory_format=torch.channels_last) if conv else x
-    net = nn.Sequential(copy.deepcopy(dense)).to(setting.device, setting.dtype)
+    form = torch.channels_last if conv else torch.contiguous_format
+    net = nn.Sequential(copy.deepcopy(dense)).to(setting.device, setting.dtype, memory_format=form)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ranks that are clamped, or that save no parameters
