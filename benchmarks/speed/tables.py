@@ -117,8 +117,9 @@ def _peak(row: Measured) -> str:
 
 _WRITERS = {
     "nets": (
-        f"Half of the multiply-accumulates (MACs) of all layers that a method takes, in ranks that are multiples of 8, the first layer "
-        f"left dense, or the ranks of Tai et al.; MACs of the whole net by torch's count of an evaluation. {_BEST}. Peak memory is of a training step.",
+        "Half of the multiply-accumulates (MACs) of all layers that a method takes, in ranks that are multiples of 8, the first layer "
+        "left dense, or the ranks of Tai et al.; MACs of the whole net by torch's count of an evaluation. "
+        f"{_BEST}. Peak memory is of a training step.",
         _nets,
     ),
     "forms": (
