@@ -147,7 +147,6 @@ class FactorizedLayer(Merging):
         self._reset_bias()
 
     def _root_mean_square(self) -> float:
-        """Returns the root of the mean square of the weight's entries."""
         return math.sqrt(self._precise_weight().square().mean())
 
     def _reset_bias(self) -> None:
@@ -232,8 +231,7 @@ class FactorizedLayer(Merging):
         if factors is None and (alone := spec.method.alone()) != spec.method:
             spec = LayerSpec(spec.geometry, alone)
         layer = cls._empty(dense, spec, plan, device=weight.device, dtype=weight.dtype)
-        last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-        layer._channels_last = last and not weight.is_contiguous()  # windows of one position lie in both ways
+        layer._lie_as(weight)
         if factors is not None:
             layer.factors = factors
         if init == "random":

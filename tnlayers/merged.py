@@ -118,6 +118,11 @@ class Merging(Leaf):
         """That of the dense layer which this one stands for."""
         return torch.channels_last if self._channels_last else torch.contiguous_format
 
+    def _lie_as(self, weight: Tensor) -> None:
+        """Takes the memory format of a dense weight; where its windows have one position it is the default one."""
+        last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        self._channels_last = last and not weight.is_contiguous()
+
     def _precise_weight(self) -> Tensor:
         with torch.no_grad():
             return self.spec.reconstruct({name: precise(value) for name, value in self.factors.items()})
@@ -187,7 +192,7 @@ class Merging(Leaf):
             if self._merged is not None or self._whole is not None:  # somebody has set the mode without `train()`
                 self._merged = self._whole = None
             return None
-        if kept is not None and kept.checked and not by_dynamo and not self._takes_gradients():
+        if not by_dynamo and kept is not None and kept.checked and not self._takes_gradients():
             own = self.factors._parameters  # the public ways to the values take as long as a small layer does
             if kept.made_of(own) and kept.unwritten():
                 return kept.weights
