@@ -3,7 +3,8 @@
 python -m benchmarks.constants          # measures into benchmarks/constants_<device>.json where that is not there, then fits
 
 For inference and for training apart it prints the constants and how often the schedule that the model chooses is within 5 % of the
-fastest one that was measured. Rounded, they go into `Machine.of` of tnlayers/cost.py.
+fastest one that was measured. Rounded, they go into `Machine.of` of tnlayers/cost.py. All threads of torch take part, so the
+machine should do nothing else meanwhile.
 """
 
 import argparse

@@ -133,7 +133,7 @@ def autotune(
             progress(f"timing {name}", done, len(chosen))
         form = max(forms[name], key=lambda form: math.prod(form.shape))
         trains = tuple(factor.requires_grad for factor in layer.parameters())
-        key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"]
+        key = layer.spec, form, layer.bias is not None, trains, layer._like["dtype"], layer._memory_format
         if key not in known:
             known[key] = _measured(layer, form, lean=lean)
         found[name] = replace(known[key], num_calls=forms[name].count(form))
