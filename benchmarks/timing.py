@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["LEAST_ROUNDS", "medians"]
+__all__ = ["LEAST_ROUNDS", "medians", "turns"]
 
 LEAST_ROUNDS = 3
 """How many rounds are taken even where they last too long."""
@@ -19,7 +19,14 @@ _CPU = torch.device("cpu")
 def medians(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = _CPU, seconds: float = math.inf
 ) -> dict[str, float]:
-    """Measures the median seconds of each call, by the events of a CUDA device with nothing else in its queue.
+    """Measures the median seconds of each call; see `turns`."""
+    return {name: statistics.median(taken) for name, taken in turns(calls, rounds, device, seconds).items()}
+
+
+def turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = _CPU, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Measures the seconds of each call in each round, by the events of a CUDA device with nothing else in its queue.
 
     A call of each warms up, and a second one where it is not long. A short call is repeated between two looks at the clock,
     so on a CUDA device a call that the device waits for takes as long as its launches do. Where calls are not long, each turn
@@ -48,7 +55,7 @@ def medians(
             if not long[name]:
                 call()
             taken[name].append(clock(call, repeats[name]))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
 def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:

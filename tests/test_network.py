@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -122,13 +123,25 @@ def test_shapes_that_disagree_are_named() -> None:
         network.sizes_from({key: shape for key, shape in shapes.items() if key != "core"})
 
 
-def test_contractions_never_take_more_than_two_operands() -> None:
-    for factors, weight, _ in NETWORKS.values():
-        network = Network(factors, weight)
-        for count in range(1, len(factors) + 1):
-            for names in itertools.combinations(factors, count):
-                held = dict.fromkeys(index for name in names for index in network.indices[name])
-                assert all(equation.count(",") <= 1 for equation in network.contraction(names, tuple(held)).equations)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_contraction_is_the_einsum(name: str) -> None:
+    """Of any factors, with the indices that are left in any order."""
+    network = Network(*NETWORKS[name][:2])
+    letters = {index: chr(97 + n) for n, index in enumerate((*network.weight_indices, *network.bonds))}
+    factors = {key: torch.randn(shape, dtype=torch.float64) for key, shape in network.shapes(SIZES).items()}
+    rng = random.Random(0)
+    for count in range(1, len(factors) + 1):
+        for names in itertools.combinations(factors, count):
+            elsewhere = {index for key in factors if key not in names for index in network.indices[key]}
+            held = dict.fromkeys(index for key in names for index in network.indices[key])
+            output = [index for index in held if index in elsewhere or index in network.weight_indices]
+            rng.shuffle(output)
+            product = network.contraction(names, output)
+            assert len(product.products) == count - 1
+            given = [("".join(letters[index] for index in network.indices[key])) for key in names]
+            equation = f"{','.join(given)}->{''.join(letters[index] for index in output)}"
+            expected = torch.einsum(equation, *(factors[key] for key in names))
+            torch.testing.assert_close(product(factors), expected, **FLOAT64)
 
 
 def test_networks_are_equal_where_their_hashes_are() -> None:

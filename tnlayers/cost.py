@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tnlayers.network import Indices, Network, Sizes, size_of
+from tnlayers.contraction import Indices, Sizes, size_of
+from tnlayers.network import Network
 from tnlayers.roles import Operation, Partition, roles_of
 from tnlayers.schedule import Schedule
 from tnlayers.steps import Axis, possible_operations

@@ -32,13 +32,6 @@ class _Planned(FactorizedLayer):
 
     plan: Plan
 
-    def _convolved(self, input: Tensor, output_padding: Sequence[int] | None = None) -> Tensor:
-        """Computes a convolution of an input with a batch dimension or without."""
-        plan, weights = self._planned()
-        if input.dim() == len(self.spec.geometry.axes) + 1:
-            return plan(input.unsqueeze(0), weights, self.bias, output_padding).squeeze(0)
-        return plan(input, weights, self.bias, output_padding)
-
 
 class _Convolution(_Planned):
     transposed = False
@@ -70,7 +63,8 @@ class _Convolution(_Planned):
         return (0,) * len(self.spec.geometry.axes)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._convolved(input)
+        plan, weights = self._planned()
+        return plan(input, weights, self.bias)
 
 
 class FactorizedConv1d(_Convolution):
@@ -127,7 +121,9 @@ class _TransposedConvolution(_Planned):
         self._draw(template, self._method(**options), plan, device, dtype)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        return self._convolved(input, None if output_size is None else self._output_padding(input, output_size))
+        plan, weights = self._planned()
+        more = None if output_size is None else self._output_padding(input, output_size)
+        return plan(input, weights, self.bias, more)
 
     def _output_padding(self, input: Tensor, output_size: Sequence[int]) -> list[int]:
         """Returns the output padding that gives an output of this size.
@@ -198,15 +194,12 @@ class FactorizedLinear(_Planned):
 
     def forward(self, input: Tensor) -> Tensor:
         plan, weights = self._planned()
-        if input.dim() == 2:
-            return plan(input, weights, self.bias)
         if input.is_nested:
             raise UserError(
                 "a factorized layer takes no nested tensors: give padded ones, and set use_nested_tensor = False on an "
                 "nn.TransformerEncoder around it"
             )
-        rows = plan(input.reshape(-1, self.in_features), weights, self.bias)
-        return rows.reshape(*input.shape[:-1], self.out_features)
+        return plan(input, weights, self.bias)
 
 
 class FactorizedEmbedding(FactorizedLayer):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnlayers.network import Contraction, Network, Sizes, size_of
+from tnlayers.contraction import Contraction, Sizes, size_of
+from tnlayers.network import Network
 from tnlayers.roles import Partition
 
 __all__ = ["Lookup"]

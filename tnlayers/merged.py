@@ -45,8 +45,12 @@ class Merged:
     def __init__(self, weights: list[Tensor], factors: Mapping[str, nn.Parameter], *, checked: bool) -> None:
         self.weights, self.factors, self.checked, self.stepped = weights, dict(factors), checked, False
         # They hold the factors' memory, so that it is not given to another tensor.
-        self._pairs = [(factor, factor.detach()) for factor in factors.values()]
-        self._marks = self._snapshot()
+        self._aliases = [factor.detach() for factor in factors.values()]
+        # What tells of writes and exchanges; asking for a shape would leave its mark in a trace.
+        self._marks = [(own, own._version, own.data_ptr(), own.dtype, own.stride()) for own in factors.values()]
+        self._versions = [
+            (weight, weight._version) for weight in weights
+        ]  # code that reads a dense weight may write to it
         _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Mapping[str, Tensor | None]) -> bool:
@@ -55,14 +59,12 @@ class Merged:
 
     def unwritten(self) -> bool:
         """Tells whether no step was announced, no write counted, and no exchange of the parameters' memory seen."""
-        return not self.stepped and self._snapshot() == self._marks
-
-    def _snapshot(self) -> list[Any]:
-        """Returns what tells whether they were written or exchanged; asking for a shape would leave its mark in a trace."""
-        marks: list[Any] = [
-            (own._version, own.data_ptr() == alias.data_ptr(), own.dtype, own.stride()) for own, alias in self._pairs
-        ]
-        return marks + [weight._version for weight in self.weights]  # code that reads a dense weight may write to it
+        if self.stepped:
+            return False
+        for own, version, pointer, dtype, stride in self._marks:
+            if own._version != version or own.data_ptr() != pointer or own.dtype != dtype or own.stride() != stride:
+                return False
+        return all(weight._version == version for weight, version in self._versions)
 
 
 @cache
@@ -186,17 +188,16 @@ class Merging(Leaf):
 
     def _fresh(self, name: _Kept) -> list[Tensor] | None:
         """Returns what is kept and made of the present factors; None where it has to be made anew."""
-        kept: Merged | None = getattr(self, name)
+        kept: Merged | None = self._merged if name == "_merged" else self._whole
         by_dynamo = torch.compiler.is_dynamo_compiling()  # which cannot ask for torch's counts
         if self.training:
             if self._merged is not None or self._whole is not None:  # somebody has set the mode without `train()`
                 self._merged = self._whole = None
             return None
-        if not by_dynamo and kept is not None and kept.checked and not self._takes_gradients():
-            own = self.factors._parameters  # the public ways to the values take as long as a small layer does
-            if kept.made_of(own) and kept.unwritten():
-                return kept.weights
-        factors = dict(self.factors.items())
+        ready = not by_dynamo and kept is not None and kept.checked and not self._takes_gradients()
+        if kept is not None and ready and kept.made_of(self.factors._parameters) and kept.unwritten():
+            return kept.weights
+        factors = self._present()
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if torch.compiler.is_exporting() or tracing:  # the graph is of the weights as they are now
             same = kept is not None and (not tracing or kept.made_of(factors))
@@ -228,17 +229,24 @@ class Merging(Leaf):
     def _kept(self, name: _Kept, *, checked: bool) -> Merged:
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._make(name, self.plan)]  # some are views of a factor
-            return Merged(weights, dict(self.factors.items()), checked=checked)
+            return Merged(weights, self._present(), checked=checked)
 
     def _make(self, name: _Kept, plan: Any) -> list[Tensor]:
         """Makes it in the factors' own precision: autocast would round the products, and casts the result itself."""
-        device, spec, parameters = self._like["device"].type, self.spec, dict(self.factors.items())
+        spec, parameters = self.spec, self._present()
+        device = next(iter(parameters.values())).device.type
         casts = device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             if name == "_whole":
                 return [self._dense_weight()]
             factors = spec.method.factors(parameters, spec.factor_shapes)
             return plan.weights(factors, channels_last=self._channels_last)
+
+    def _present(self) -> dict[str, nn.Parameter]:
+        """Returns the factors by name; the public way to them takes as long as a small layer does."""
+        factors = self.factors
+        own = {name: value for name, value in factors._parameters.items() if value is not None}
+        return own if own.keys() == factors.keys() else dict(factors.items())
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -18,9 +18,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from tnlayers.contraction import Indices, size_of
 from tnlayers.errors import UnsupportedLayer, UserError
 from tnlayers.linalg import decomposing, leading_subspace, singular_values, tails, unfold
-from tnlayers.network import Indices, Network, size_of
+from tnlayers.network import Network
 from tnlayers.ranks import Rank, RankRule, Ranks, check_rank
 
 __all__ = ["CONVOLUTIONS", "Factorization", "known_methods"]

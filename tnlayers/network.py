@@ -13,27 +13,18 @@ Everything that depends on the method alone follows from these strings: shapes, 
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
 from torch import Tensor
 
+from tnlayers.contraction import Contraction, Indices, Sizes, contraction, size_of
 from tnlayers.errors import UserError
 
-__all__ = ["MODE_NAMES", "Contraction", "Network", "size_of", "window_of"]
-
-Sizes = Mapping[str, int]
-Indices = tuple[str, ...]
+__all__ = ["MODE_NAMES", "Network", "window_of"]
 
 _MODE = re.compile(r"\(([^()]+)\)|([^\s()]+)")
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def size_of(indices: Iterable[str], sizes: Sizes) -> int:
-    """Returns the number of values that the indices run through together."""
-    return math.prod(sizes[index] for index in indices)
 
 
 MODE_NAMES = {"i": "input", "d": "depth", "h": "height", "w": "width", "o": "output"}
@@ -44,30 +35,6 @@ MODE_NAMES = {"i": "input", "d": "depth", "h": "height", "w": "width", "o": "out
 def window_of(weight_shape: Sequence[int]) -> str:
     """Returns the indices of a weight behind o and i: "h w" for (o, i, h, w), "w" for (o, i, w), none for a linear."""
     return " ".join("dhw"[5 - len(weight_shape) :]) if len(weight_shape) > 2 else ""
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """The product of some factors, as two-operand einsums in a fixed order (so that it compiles and exports)."""
-
-    names: tuple[str, ...]
-    equations: tuple[str, ...]
-    products: tuple[Indices, ...]
-    """The indices that each einsum runs over."""
-
-    def macs(self, sizes: Sizes) -> int:
-        """Multiply-accumulates of all the einsums."""
-        return sum(size_of(indices, sizes) for indices in self.products)
-
-    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        first, *others = self.names
-        if not others:  # einsum would take longer over it than a small layer over one of its operations
-            held, output = self.equations[0].split("->")
-            return factors[first] if held == output else factors[first].permute([held.index(index) for index in output])
-        product = factors[first]
-        for equation, name in zip(self.equations, others, strict=True):
-            product = torch.einsum(equation, product, factors[name])
-        return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,23 +197,7 @@ class Network:
 
     def contraction(self, names: Sequence[str], output: Sequence[str]) -> Contraction:
         """Returns the product of the named factors, left to right, with the indices of `output` left in that order."""
-        letters = {index: _LETTERS[n] for n, index in enumerate((*self.weight_indices, *self.bonds))}
-
-        def spell(indices: Iterable[str]) -> str:
-            return "".join(letters[index] for index in indices)
-
-        held, *others = (self.indices[name] for name in names)
-        if not others:
-            return Contraction(tuple(names), (f"{spell(held)}->{spell(output)}",), ())
-        equations, products = [], []
-        for n, indices in enumerate(others):
-            needed = {*output, *(index for later in others[n + 1 :] for index in later)}
-            product = tuple(dict.fromkeys((*held, *indices)))
-            result = tuple(output) if n == len(others) - 1 else tuple(index for index in product if index in needed)
-            equations.append(f"{spell(held)},{spell(indices)}->{spell(result)}")
-            products.append(product)
-            held = result
-        return Contraction(tuple(names), tuple(equations), tuple(products))
+        return contraction(names, self.indices, output)
 
     @cached_property
     def _whole(self) -> Contraction:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from tnlayers.contraction import Sizes
 from tnlayers.errors import UserError
-from tnlayers.network import Network, Sizes
+from tnlayers.network import Network
 from tnlayers.roles import Partition, roles_of
 from tnlayers.schedule import OnePlan, Schedule, partition_of
 from tnlayers.steps import Axis, Step, arrange, compile_step, order_of, possible_operations
@@ -33,6 +34,10 @@ class Plan:
     output_order: tuple[int, ...]
     output_arranged: bool
     """Whether the last step leaves the output in another order."""
+    axes: int
+    """How many spatial ones there are: none of a linear."""
+    is_one_operation: bool
+    """Whether one operation of torch computes the layer as it does the dense one."""
 
     @staticmethod
     def compile(
@@ -63,12 +68,15 @@ class Plan:
             steps.append(compile_step(network, sizes, roles, axes, pad_mode, operation, after_carrying=after_carrying))
         last, output = every[-1].after, network.modes[0]
         misread = steps[-1].operation == "convolution" and steps[-1].ahead > 1
+        arranged = last != output or misread
         return Plan(
             schedule=schedule,
             steps=tuple(steps),
             output_channels=tuple(sizes[index] for index in last),
             output_order=order_of(last, output),
-            output_arranged=last != output or misread,
+            output_arranged=arranged,
+            axes=len(axes),
+            is_one_operation=len(steps) == 1 and steps[0].is_one_operation and not arranged,
         )
 
     @property
@@ -99,7 +107,9 @@ class Plan:
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None = None
     ) -> Tensor:
-        """Takes (n, i, positions...) to (n, o, positions'...), channels last if x is; the positions are absent for a linear.
+        """Takes (n, i, positions...) or (i, positions...) to the same of o, channels last if x is; of a linear (..., i) to (..., o).
+
+        Where one operation of torch computes it, the layout of the output is what torch makes of those of x and the weight.
 
         Args:
             x: the input.
@@ -107,6 +117,21 @@ class Plan:
             bias: (o,), or None.
             output_padding: of a transposed convolution, where a call asks for another than the layer's own.
         """
+        if self.axes and x.dim() == self.axes + 1:
+            return self(x.unsqueeze(0), weights, bias, output_padding).squeeze(0)
+        if self.is_one_operation:
+            if torch.is_grad_enabled() and _lies_last(x):
+                x = _of_plain_strides(x)
+            return self.steps[0].operate(x, weights[0], bias, output_padding)
+        if not self.axes and x.dim() != 2:
+            rows = self._checkpointed(x.reshape(-1, x.shape[-1]), weights, bias, None)
+            return rows.reshape(*x.shape[:-1], rows.shape[1])
+        return self._checkpointed(x, weights, bias, output_padding)
+
+    def _checkpointed(
+        self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None
+    ) -> Tensor:
+        """Computes a batch, and has the backward pass compute it again where the schedule says so."""
         if self.schedule.recompute and _may_recompute(x, *weights):
 
             def call(x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
@@ -121,8 +146,7 @@ class Plan:
     def _compute(
         self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, output_padding: Sequence[int] | None
     ) -> Tensor:
-        # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
-        channels_last = x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
+        channels_last = _lies_last(x)
         if channels_last:
             x = _of_plain_strides(x)
         final, lies_last = self.steps[-1], channels_last
@@ -140,6 +164,12 @@ class Plan:
             moved = x.permute(0, 2, 3, 1)
             return x if moved.is_contiguous() else moved.contiguous().permute(0, 3, 1, 2)
         return x.contiguous() if lies_last else x
+
+
+def _lies_last(x: Tensor) -> bool:
+    """Tells whether pictures (n, c, h, w) are in channels last, and not in the default layout too."""
+    # Under vmap torch neither tells of a memory format nor makes one, so that the axes are moved instead.
+    return x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _of_plain_strides(x: Tensor) -> Tensor:

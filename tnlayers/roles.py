@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from tnlayers.network import Contraction, Indices, Network
+from tnlayers.contraction import Contraction, Indices
+from tnlayers.network import Network
 
 __all__ = ["Operation", "Partition", "Roles", "roles_of"]
 

@@ -9,13 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tnlayers.contraction import size_of
 from tnlayers.cost import Machine, estimate, macs, products, schedules
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, decomposing, precise, relative_error, scale_of
 from tnlayers.lookup import Lookup
 from tnlayers.method import Factorization
-from tnlayers.network import Network, size_of
+from tnlayers.network import Network
 from tnlayers.plan import Plan
 from tnlayers.ranks import Ranks
 from tnlayers.roles import Partition

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnlayers.network import Contraction, Indices, Network, Sizes, size_of
+from tnlayers.contraction import Contraction, Indices, Sizes, size_of
+from tnlayers.network import Network
 from tnlayers.roles import Operation, Roles
 
 __all__ = ["Axis", "Step", "arrange", "compile_step", "order_of", "possible_operations"]
@@ -42,6 +43,8 @@ class Step:
     """One group, compiled: how to merge its factors, and the operation that follows.
 
     Attributes:
+        merge: makes the weight of the factors.
+        merge_last: makes it with the window in front of the second of its channels' indices, as channels last has it.
         ahead: how many channels there are of what the step does not touch, in front of what it does.
         behind: the same behind it.
         arranged: whether the activation may come in another order than the step needs, or with strides that could be misread.
@@ -52,6 +55,7 @@ class Step:
 
     operation: Operation
     merge: Contraction
+    merge_last: Contraction
     weight_shape: tuple[int, ...]
     channels: tuple[int, ...]
     order: tuple[int, ...]
@@ -77,15 +81,17 @@ class Step:
             factors: those of the group, among others.
             last: whether the activation will be in channels last.
         """
-        weight = self.merge(factors).reshape(-1).view(self.weight_shape)
-        return self._laid_out(weight, last=last) if self.operation == "convolution" else weight
+        if last and self.has_layouts:
+            lead, channels, *window = self.weight_shape
+            return self.merge_last(factors).reshape(-1).view(lead, *window, channels).permute(0, 3, 1, 2)
+        return self.merge(factors).reshape(-1).view(self.weight_shape)
 
     def _laid_out(self, weight: Tensor, *, last: bool) -> Tensor:
         """Lays a convolution's weight out as its activation, which copies nothing where it lies so.
 
         Torch would copy it at every call otherwise, or give the output the layout of the weight.
         """
-        if weight.dim() < 4 or not last or self.ahead > 1:
+        if not last or not self.has_layouts:
             return weight.contiguous()
         # Under vmap torch makes no memory format, so that the axes are moved.
         return weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if weight.is_contiguous() else weight
@@ -94,6 +100,34 @@ class Step:
     def whole(self) -> bool:
         """Whether all channels of the output are made here, so that a bias may be added."""
         return self.ahead == self.behind == 1
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether channels last differs from the default layout of the weight, and serves its activation."""
+        pictures = self.operation == "convolution" and len(self.weight_shape) == 4 and self.ahead == 1
+        return pictures and self.weight_shape[1] > 1 and math.prod(self.weight_shape[2:]) > 1
+
+    @property
+    def is_one_operation(self) -> bool:
+        """Whether an operation of torch does all of it, on an input as torch's own layer takes it."""
+        moves = self.arranged or self.pad or self.subsample
+        matmul = self.operation == "linear" and not self.stride and self.kept == 1
+        return self.whole and not moves and (matmul or self.operation == "convolution")
+
+    def operate(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_padding: Sequence[int] | None = None
+    ) -> Tensor:
+        """Calls the operation of torch; see `__call__`."""
+        if not self.stride:
+            return F.linear(x, weight, bias)
+        if not self.output_padding:
+            convolution = _CONVOLUTIONS[len(self.stride)]
+            return convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+        more = self.output_padding
+        if output_padding is not None:
+            more = tuple(size if own else 0 for size, own in zip(output_padding, self.window, strict=True))
+        transposed = _TRANSPOSED[len(self.stride)]
+        return transposed(x, weight, bias, self.stride, self.padding, more, self.kept, self.dilation)
 
     def lies_last(self, last: bool) -> bool:
         """Tells whether the output is in channels last, for an input that is or is not."""
@@ -144,15 +178,7 @@ class Step:
             x = arrange(x, self.channels, self.order, channels_last=last and self.ahead == 1)
         if self.ahead > 1:
             x = x.unflatten(1, (self.ahead, self.kept * self.consumed)).flatten(0, 1)
-        if self.output_padding:
-            more = self.output_padding
-            if output_padding is not None:
-                more = tuple(size if own else 0 for size, own in zip(output_padding, self.window, strict=True))
-            transposed = _TRANSPOSED[len(self.stride)]
-            x = transposed(x, weight, bias, self.stride, self.padding, more, self.kept, self.dilation)
-        else:
-            convolution = _CONVOLUTIONS[len(self.stride)]
-            x = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.kept)
+        x = self.operate(x, weight, bias, output_padding)
         return x.reshape(batch, self.ahead * self.kept * self.produced, *x.shape[2:]) if self.ahead > 1 else x
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, last: bool) -> Tensor:
@@ -281,14 +307,14 @@ def compile_step(
     # On the CPU torch's strided pointwise convolution in channels last writes past its memory.
     picks = not transposed and all(axis.kernel == 1 for axis in here.values()) and max(stride, default=1) > 1
     padded = [axis.padding if not convolves or _pads_first(axis, pad_mode) else (0, 0) for axis in here.values()]
-    merge, leading = roles.merge, (kept * produced, consumed)
+    first, second, leading = (*roles.kept, *roles.produced), roles.consumed, (kept * produced, consumed)
     if transposed:
-        output = (*roles.kept, *roles.consumed, *roles.produced, *roles.kernel)
-        merge, leading = network.contraction(roles.names, output), (kept * consumed, produced)
+        first, second, leading = (*roles.kept, *roles.consumed), roles.produced, (kept * consumed, produced)
     misread = convolves and (ahead > 1 or after_carrying or picks or math.prod(channels) == 1)
     return Step(
         operation=operation,
-        merge=merge,
+        merge=network.contraction(roles.names, (*first, *second, *roles.kernel)),
+        merge_last=network.contraction(roles.names, (*first, *roles.kernel, *second)),
         weight_shape=(*leading, *(axis.kernel for axis in here.values())) if convolves else leading,
         channels=channels,
         order=order_of(roles.before, roles.wanted),

@@ -257,15 +257,10 @@ def _computing(
     """Returns the layer as a function, with what its gradients are taken for; in inference its weights are merged before."""
     plan = layer.spec.compile(schedule, x.device.type)
     assert isinstance(plan, Plan)
-    axes, geometry = len(layer.spec.geometry.axes), layer.spec.geometry
     weights = [] if training else [weight.detach() for weight in layer.merged_weights(plan)]
 
     def compute(x: Tensor) -> Tensor:
-        if not axes:
-            rows = plan(x.reshape(-1, geometry.in_channels), weights or layer.merged_weights(plan), layer.bias)
-            return rows.reshape(*x.shape[:-1], geometry.out_channels)
-        batched = x if x.dim() > axes + 1 else x.unsqueeze(0)
-        return plan(batched, weights or layer.merged_weights(plan), layer.bias)
+        return plan(x, weights or layer.merged_weights(plan), layer.bias)
 
     return compute, [parameter for parameter in layer.parameters() if parameter.requires_grad]
 

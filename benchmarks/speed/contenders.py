@@ -4,6 +4,7 @@ Shapes: n pictures or vectors, c channels, h rows, w columns.
 """
 
 import copy
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.device import parameter_bytes, peak_bytes, training_step
 from benchmarks.rows import Setting
-from benchmarks.timing import medians
+from benchmarks.timing import turns
 
 __all__ = ["LAYOUTS", "Contender", "in_layouts", "measure"]
 
@@ -31,7 +32,8 @@ class Contender:
     """A model and its input.
 
     Attributes:
-        what: "dense", "ours", "plan" (ours under a plan that is given), "chains" (torch's layers of our factors) or "tltorch".
+        what: "dense", "ours", "lean" (ours tuned to keep little), "plan" (ours under a plan that is given), "chains" (torch's layers
+            of our factors) or "tltorch".
         how: which of these, such as the groups of a plan; empty where there is one.
         layout: of the input.
     """
@@ -60,21 +62,28 @@ def _laid_out(model: nn.Module, form: torch.memory_format) -> nn.Module:
 def measure(contenders: Sequence[Contender], setting: Setting) -> list[dict[str, Any]]:
     """Measures inference without gradients and a training step of each, and the peak memory of that step, the parameters included.
 
-    The memory is not measured under plans that are given.
+    Under plans that are given the memory is not measured, but the medians of every second round and of those between, which tell
+    how well a measurement can be repeated.
     """
     rows: list[dict[str, Any]] = [{"what": one.what, "how": one.how, "layout": one.layout} for one in contenders]
-    limit = partial(medians, rounds=1 if setting.tiny else _ROUNDS, device=setting.device)
+    limit = partial(turns, rounds=1 if setting.tiny else _ROUNDS, device=setting.device)
+
+    def note(form: str, taken: dict[str, list[float]]) -> None:
+        for number, seconds in taken.items():
+            row = rows[int(number)]
+            row[form] = _rounded(statistics.median(seconds))
+            if row["what"] == "plan" and len(seconds) > 1:
+                row[f"{form} halves"] = [_rounded(statistics.median(seconds[half::2])) for half in (0, 1)]
+
     for one in contenders:
         one.model.eval()
     with torch.no_grad():
         calls = {str(number): partial(one.model, one.x) for number, one in enumerate(contenders)}
-        for number, taken in limit(calls, seconds=_INFERENCE_SECONDS).items():
-            rows[int(number)]["inference"] = _rounded(taken)
+        note("inference", limit(calls, seconds=_INFERENCE_SECONDS))
     for one in contenders:
         one.model.train()
     steps = {str(number): partial(training_step, one.model, one.x) for number, one in enumerate(contenders)}
-    for number, taken in limit(steps, seconds=_TRAINING_SECONDS).items():
-        rows[int(number)]["training"] = _rounded(taken)
+    note("training", limit(steps, seconds=_TRAINING_SECONDS))
     for one, row, step in zip(contenders, rows, steps.values(), strict=True):
         if one.what != "plan":
             row["training peak bytes"] = peak_bytes(step, setting.device) + parameter_bytes(one.model)

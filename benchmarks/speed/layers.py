@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from benchmarks.rows import Row, Setting
 from benchmarks.speed.cases import Case, Conv, cases
 from benchmarks.speed.contenders import Contender, in_layouts, measure
-from benchmarks.speed.ours import ours
+from benchmarks.speed.ours import macs_kept, ours
 from benchmarks.speed.tltorch_layers import tltorch_layers
-from tnlayers import FactorizedLayer, Rule, Schedule, UserError
+from tnlayers import FactorizedLayer, Rule, Schedule, UserError, autotune
+from tnlayers.kept import kept_bytes
 
 __all__ = ["rows"]
 
@@ -45,11 +46,22 @@ def row(case: Case, setting: Setting) -> dict[str, Any]:
     theirs = tltorch_layers(dense, layer)
     contenders = in_layouts("dense", "", dense.to(setting.device, setting.dtype), x)
     contenders += in_layouts("ours", "", layer, x)
+    contenders += lean(layer, dense, example)
     contenders += under_plans(layer, example)
     for how, other in theirs.items() if isinstance(theirs, dict) else ():
         contenders += in_layouts("tltorch", how, other.to(setting.device, setting.dtype), x)
     about |= cost(layer, example) | ({"tltorch": theirs} if isinstance(theirs, str) else {})
     return about | {"measured": measure(contenders, setting)}
+
+
+def lean(layer: FactorizedLayer, dense: nn.Module, x: Tensor) -> list[Contender]:
+    """Lets the layer contend as `lean` tunes it, where it keeps more for its backward pass than the dense one does."""
+    ours, theirs = (kept_bytes(one, [*one.parameters()], x) for one in (layer.train(), dense.train()))
+    if ours <= theirs:
+        return []
+    net = nn.Sequential(copy.deepcopy(layer))
+    autotune(net, x, lean=True)
+    return [Contender("lean", "", "default" if x.dim() == 2 else "channels last", net, x)]
 
 
 def under_plans(layer: FactorizedLayer, x: Tensor) -> list[Contender]:
@@ -77,7 +89,6 @@ def spelled(schedule: Schedule) -> str:
 def cost(layer: FactorizedLayer, x: Tensor) -> dict[str, Any]:
     """Returns what the layer keeps, of the multiply-accumulates under the plan that has the fewest, and what the cost model chooses."""
     spec = layer.spec
-    calls = [spec.geometry.call(x)]
     modes = {"inference": False, "training": True}
     return {
         "rank": list(layer.ranks),
@@ -87,5 +98,5 @@ def cost(layer: FactorizedLayer, x: Tensor) -> dict[str, Any]:
         },
         "model": {mode: spelled(schedules_on(layer, x, training=training)[0]) for mode, training in modes.items()},
         "parameters_kept": spec.params / spec.geometry.params,
-        "macs_kept": spec.macs(calls, spec.fewest_macs(calls)) / spec.geometry.macs(calls),
+        "macs_kept": macs_kept(layer, x.shape),
     }

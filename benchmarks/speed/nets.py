@@ -1,18 +1,21 @@
 """Times of whole nets at half of the multiply-accumulates, and of VGG-16 at Tai et al.'s ranks."""
 
 import copy
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.counted import counted
 from benchmarks.rows import Row, Setting
 from benchmarks.speed.contenders import in_layouts, measure
-from benchmarks.speed.ours import ours
+from benchmarks.speed.ours import macs_kept, ours
 from lightning_modules.nets import build_net
 from tnlayers import CP, MPS, FactorizedLayer, LowRank, MacsKept, Rule, Tucker, to_chains, to_dense
 
@@ -20,6 +23,7 @@ __all__ = ["TAI", "rows"]
 
 METHODS = {"Tucker": Tucker, "LowRank": LowRank, "MPS": MPS, "CP": CP}
 TAI = "Tai's ranks"
+_PASSES = 7  # of a net whose layers are timed
 _VGG16 = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _TAI_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)
 """Of the convolutions of VGG-16: Tai et al. 2016, arXiv 1511.06067."""
@@ -107,8 +111,55 @@ def row(name: str, net: Net, method: str, setting: Setting) -> dict[str, Any]:
         "layers": sum(isinstance(module, FactorizedLayer) for module in small.modules()),
         "parameters_kept": sizes[1] / sizes[0],
         "macs_kept": macs[1] / macs[0],
+        "proportional": proportional(dense, small, x) if setting.device.type == "cpu" else None,
         "measured": measure(contenders, setting),
     }
+
+
+def proportional(dense: nn.Module, small: nn.Module, x: Tensor) -> float | None:
+    """Returns how many times as fast as the dense net it would be if the time of what was replaced fell as the operations do.
+
+    All else takes as long as in the dense net, which is timed layer by layer in evaluation, in channels last. None where layers
+    have been opened, so that the dense net has none of their names.
+    """
+    replaced = {name: layer for name, layer in small.named_modules() if isinstance(layer, FactorizedLayer)}
+    dense = copy.deepcopy(dense).to(memory_format=torch.channels_last).eval()
+    layers = dict(dense.named_modules())
+    if not replaced.keys() <= layers.keys():
+        return None
+    shares = []
+    with torch.no_grad():
+        x = x.contiguous(memory_format=torch.channels_last)
+        dense(x)
+        for _ in range(_PASSES):
+            with timed({name: layers[name] for name in replaced}) as taken:
+                begun = time.perf_counter()
+                dense(x)
+                whole = time.perf_counter() - begun
+            saved = sum(seconds * (1 - macs_kept(replaced[name], shape)) for name, seconds, shape in taken)
+            shares.append(1 - saved / whole)
+    return 1 / statistics.median(shares)
+
+
+@contextmanager
+def timed(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, float, torch.Size]]]:
+    """Notes the name of each call of these layers, its seconds and the shape of its input, in the order in which they end."""
+    taken: list[tuple[str, float, torch.Size]] = []
+    begun: dict[str, float] = {}
+
+    def begins(name: str, *_: object) -> None:
+        begun[name] = time.perf_counter()
+
+    def ends(name: str, _: nn.Module, args: tuple[Tensor], __: Tensor) -> None:
+        taken.append((name, time.perf_counter() - begun[name], args[0].shape))
+
+    handles = [layer.register_forward_pre_hook(partial(begins, name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(partial(ends, name)) for name, layer in layers.items()]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rules(net: Net, method: str) -> list[Rule]:

@@ -84,14 +84,14 @@ _KINDS = ("ours", "plan", "tltorch")
 
 def _nets(rows: Sequence[Measured]) -> str:
     heading = ["net, method, batch", "parameters kept", "MACs kept"]
-    for form in FORMS:
-        heading += [f"{form}: dense", "ours"]
+    heading += ["inference: dense", "ours", "in proportion", "training: dense", "ours"]
     cells = []
     for row in rows:
         times = [cell for form in FORMS for cell in (_time(best(row, "dense", form)), _times(speed(row, form)))]
+        times.insert(2, _times(row.get("proportional")))
         kept = [f"{row['parameters_kept']:.1%}", f"{row['macs_kept']:.1%}"]
         cells.append([f"{row['name']}, {row['batch']}", *kept, *times, _peak(row)])
-    return markdown_table([*heading, "peak memory"], cells, numbers=range(1, 8))
+    return markdown_table([*heading, "peak memory"], cells, numbers=range(1, 9))
 
 
 def _forms(rows: Sequence[Measured]) -> str:
@@ -119,7 +119,8 @@ _WRITERS = {
     "nets": (
         "Half of the multiply-accumulates (MACs) of all layers that a method takes, in ranks that are multiples of 8, the first layer "
         "left dense, or the ranks of Tai et al.; MACs of the whole net by torch's count of an evaluation. "
-        f"{_BEST}. Peak memory is of a training step.",
+        f'{_BEST}. "In proportion" is what the net would be if the time of each replaced layer fell as its operations do, and all '
+        "else took its time in the dense net, whose layers are timed one by one in channels last. Peak memory is of a training step.",
         _nets,
     ),
     "forms": (

@@ -6,9 +6,9 @@ from torch import nn
 
 from lightning_modules.study.findings import Findings
 from tnlayers import MPS, TT, Factorization, LowRank, Rule, Tucker
+from tnlayers.contraction import size_of
 from tnlayers.cuts import cuts_of
 from tnlayers.geometry import Call, Geometry
-from tnlayers.network import size_of
 from tnlayers.spec import LayerSpec
 
 __all__ = ["LINEAR", "REALISED", "cuts_of_method", "recommend", "spec_of"]

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnlayers.contraction import Indices
 from tnlayers.errors import UserError
 from tnlayers.joint import Slice
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.linalg import relative_error
 from tnlayers.method import CONVOLUTIONS, Factorization, Shapes
-from tnlayers.network import Indices, Network
+from tnlayers.network import Network
 from tnlayers.ranks import Rank, RankRule, Ranks
 
 __all__ = ["ADTN", "ADTNConv2d", "ADTNLinear"]

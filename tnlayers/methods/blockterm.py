@@ -21,12 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tnlayers.contraction import Indices
 from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d
 from tnlayers.linalg import decomposing, leading_subspace, relative_error, tails, unfold
 from tnlayers.method import CONVOLUTIONS, Factorization
 from tnlayers.methods.tucker import Tucker
-from tnlayers.network import Indices, Network, window_of
+from tnlayers.network import Network, window_of
 from tnlayers.ranks import Ranks
 
 __all__ = ["BlockTerm", "BlockTermConv2d"]

@@ -18,12 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tnlayers.contraction import Indices
 from tnlayers.errors import UserError
 from tnlayers.layers import FactorizedConv2d, FactorizedLinear
 from tnlayers.linalg import decomposing, singular_values, tails, unfold
 from tnlayers.method import CONVOLUTIONS
 from tnlayers.methods.tt import Tensorized, train
-from tnlayers.network import Indices, Network, window_of
+from tnlayers.network import Network, window_of
 from tnlayers.ranks import Ranks
 
 __all__ = ["TensorRing", "TensorRingConv2d", "TensorRingLinear"]
