@@ -163,7 +163,7 @@ def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
                 continue
             given = laid_out(x, layout).requires_grad_()
             out = layer(given)
-            kept = _as_torch(layer, given, out) if layer.plan.is_one_operation else _keeps(given, out)
+            kept = _keeps(given, out) or (layer.plan.is_one_operation and _as_torch(layer, given, out))
             if layout == "channels_last" and not kept:
                 yield f"{plan} loses channels_last: {out.shape} {out.stride()}"
             # A sum gives a gradient without strides of its own; any other has the output's.

@@ -68,6 +68,7 @@ FLOORS = [
     "files",
     "optimizers",
     "markdown",
+    "contraction",
     "network",
     "roles",
     "schedule",

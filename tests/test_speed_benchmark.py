@@ -1,5 +1,7 @@
 """The benchmark of speed, tiny, and the table that it computes from hand-written rows. No time is asserted."""
 
+import copy
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,9 @@ from benchmarks.speed import __main__ as script
 from benchmarks.speed import layers, nets
 from benchmarks.speed.cases import CONVS, STANDARD_CONV, STANDARD_LINEAR, Case, Conv, cases
 from benchmarks.speed.contenders import Contender, in_layouts, measure
+from benchmarks.speed.ours import macs_kept
 from benchmarks.speed.tables import plot, tables
-from benchmarks.speed.targets import best, choice, speed, targets
+from benchmarks.speed.targets import best, choice, repeated, speed, targets
 from benchmarks.speed.tltorch_layers import tltorch_layers
 from tests.tolerances import EXACT
 from tnlayers import CP, MPS, TT, FactorizedLayer, LowRank, Rule, Tucker, tensorize
@@ -251,6 +254,37 @@ def test_the_table_says_what_is_met_and_of_how_many_rows() -> None:
     assert told("VGG-16 at half the MACs, best method, inference") == ("no rows", None)
     assert told("import tnlayers") == ("0.25 s over 2.00 s", True)
     assert told("quickstart") == ("no rows", None)
+
+
+def test_floors_are_told_next_to_what_is_missed() -> None:
+    halves = {"a": [1.0, 1.2], "b": [1.1, 1.0]}
+    plans = [one("plan", 1.0, 1.0, how=how) | {"inference halves": both} for how, both in halves.items()]
+    row = ROW | {
+        "measured": [*ROW["measured"][:4], one("lean", 3.0, 9.0, peak=60), *plans],
+        "model": {"inference": "b"},
+    }
+    assert repeated(row, "inference") == 1.2
+    assert repeated(row, "training") is None
+    net = {"part": "nets", "name": "ResNet-18", "net": "ResNet-18", "method": "CP", "proportional": 1.9}
+    net["measured"] = [one("dense", 3.0, 2.0), one("ours", 2.0, 2.0)]
+    found = {target.what: target.measured for target in targets([row, net])}
+    assert found["peak memory of a training step over dense's, layers"].endswith(
+        "lean=True: 0.75 at most, above 1 in 0"
+    )
+    assert found["the cost model's plan within 5 % of the best one, inference"].endswith("in the other half: 0%")
+    assert found["ResNet-18 at half the MACs, best method, inference"] == "1.50 (CP; in proportion to the MACs 1.90)"
+
+
+def test_a_net_in_proportion_to_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock that counts how often it is asked: a layer takes one of the three ticks of the whole net."""
+    dense = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    small = tensorize(copy.deepcopy(dense), [Rule("0", Tucker(4))])
+    x = torch.randn(1, 8, 6, 6)
+    monkeypatch.setattr(nets.time, "perf_counter", itertools.count().__next__)
+    kept = macs_kept(small[0], x.shape)
+    assert kept == pytest.approx((32 * 36 + 144 * 16 + 32 * 16) / (576 * 16))
+    assert nets.proportional(dense, small, x) == pytest.approx(1 / (1 - (1 - kept) / 3))
+    assert nets.proportional(nn.ReLU(), small, x) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results/speed").glob("*.json")), ids=lambda path: path.stem)

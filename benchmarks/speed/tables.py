@@ -22,16 +22,31 @@ _OURS, _THEIRS = "#1f6fb4", "#e08a3c"
 _BEST = "Times as fast as dense, each in its faster layout of the input, default or channels last"
 
 
-_MISSED = """Where a target is missed, one of these is the reason:
+_MISSED = """Where a target is missed, these are the floors that were measured, and why:
 
-- Normalisation, activations and additions take the time that they took before. In a net whose convolutions take two thirds of
-  the time, half of their work saves a third.
-- A call of a factorized layer in eager mode asks whether its factors have changed since its weights were merged, and starts
-  several operations in place of one. That takes tens of microseconds, which shows where a dense layer takes a fraction of a
-  millisecond. Graphs ask nothing: compare the forms.
-- A step with few channels uses several threads worse than the dense convolution does, and moves as many values for fewer operations.
-- In training weights are merged at every step, forward and backward: a small batch pays as much for it as a large one.
-- A layer keeps the activations between its steps; `autotune(net, example, lean=True)` makes them anew."""
+- Normalisation, activations and additions take the time that they took before. The table of the nets has a column for a net in
+  which the time of each replaced layer falls exactly as its operations do: that is the most that fewer operations can give
+  where they take as long each.
+- A step with few channels uses several threads worse than the dense convolution does, and moves as many values for fewer
+  operations: compare "best plan", which is the fastest of all ways to compute a layer, with "ours".
+- A layer keeps the activations between its steps; with `lean=True` autotune makes them anew where they are more than the dense
+  layer keeps. What a step needs while it computes comes on top.
+- A choice between plans that are nearly as fast cannot be repeated better than the times can."""
+
+
+def _calls(rows: Sequence[Measured]) -> str:
+    """Writes what a call costs by itself, where that was measured."""
+    (row,) = [row for row in rows if row["name"] == "call"][:1] or [{"measured": []}]
+    times = {one["how"]: [_time(one[form]) for form in FORMS] for one in row["measured"]}
+    if not times:
+        return ""
+    dense, like, apart = (times[how] for how in ("", "dense", "factors"))
+    return (
+        "- In eager mode a call asks whether the factors have changed since their weights were merged, and a training step merges "
+        "them, forward and backward. Of a convolution with so few channels that its operations hardly count, a call takes "
+        f"{dense[0]} dense, {like[0]} of ours where it computes like that, {apart[0]} in three steps; a training step {dense[1]}, "
+        f"{like[1]} and {apart[1]}. That is what small layers lose. Graphs ask nothing: compare the forms."
+    )
 
 
 def tables(result: Measured) -> str:
@@ -40,7 +55,8 @@ def tables(result: Measured) -> str:
     for row in result["rows"]:
         if "error" not in row:
             of.setdefault(row["part"], []).append(row)
-    sections = ["# Speed", _about(result), "## Targets", targets_table(targets(result["rows"])), _MISSED]
+    sections = ["# Speed", _about(result), "## Targets", targets_table(targets(result["rows"]))]
+    sections += ["\n".join(filter(None, [_MISSED, _calls(of.get("start", []))]))]
     for part, (sentence, write) in _WRITERS.items():
         if part in of:
             sections += [f"## {part.capitalize()}", sentence, write(of[part])]

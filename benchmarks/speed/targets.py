@@ -8,7 +8,7 @@ from typing import Any
 
 from tnlayers.markdown import markdown_table
 
-__all__ = ["FORMS", "NEVER_SLOWER", "Target", "best", "choice", "speed", "targets", "targets_table"]
+__all__ = ["FORMS", "NEVER_SLOWER", "Target", "best", "choice", "repeated", "speed", "targets", "targets_table"]
 
 Measured = dict[str, Any]
 FORMS = ("inference", "training")
