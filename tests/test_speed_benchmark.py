@@ -238,13 +238,22 @@ def test_the_table_says_what_is_met_and_of_how_many_rows() -> None:
         (name,) = [name for name in found if name.startswith(what)]
         return found[name].measured, found[name].met
 
-    assert told("any layer against the faster dense layout, inference") == ("0.50 at least (b); below in 1 of 2", False)
-    assert told("any layer against the faster dense layout, training") == ("2.00 at least (a); below in 0 of 2", True)
+    assert told("any layer against the faster dense layout, inference") == (
+        "0.50 at least (b); below in 1 of 2; under the best plan 3.16 at least (a); below in 0 of 1",
+        False,
+    )
+    assert told("any layer against the faster dense layout, training") == (
+        "2.00 at least (a); below in 0 of 2; under the best plan 4.00 at least (a); below in 0 of 1",
+        True,
+    )
     assert told("peak memory") == ("1.25 at most (a); above 1 in 1 of 2", False)
     quarter = "Tucker at a quarter of 64 channels and more, 3x3 and 5x5, batch 8: speed-up over MAC reduction, "
-    assert told(f"{quarter}inference") == ("0.75, 0.75 to 0.75 in 1 rows", False)
-    assert told(f"{quarter}training") == ("0.50, 0.50 to 0.50 in 1 rows", True)
-    assert told("the same layers against tltorch's better path, inference") == ("2.50, 2.50 to 2.50 in 1 rows", True)
+    assert told(f"{quarter}inference") == ("0.75, 0.75 to 0.75 in 1 rows; under the best plan 0.79", False)
+    assert told(f"{quarter}training") == ("0.50, 0.50 to 0.50 in 1 rows; under the best plan 1.00", True)
+    assert told("the same layers against tltorch's better path, inference") == (
+        "2.50, 2.50 to 2.50 in 1 rows; under the best plan 2.63",
+        True,
+    )
     assert told("the cost model's plan within 5 % of the best one, inference") == ("100% of 1", True)
     assert told("ResNet-18 (64x64) at half the MACs, batch 1:") == ("eager 0.90, compiled 1.10", False)
     assert told("ResNet-18 (64x64) at half the MACs, batch 32:") == ("no rows", None)

@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.machine import ROOT
 from benchmarks.rows import Row, Setting
 from benchmarks.speed.contenders import Contender, in_layouts, measure
+from benchmarks.speed.nets import proportional
 from benchmarks.speed.ours import ours
 from benchmarks.timing import LEAST_ROUNDS, medians
 from lightning_modules.data import Digits
@@ -39,7 +40,8 @@ def quickstart(setting: Setting) -> dict[str, Any]:
     dense, small = (net.to(setting.device, setting.dtype, memory_format=torch.channels_last) for net in nets)
     small = ours(small, rules_from_plain(RULES), batch.contiguous(memory_format=torch.channels_last))
     contenders = in_layouts("dense", "", dense, batch) + in_layouts("ours", "", small, batch)
-    return {"batch": _BATCH, "measured": measure(contenders, setting)}
+    floor = proportional(dense, small, batch) if setting.device.type == "cpu" else None
+    return {"batch": _BATCH, "proportional": floor, "measured": measure(contenders, setting)}
 
 
 def imports(setting: Setting) -> dict[str, Any]:

@@ -27,8 +27,9 @@ _MISSED = """Where a target is missed, these are the floors that were measured, 
 - Normalisation, activations and additions take the time that they took before. The table of the nets has a column for a net in
   which the time of each replaced layer falls exactly as its operations do: that is the most that fewer operations can give
   where they take as long each.
-- A step with few channels uses several threads worse than the dense convolution does, and moves as many values for fewer
-  operations: compare "best plan", which is the fastest of all ways to compute a layer, with "ours".
+- Under "the best plan" each layer is computed in the way that was measured to be its fastest. What is missing there is in the
+  operations: one with few channels uses several threads worse than the dense convolution does, and moves as many values for
+  fewer multiplications. So it is in the quickstart's net, whose largest layer has 128 channels.
 - A layer keeps the activations between its steps; with `lean=True` autotune makes them anew where they are more than the dense
   layer keeps. What a step needs while it computes comes on top.
 - A choice between plans that are nearly as fast cannot be repeated better than the times can."""
