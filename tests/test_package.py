@@ -90,6 +90,7 @@ FLOORS = [
     "layers",
     "kept",
     "tuning",
+    "healing",
     "joint",
     "methods",
     "exchange",

@@ -5,6 +5,7 @@ from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.exchange import from_layers, from_tensorly, to_tensorly
 from tnlayers.factorized import FactorizedLayer
+from tnlayers.healing import Healed, heal, slices_of
 from tnlayers.layers import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -70,6 +71,7 @@ __all__ = [
     "FactorizedLinear",
     "FullTucker",
     "FullTuckerConv2d",
+    "Healed",
     "Kronecker",
     "KroneckerConv2d",
     "LayerSpec",
@@ -105,6 +107,7 @@ __all__ = [
     "fraction_kept",
     "from_layers",
     "from_tensorly",
+    "heal",
     "kinds_table",
     "load_checkpoint",
     "methods_table",
@@ -113,6 +116,7 @@ __all__ = [
     "rules_from_plain",
     "rules_of",
     "save_safetensors",
+    "slices_of",
     "summarize",
     "tensorize",
     "to_chains",
