@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -187,7 +188,7 @@ def _at(model: nn.Module, name: str, batch: Example, *, output: bool) -> tuple[A
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(found)  # type: ignore[return-value]
+    return found[0], found[1]
 
 
 def _run(model: nn.Module, batch: Example) -> None:
@@ -233,7 +234,11 @@ class _Features:
             # The last samples of a round are left out where they fill no batch, for the sake of BatchNorm.
             order = torch.randperm(sum(map(_samples, kept)), generator=generator)
             for part in order[: len(order) // size * size].split(size):
-                yield map_tensors(whole, lambda tensor, part=part: tensor[part.to(tensor.device)])
+                yield map_tensors(whole, partial(_picked, part))
+
+
+def _picked(places: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[places.to(tensor.device)]
 
 
 def _samples(features: Any) -> int:
