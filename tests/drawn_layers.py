@@ -166,12 +166,17 @@ def wrong(drawn: Drawn, device: str = "cpu") -> Iterator[str]:
             kept = _keeps(given, out) or (layer.plan.is_one_operation and _as_torch(layer, given, out))
             if layout == "channels_last" and not kept:
                 yield f"{plan} loses channels_last: {out.shape} {out.stride()}"
+            with torch.no_grad():
+                alone = layer.eval()(laid_out(x, layout))
+            layer.train()
             # A sum gives a gradient without strides of its own; any other has the output's.
             loss = out.sum() if layout == "expanded" else (out * laid_out(torch.ones_like(out), layout)).sum()
             parts = [given, *layer.parameters()]
-            found = [out, *torch.autograd.grad(loss, parts)]
+            found = [out, *torch.autograd.grad(loss, parts), alone]
             names = ["output", "input's gradient", *(f"gradient of {name}" for name, _ in layer.named_parameters())]
-            for name, value, right, scale in zip(names, found, expected, scales, strict=True):
+            names.append("output in evaluation")
+            rights, sizes = [*expected, expected[0]], [*scales, scales[0]]
+            for name, value, right, scale in zip(names, found, rights, sizes, strict=True):
                 error = float((value.detach().cpu().double() - right).norm() / scale.norm().clamp_min(1e-300))
                 if not error <= TOLERANCES[drawn.dtype]:
                     yield f"{plan} {layout}: {name} differs by {error:.1e}"

@@ -90,9 +90,6 @@ def test_a_whole_net_in_channels_last() -> None:
     torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), expected, **FLOAT64)
 
 
-RULES = [Rule("*", Tucker((8, 8)))]
-
-
 class Convolved(TorchDispatchMode):
     """What convolutions take: the layouts of their inputs and weights."""
 
@@ -110,27 +107,35 @@ def in_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+@pytest.mark.parametrize("plan", ["factors", "dense"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "made",
     [
-        lambda net: tensorize(net, RULES).to(memory_format=torch.channels_last),
-        lambda net: tensorize(net.to(memory_format=torch.channels_last), RULES),
-        lambda net: copy.deepcopy(tensorize(net.to(memory_format=torch.channels_last), RULES)).double(),
+        lambda net, rules: tensorize(net, rules).to(memory_format=torch.channels_last),
+        lambda net, rules: tensorize(net.to(memory_format=torch.channels_last), rules),
+        lambda net, rules: copy.deepcopy(tensorize(net.to(memory_format=torch.channels_last), rules)).double(),
     ],
 )
-def test_merged_weights_lie_as_the_dense_one_would(made: Callable[[nn.Module], nn.Module], training: bool) -> None:
-    """Torch lays a weight out anew at every call otherwise."""
-    net = made(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).double()).train(training)
+def test_merged_weights_lie_as_the_dense_one_would(made: Callable[..., nn.Module], training: bool, plan: str) -> None:
+    """Torch lays a weight out anew at every call otherwise. One operation alone lays its output out as torch's own layer does."""
+    rules = [Rule("0", Tucker((8, 8)), plan=plan)]
+    net = made(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).double(), rules).train(training)
     x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     with Convolved() as seen, torch.set_grad_enabled(training):
         out = net(x.to(memory_format=torch.channels_last))
     assert in_channels_last(out)
     assert seen.layouts
     assert all(own == weight for own, weight in seen.layouts)
-    steps = net[0].training_plan if training else net[0].plan
-    as_torch = in_channels_last(to_dense(copy.deepcopy(net))(x))
-    assert in_channels_last(net(x)) == (as_torch if steps.is_one_operation else False)
+    assert net[0].plan.is_one_operation == (plan == "dense")
+    with Convolved() as seen, torch.set_grad_enabled(training):
+        out = net(x)
+    if plan == "dense":
+        assert in_channels_last(out) == in_channels_last(to_dense(copy.deepcopy(net))(x))
+    else:
+        assert not in_channels_last(out)
+        assert seen.layouts
+        assert all(own == weight for own, weight in seen.layouts)
     for dense in (to_dense(copy.deepcopy(net)), to_chains(copy.deepcopy(net).eval())):
         weights = [value for value in dense.parameters() if value.dim() == 4 and value.shape[-1] > 1]
         assert weights

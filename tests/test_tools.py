@@ -29,6 +29,7 @@ from tnlayers import (
     Rule,
     TensorRing,
     TTConv,
+    TTEmbedding,
     Tucker,
     TuckerConv2d,
     TuckerMatrix,
@@ -59,6 +60,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ConvTranspose2d": (lambda: FactorizedConvTranspose2d(8, 12, 3, stride=2, method=Tucker(rank=4)), (2, 8, 5, 4)),
     "Linear": (lambda: LowRankLinear(30, 28, rank=4), (2, 30)),
     "Embedding": (lambda: LowRankEmbedding(50, 16, padding_idx=0, rank=4), (2, 7)),
+    "TTEmbedding": (lambda: TTEmbedding(50, 16, rank=3), (2, 7)),
     "MultiheadAttention": (Attention, (2, 5, 16)),
 }
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -71,14 +73,16 @@ def built(kind: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, (_, *shape) = NETS[kind]
     net = nn.Sequential(make()).eval()
-    x = torch.randint(0, 50, (batch, *shape)) if kind == "Embedding" else torch.randn(batch, *shape)
+    x = torch.randint(0, 50, (batch, *shape)) if "Embedding" in kind else torch.randn(batch, *shape)
     return net, x
 
 
 # ---- graphs
 
 
-@pytest.mark.parametrize("kind", ["Embedding", "MultiheadAttention"])  # the other kinds are in the suite of layers
+@pytest.mark.parametrize(
+    "kind", ["Embedding", "TTEmbedding", "MultiheadAttention"]
+)  # the other kinds are in the suite of layers
 def test_compiles_and_exports_for_every_batch(kind: str) -> None:
     net, x = built(kind)
     torch.compiler.reset()
@@ -171,11 +175,12 @@ def test_gradients_of_each_sample(kind: str) -> None:
             assert_close(found[name][place], gradient, **FLOAT32)
 
 
+@pytest.mark.parametrize("plan", ["factors", "dense"])
 @every_layer
-def test_layers_of_many_inputs_at_once(case: Case) -> None:
+def test_layers_of_many_inputs_at_once(case: Case, plan: str) -> None:
     """Also of pictures whose channels lie last."""
     layer = case.convert(case.dense(), case.rank)
-    layer.set_plan("factors")
+    layer.set_plan(plan)
     x = torch.stack([case.input(), case.input().flip(0)])
     layouts = [x, x.movedim(2, -1).contiguous().movedim(-1, 2)] if x.dim() == 5 else [x]
     for mode in (torch.enable_grad, torch.no_grad):
@@ -185,11 +190,12 @@ def test_layers_of_many_inputs_at_once(case: Case) -> None:
                 assert_close(torch.vmap(layer)(each), torch.stack([layer(part) for part in each]), **FLOAT64)
 
 
+@pytest.mark.parametrize("plan", ["factors", "dense"])
 @every_layer
-def test_an_ensemble_of_parameters(case: Case) -> None:
+def test_an_ensemble_of_parameters(case: Case, plan: str) -> None:
     """Also of a layer that was moved to channels last, which torch cannot ask about under vmap."""
     layer = case.convert(case.dense(), case.rank)
-    layer.set_plan("factors")
+    layer.set_plan(plan)
     x, parameters = case.input(), {name: torch.stack([value, -value]) for name, value in layer.named_parameters()}
 
     def call(parameters: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The product of factors, two at a time, each product as one matmul.
+"""The product of factors, two at a time, each as one matmul, or where nothing is summed as one multiplication.
 
 `torch.einsum` computes the same. For factors as small as those of a layer it takes most of its time to find out how, forward and
 backward; here that is found out once.
@@ -115,8 +115,8 @@ def _product(
 ) -> tuple[_Product, Indices]:
     """Returns a product and the indices of its result, in their order.
 
-    What comes first in the output comes first where it costs nothing; the last product copies its operands, which are smaller
-    than what it makes, rather than that.
+    What comes first in the output comes first where it costs nothing; the last product copies its operands rather than what it
+    makes, which is mostly larger.
     """
     batch = tuple(index for index in one if index in other and index in needed)
     summed = tuple(index for index in one if index in other and index not in needed)

@@ -117,7 +117,7 @@ def row(name: str, net: Net, method: str, setting: Setting) -> dict[str, Any]:
 
 
 def proportional(dense: nn.Module, small: nn.Module, x: Tensor) -> float | None:
-    """Returns how many times as fast as the dense net it would be if the time of what was replaced fell as the operations do.
+    """Returns how many times as fast as the dense net it would be if the time of what was replaced fell as its fewest operations do.
 
     All else takes as long as in the dense net, which is timed layer by layer in evaluation, in channels last. None where layers
     have been opened, so that the dense net has none of their names.

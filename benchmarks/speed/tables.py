@@ -24,15 +24,14 @@ _BEST = "Times as fast as dense, each in its faster layout of the input, default
 
 _MISSED = """Where a target is missed, these are the floors that were measured, and why:
 
-- Normalisation, activations and additions take the time that they took before. The table of the nets has a column for a net in
-  which the time of each replaced layer falls exactly as its operations do: that is the most that fewer operations can give
-  where they take as long each.
-- Under "the best plan" each layer is computed in the way that was measured to be its fastest. What is missing there is in the
-  operations: one with few channels uses several threads worse than the dense convolution does, and moves as many values for
-  fewer multiplications. So it is in the quickstart's net, whose largest layer has 128 channels.
-- A layer keeps the activations between its steps; with `lean=True` autotune makes them anew where they are more than the dense
-  layer keeps. What a step needs while it computes comes on top.
-- A choice between plans that are nearly as fast cannot be repeated better than the times can."""
+- Normalisation, activations and additions take the time that they took before. "In proportion" is what a net would be whose replaced
+  layers take as much less time as they have fewer operations, under the plans with the fewest, while all else takes its time.
+- Under "the best plan" each layer is computed in that of its plans in channels last whose median is the least. What is missing
+  there is in the operations: one with few channels uses several threads worse than the dense convolution does, and moves as many values
+  for fewer multiplications. So it is in the quickstart's net, whose largest layer has 128 channels.
+- A layer keeps the activations between its steps. `lean=True` of autotune bounds what is kept from the forward to the backward pass, and so
+  the sum over the layers of a net; the peak of one layer's step is reached while it computes, and mostly stays.
+- No choice between plans that are nearly as fast can be repeated better than the times can."""
 
 
 def _calls(rows: Sequence[Measured]) -> str:
@@ -43,10 +42,11 @@ def _calls(rows: Sequence[Measured]) -> str:
         return ""
     dense, like, apart = (times[how] for how in ("", "dense", "factors"))
     return (
-        "- In eager mode a call asks whether the factors have changed since their weights were merged, and a training step merges "
-        "them, forward and backward. Of a convolution with so few channels that its operations hardly count, a call takes "
-        f"{dense[0]} dense, {like[0]} of ours where it computes like that, {apart[0]} in three steps; a training step {dense[1]}, "
-        f"{like[1]} and {apart[1]}. That is what small layers lose. Graphs ask nothing: compare the forms."
+        "- In eager mode a call asks whether the factors have changed since their weights were merged, and where factors are merged "
+        "a training step does so forward and backward. Of a convolution with so few channels that its operations hardly count, a call "
+        f"takes {dense[0]} dense, {like[0]} of ours where it computes like that, {apart[0]} in three convolutions; a training step "
+        f"{dense[1]}, {like[1]} merging, and {apart[1]} in three convolutions. That is what small layers lose. Graphs ask "
+        "nothing: compare the forms."
     )
 
 
@@ -136,8 +136,9 @@ _WRITERS = {
     "nets": (
         "Half of the multiply-accumulates (MACs) of all layers that a method takes, in ranks that are multiples of 8, the first layer "
         "left dense, or the ranks of Tai et al.; MACs of the whole net by torch's count of an evaluation. "
-        f'{_BEST}. "In proportion" is what the net would be if the time of each replaced layer fell as its operations do, and all '
-        "else took its time in the dense net, whose layers are timed one by one in channels last. Peak memory is of a training step.",
+        f'{_BEST}. "In proportion" is what the net would be if the time of each replaced layer fell as its operations do under the plan '
+        "that has the fewest, and all else took its time in the dense net, whose layers are timed one by one in channels last, in "
+        "passes of their own. Peak memory is of a training step.",
         _nets,
     ),
     "forms": (
@@ -146,8 +147,8 @@ _WRITERS = {
         _forms,
     ),
     "layers": (
-        f'{_BEST}; MACs kept under the plan that has the fewest. "Best plan" is the fastest of all partitions of the factors, '
-        'pictures in channels last; "tltorch" is the faster one of its implementations, factorized and reconstructed.',
+        f'{_BEST}; MACs kept under the plan that has the fewest. "Best plan" is the least median of all plans of the factors and '
+        'their operations, pictures in channels last; "tltorch" is the faster one of its implementations, factorized and reconstructed.',
         _layers,
     ),
 }
