@@ -11,7 +11,6 @@ compressed net's own inputs: mean squared error, Adam with a rate that falls to 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.tracing import Example, arguments_of, evaluating, map_tensors, tensors_in
+from tnlayers.tracing import Example, arguments_of, evaluating, map_tensors, modes_kept, tensors_in
 from tnlayers.tuning import Progress
 
 __all__ = ["Healed", "heal", "slices_of"]
@@ -264,7 +263,8 @@ def _fitted(module: nn.Module, name: str, features: _Features, steps: int, rate:
     optimizer = torch.optim.Adam(trained, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     drawn = features.drawn([place for place in range(len(features)) if place not in judged], seed)
-    with _by_batches(module), torch.enable_grad():
+    with modes_kept(module), torch.enable_grad():
+        _normalise_by_batches(module)
         for _, (args, kwargs, target) in zip(range(steps), drawn, strict=False):
             optimizer.zero_grad()
             _distance(module(*args, **kwargs), target).backward()
@@ -278,21 +278,12 @@ def _fitted(module: nn.Module, name: str, features: _Features, steps: int, rate:
     return Healed(name, before, after)
 
 
-@contextmanager
-def _by_batches(module: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode, so that nothing is dropped, but for BatchNorm; afterwards every module's mode is as it was."""
-    training = {each: each.training for each in module.modules()}
+def _normalise_by_batches(module: nn.Module) -> None:
+    """Sets evaluation mode, so that nothing is dropped, but for BatchNorm."""
     module.eval()
-    for each in training:
+    for each in module.modules():
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             each.train()
-    try:
-        yield
-    finally:
-        for each, mode in training.items():
-            if isinstance(each, FactorizedLayer):
-                each.train(mode)
-            each.training = mode
 
 
 def _error(module: nn.Module, features: _Features, places: Iterable[int]) -> float:

@@ -48,9 +48,8 @@ class Merged:
         self._aliases = [factor.detach() for factor in factors.values()]
         # What tells of writes and exchanges; asking for a shape would leave its mark in a trace.
         self._marks = [(own, own._version, own.data_ptr(), own.dtype, own.stride()) for own in factors.values()]
-        self._versions = [
-            (weight, weight._version) for weight in weights
-        ]  # code that reads a dense weight may write to it
+        # Code that reads a dense weight may write to it.
+        self._versions = [(weight, weight._version) for weight in weights]
         _told_of_steps()[id(self)] = self
 
     def made_of(self, factors: Mapping[str, Tensor | None]) -> bool:

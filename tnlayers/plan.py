@@ -120,7 +120,7 @@ class Plan:
         if self.axes and x.dim() == self.axes + 1:
             return self(x.unsqueeze(0), weights, bias, output_padding).squeeze(0)
         if self.is_one_operation:
-            if torch.is_grad_enabled() and _lies_last(x):
+            if self.axes == 2 and torch.is_grad_enabled() and _lies_last(x):
                 x = _of_plain_strides(x)
             return self.steps[0].operate(x, weights[0], bias, output_padding)
         if not self.axes and x.dim() != 2:

@@ -20,6 +20,7 @@ __all__ = [
     "factorized_layers",
     "layer_inputs",
     "map_tensors",
+    "modes_kept",
     "num_samples",
     "tensors_in",
 ]
@@ -65,11 +66,17 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Sets evaluation mode and turns gradients off for this block; afterwards every module's mode is as it was."""
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Gives every module the mode back that it had before this block."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in training.items():
             if isinstance(module, FactorizedLayer):
