@@ -56,7 +56,7 @@ def _run(out: Path, seed: int, console: Console) -> Compression:
         trainer = _trainer(out, "retrain", _RETRAIN_EPOCHS)
         folder = out / "compressed"
         folder.mkdir()
-        found = compress(model, data, trainer, checkpoint, folder)
+        found = compress(model, data, trainer, checkpoint, folder, tunes=True)
 
         console.print(f"[bold]3[/] retraining the factors with the dense CNN as teacher, {_RETRAIN_EPOCHS} epochs")
         trainer.fit(model, datamodule=data)

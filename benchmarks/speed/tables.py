@@ -31,7 +31,10 @@ _MISSED = """Where a target is missed, these are the floors that were measured, 
   for fewer multiplications. So it is in the quickstart's net, whose largest layer has 128 channels.
 - A layer keeps the activations between its steps. `lean=True` of autotune bounds what is kept from the forward to the backward pass, and so
   the sum over the layers of a net; the peak of one layer's step is reached while it computes, and mostly stays.
-- No choice between plans that are nearly as fast can be repeated better than the times can."""
+- No choice between plans that are nearly as fast can be repeated better than the times can. What the cost model lacks beyond that is in
+  its form, not in its constants: over 256 other layers (`python -m benchmarks.constants`) those that are in use choose within 5 % of the
+  fastest plan in 83 % of the cases in inference and 76 % in training, and constants fitted to these very cases in 82 % and 77 %. `autotune`
+  measures instead."""
 
 
 def _calls(rows: Sequence[Measured]) -> str:
