@@ -5,7 +5,7 @@ from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
 from tnlayers.exchange import from_layers, from_tensorly, to_tensorly
 from tnlayers.factorized import FactorizedLayer
-from tnlayers.healing import Healed, heal, slices_of
+from tnlayers.healing import Healed, heal
 from tnlayers.layers import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -37,6 +37,7 @@ from tnlayers.plan import Plan
 from tnlayers.ranks import MacsKept, ParamsKept, RelativeError
 from tnlayers.rules import Rule, rules_from_plain
 from tnlayers.schedule import ByMode, Schedule
+from tnlayers.slices import slices_of
 from tnlayers.spec import LayerSpec
 from tnlayers.summary import Summary, summarize
 from tnlayers.surgery import resolve, rules_of, tensorize, to_dense

@@ -22,7 +22,7 @@ from tnlayers.ranks import Ranks
 from tnlayers.roles import Partition
 from tnlayers.schedule import ByMode, PlanChoice, Schedule, of_mode, partition_of, partitions
 
-__all__ = ["LayerSpec"]
+__all__ = ["LayerSpec", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class LayerSpec:
                 )
             if scale != 1:
                 method.scale(parameters, scale)
-            parameters = _rounded(parameters, dtype)
+            parameters = rounded(parameters, dtype)
             made = self.reconstruct({key: precise(value) for key, value in parameters.items()})
             error = relative_error(weight, made.reshape(weight.shape))
         if not error <= 1 + 1e-6 + torch.finfo(dtype).eps:
@@ -220,7 +220,7 @@ class LayerSpec:
         return Plan.compile(self.network, self.sizes, one, self.geometry.axes, self.geometry.pad_mode)
 
 
-def _rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def rounded(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Rounds to the dtype; if the largest entry of one is out of its range, all are first scaled to the same largest entry.
 
     The product of the scales is 1, and the weight is linear in each parameter.
