@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageData
+from lightning_modules.healing import Healing, heal_slices, healed_sentence
 from lightning_modules.loggers import log_pictures, log_table
 from lightning_modules.report import Report
 from lightning_modules.tuning import tune
-from tnlayers import MacsKept, Rule, Summary, fraction_kept, rules_of, summarize, tensorize, to_dense
+from tnlayers import Healed, MacsKept, Rule, Summary, fraction_kept, rules_of, summarize, tensorize, to_dense
 from tnlayers.errors import UserError
+from tnlayers.normalisation import batch_norms, take_statistics
 from tnlayers.summary import percent
 from tnlayers.tracing import factorized_layers
 from tnlayers.tuning import Tuned
@@ -49,6 +51,7 @@ def compress(
     out: Path,
     *,
     tunes: bool = False,
+    healing: Healing = Healing(),  # noqa: B008  (frozen)
 ) -> Compression:
     """Loads a checkpoint into the model, applies the model's rules, and writes model.ckpt and the report to `out`.
 
@@ -65,6 +68,7 @@ def compress(
         checkpoint: of the dense net, or of a tensorized one that is to be compressed further.
         out: an empty folder.
         tunes: whether to measure how each layer is computed the fastest, unless its rule names a plan; see `tnlayers.autotune`.
+        healing: whether and how the compressed net learns from the dense one without labels.
     """
     trainer.precision_plugin.convert_module(model)  # ranks are chosen in the dtype that the factors will have
     loaded = model.load(checkpoint)
@@ -85,12 +89,18 @@ def compress(
     notes = [f"from        {checkpoint}: {loaded}"]
     verb = "re-estimated on training pictures" if recalibrated else "kept: new ones did not bring the outputs nearer"
     notes.append(f"BatchNorm   statistics {verb}")
+    healed: list[Healed] = []
+    if healing.pictures:
+        healed = heal_slices(trainer, model, dense, data, healing)
+        recalibrate_if_better(model.net, dense, batches)  # those that belong to no slice
+        accuracy["healed"] = accuracy_on_test(trainer, model, data)
+        notes.append(healed_sentence(healed, healing))
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
     tuned, said = _tuned(trainer, model, example) if tunes else ({}, [])
     rules, notes = [_with_plan(rule, model.net) for rule in rules], notes + said
     summary = summarize(model.net.cpu(), example, reference=dense.cpu(), rules=rules)
-    report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes), tuned)
+    report = Report(f"{model.hparams['net']} compressed", summary, accuracy, tuple(notes), tuned, tuple(healed))
     trainer.save_checkpoint(out / "model.ckpt", weights_only=True)
     if trainer.is_global_zero:
         report.write(out)
@@ -128,24 +138,14 @@ def calibration_batches(data: ImageData) -> list[Tensor]:
 
 def recalibrate_if_better(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> bool:
     """Estimates the BatchNorm statistics on half of the batches, and keeps them if they help on the other half."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms or len(batches) < 2 or min(map(len, batches)) < 2:
+    if not batch_norms(net) or len(batches) < 2 or min(map(len, batches)) < 2:
         return False
     estimate, judge = batches[::2], batches[1::2]
     before = copy.deepcopy(net.state_dict())
     agreement = _agreement(net, dense, judge)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
     net.eval()
-    for norm in norms:
-        norm.train()
-    with torch.no_grad():
-        for pictures in estimate:
-            net(pictures.to(next(net.parameters())))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    like = next(net.parameters())
+    take_statistics(net, (((pictures.to(like),), {}) for pictures in estimate))
     better = _agreement(net, dense, judge) > agreement
     if not better:
         net.load_state_dict(before)

@@ -211,7 +211,7 @@ def retraining_config(config: dict[str, Any], out: Path, rules: list[Rule]) -> d
     The teacher is the one that was given, else what was compressed.
     """
     checkpoint = config.pop("checkpoint")
-    for key in ("out", "config"):
+    for key in ("out", "config", "healing"):
         config.pop(key, None)
     config["model"] |= {
         "init_from": str(out / "model.ckpt"),

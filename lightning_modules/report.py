@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lightning_modules.plots import plot_accuracy, plot_layers, png
 from lightning_modules.timing_report import plain_timings, timed
-from tnlayers import Summary
+from tnlayers import Healed, Summary
 from tnlayers.files import write_files
 from tnlayers.summary import LayerSummary, Totals, kept, percent
 from tnlayers.tuning import Tuned
@@ -31,9 +31,10 @@ class Report:
     Attributes:
         title: what was compressed.
         summary: parameters, multiply-accumulates, errors and times.
-        accuracy: stage ("dense" or "before", "right after", "retrained") -> fraction of the test pictures.
+        accuracy: stage ("dense" or "before", "right after", "healed", "retrained") -> fraction of the test pictures.
         notes: sentences that belong to the figures.
         tuned: what was measured to choose the layers' plans.
+        healed: what became of each slice.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Report:
     accuracy: dict[str, float]
     notes: tuple[str, ...] = ()
     tuned: Mapping[str, Tuned] = field(default_factory=dict)
+    healed: tuple[Healed, ...] = ()
 
     def show(self, console: Console) -> None:
         """Prints the per-layer table, narrow enough for a terminal of 80 columns, and the totals."""
@@ -110,6 +112,7 @@ class Report:
             "notes": list(self.notes),
             "environment": environment(),
             "timings": plain_timings(self.tuned),
+            "healed": [asdict(one) for one in self.healed],
             **self.summary.to_plain(),
         }
 

@@ -16,6 +16,7 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.compression import compress
 from lightning_modules.console import progress_bar, say
 from lightning_modules.data import ImageData
+from lightning_modules.healing import Healing
 from lightning_modules.processes import check_processes
 from lightning_modules.restoring import Restoring
 from lightning_modules.study import JOURNAL, Protocol, Subject, log_study, read_rows, run_study, summary, write_report
@@ -79,7 +80,12 @@ class CompressionTrainer(Trainer):
         return self.stopping and not self.validating
 
     def compress(
-        self, model: ImageClassifier, datamodule: ImageData, checkpoint: str, out: str = "runs/compressed"
+        self,
+        model: ImageClassifier,
+        datamodule: ImageData,
+        checkpoint: str,
+        out: str = "runs/compressed",
+        healing: Healing = Healing(),  # noqa: B008  (frozen)
     ) -> None:
         """Compresses a checkpoint by the model's rules.
 
@@ -88,9 +94,10 @@ class CompressionTrainer(Trainer):
             datamodule: gives pictures to calibrate and to test with.
             checkpoint: dense, or tensorized to compress it further: .pt, .pth, .th, .ckpt or .safetensors.
             out: a new folder for model.ckpt, config.yaml (for fit and test), report.md, report.json and the plots.
+            healing: how the compressed net learns from the dense one without labels.
         """
         tunes = any(isinstance(each, Autotune) and each.measures(self) for each in self.callbacks)  # type: ignore[attr-defined]
-        found = compress(model, datamodule, self, checkpoint, Path(out), tunes=tunes)
+        found = compress(model, datamodule, self, checkpoint, Path(out), tunes=tunes, healing=healing)
         if self.is_global_zero:
             found.report.show(Console())
         self.resolved_rules = found.rules

@@ -590,6 +590,39 @@ def test_compress_writes_everything(compressed: Path) -> None:
     assert "- timed       inference" in (compressed / "report.md").read_text()
 
 
+def test_compress_heals_without_labels(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every slice is told, none gets worse, and the configuration that goes on trains what was healed."""
+    out = tmp_path / "out"
+    rules = ["--model.rules", "[{pattern: 'conv[234]', method: CP, rank: MacsKept(0.2)}]"]
+    options = ["--healing.pictures", "200", "--healing.steps", "3", "--checkpoint", dense, "--out", out]
+    assert tnlayers("compress", *DIGITS, *rules, *options, *output_to(tmp_path / "logs")) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [*report["accuracy"]] == ["dense", "right after", "healed"]
+    assert report["accuracy"]["healed"] > report["accuracy"]["right after"]
+    assert [one["name"] for one in report["healed"]] == ["conv2", "conv3", "conv4"]
+    assert all(one["after"] <= one["refitted"] <= one["before"] for one in report["healed"])
+    assert "3 slices with 200 unlabelled pictures" in capsys.readouterr().out
+    config = ["-c", out / "config.yaml", *output_to(tmp_path / "again")]
+    assert tnlayers("fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--healing.pictures", "-1"], "healing.pictures is -1: expected a number of at least 0"),
+        (["--healing.pictures", "1"], "healing.pictures is 1: expected 0, or at least two pictures"),
+    ],
+)
+def test_what_no_net_can_learn_from_is_said(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], message: str
+) -> None:
+    rules = ["--model.rules", "[{pattern: 'conv[234]', method: CP, rank: MacsKept(0.2)}]"]
+    given = [*option, "--checkpoint", dense, "--out", tmp_path / "out", *output_to(tmp_path / "logs")]
+    assert tnlayers("compress", *DIGITS, *rules, *given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_compressed_config_has_integer_ranks(compressed: Path, dense: Path) -> None:
     model = yaml.safe_load((compressed / "config.yaml").read_text())["model"]
     assert model["init_from"] == str(compressed / "model.ckpt")

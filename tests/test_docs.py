@@ -264,6 +264,7 @@ def test_options_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["fit", "--help"],
         ["study", "--help"],
+        ["compress", "--help"],
         ["fit", "--data.help=lightning_modules.data.CIFAR10"],
         ["fit", "--model.optimizer.help=torch.optim.AdamW"],
     ):

@@ -1,0 +1,94 @@
+"""Healing as a stage of `compress`: on the run's device, in its precision and layout, from unlabelled training pictures."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from torch import nn
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.console import progress_bar
+from lightning_modules.data import ImageData
+from tnlayers import Healed, heal
+from tnlayers.errors import UserError
+from tnlayers.tuning import Progress
+
+__all__ = ["Healing", "heal_slices", "healed_sentence"]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How a compressed net learns from the dense one, slice by slice, without labels; see `tnlayers.heal`.
+
+    Args:
+        pictures: how many training pictures it takes; 0 heals nothing, and 1024 is a good number.
+        steps: of training each slice; 0 only fits the factors to the outputs of the dense layers.
+        rate: the learning rate of the first step.
+
+    Raises:
+        UserError: a number below 0.
+    """
+
+    pictures: int = 0
+    steps: int = 60
+    rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise UserError(f"healing.{name} is {value}: expected a number of at least 0")
+
+
+def heal_slices(
+    trainer: Trainer, model: ImageClassifier, dense: nn.Module, data: ImageData, healing: Healing
+) -> list[Healed]:
+    """Heals a classifier's net in place, on the trainer's device; every process does the same.
+
+    Args:
+        trainer: its device and precision hold, and a bar shows how far it is where the trainer shows bars.
+        model: holds the net, with factorized layers.
+        dense: what it was made of.
+        data: gives the pictures.
+        healing: how.
+
+    Returns:
+        What became of each slice.
+    """
+    wanted = min(healing.pictures, data.num_train)
+    num_batches = max(2, -(-wanted // data.batch_size))
+    if num_batches > wanted:
+        raise UserError(f"healing.pictures is {healing.pictures}: expected 0, or at least two pictures to learn from")
+    batches, size = [], -(-wanted // num_batches)
+    for pictures in data.calibration_batches(num_batches):
+        batches.append(pictures[:size].to(model.dtype, memory_format=torch.channels_last))
+    device, shown = trainer.strategy.root_device, trainer.progress_bar_callback is not None
+    bar = progress_bar(Console(stderr=True)) if shown and trainer.is_global_zero else nullcontext(_unseen)
+    model.net.to(device)
+    dense.to(device)
+    with trainer.precision_plugin.forward_context(), bar as show:
+        found = heal(model.net, dense, batches, steps=healing.steps, rate=healing.rate, progress=partial(_show, show))
+    model.net.cpu()
+    dense.cpu()
+    return found
+
+
+def healed_sentence(found: list[Healed], healing: Healing) -> str:
+    """Tells in one line what healing did to the errors of the slices."""
+    stages = [[one.before for one in found], [one.refitted for one in found], [one.after for one in found]]
+    before, refitted, after = (f"{sum(errors) / max(len(errors), 1):.3f}" for errors in stages)
+    trained = f", {after} after {healing.steps} steps of each" if healing.steps else ""
+    return (
+        f"healed      {len(found)} slices with {healing.pictures:,} unlabelled pictures: mean squared error of their outputs "
+        f"{before}, {refitted} with fitted factors{trained}"
+    )
+
+
+def _show(bar: Progress, name: str, done: float, total: float) -> None:
+    bar("healing the slices", done, total)
+
+
+def _unseen(*_: object) -> None:
+    """Shows nothing."""
