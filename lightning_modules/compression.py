@@ -91,9 +91,7 @@ def compress(
     notes.append(f"BatchNorm   statistics {verb}")
     healed: list[Healed] = []
     if healing.pictures:
-        healed = heal_slices(trainer, model, dense, data, healing)
-        recalibrate_if_better(model.net, dense, batches)  # those that belong to no slice
-        accuracy["healed"] = accuracy_on_test(trainer, model, data)
+        healed, accuracy["healed"] = _healed(trainer, model, dense, data, healing)
         notes.append(healed_sentence(healed, healing))
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
@@ -106,6 +104,15 @@ def compress(
         report.write(out)
         log_report(trainer, report, out)
     return Compression(rules, report)
+
+
+def _healed(
+    trainer: Trainer, model: ImageClassifier, dense: nn.Module, data: ImageData, healing: Healing
+) -> tuple[list[Healed], float]:
+    """Heals the net; returns what became of its slices and its accuracy."""
+    found = heal_slices(trainer, model, dense, data, healing)
+    recalibrate_if_better(model.net, dense, calibration_batches(data))  # those that belong to no slice
+    return found, accuracy_on_test(trainer, model, data)
 
 
 def _tuned(trainer: Trainer, model: ImageClassifier, example: Tensor) -> tuple[dict[str, Tuned], list[str]]:

@@ -16,7 +16,9 @@ def import_methods(rules: Sequence[Any]) -> None:
     Raises:
         UserError: there is no such module, or it has no such method.
     """
-    named = {str(rule.get("method", "")) for rule in rules if isinstance(rule, Mapping)}
+    entries = [rule for rule in rules if isinstance(rule, Mapping)]
+    entries += [item for rule in entries if isinstance(rule.get("methods"), list) for item in rule["methods"]]
+    named = {str(item.get("method", "") if isinstance(item, Mapping) else item) for item in entries}
     for name in sorted(name for name in named if "." in name):
         module, _, last = name.rpartition(".")
         if not all(part.isidentifier() for part in name.split(".")):

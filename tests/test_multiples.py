@@ -35,9 +35,9 @@ from tnlayers import (
     tensorize,
     truncate,
 )
+from tnlayers.allocation import Candidate, allocate
 from tnlayers.errors import UserError
 from tnlayers.geometry import Geometry
-from tnlayers.ranks import Candidate, allocate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*above what a weight", "ignore:.*lower the rank or leave")
 X = torch.zeros(1, 64, 8, 8)
@@ -179,7 +179,7 @@ def test_allocation_in_multiples_is_near_the_best_there_is(fraction: float, mult
     options = [[*((rank,) for rank in range(multiple, it.max_ranks[0], multiple)), None] for it in layers]
     budget = fraction * sum(it.dense_cost for it in layers)
     best = min(loss(layers, chosen) for chosen in itertools.product(*options) if cost(layers, chosen) <= budget)
-    chosen = tuple(allocate(layers, fraction))
+    chosen = tuple(found and found[1] for found in allocate([[each] for each in layers], fraction))
     assert all(ranks is None or ranks[0] % multiple == 0 for ranks in chosen)
     assert cost(layers, chosen) <= budget
     assert loss(layers, chosen) <= 1.4 * best + 1e-9  # coarse steps fit less well than single ranks

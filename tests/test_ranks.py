@@ -26,8 +26,15 @@ from tnlayers import (
     tensorize,
     truncate,
 )
+from tnlayers.allocation import Candidate, within_error
+from tnlayers.allocation import allocate as allocate_any
 from tnlayers.geometry import Geometry
-from tnlayers.ranks import Candidate, allocate, check_rank, within_error
+from tnlayers.ranks import check_rank
+
+
+def allocate(candidates: list[Candidate], fraction: float) -> list[tuple[int, ...] | None]:
+    """For layers that may become one thing each."""
+    return [found and found[1] for found in allocate_any([[each] for each in candidates], fraction)]
 
 
 def candidate(decay: float, size: int, cost: int, norm: float = 1.0) -> Candidate:

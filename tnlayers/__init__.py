@@ -1,5 +1,6 @@
 """Tensorized drop-in layers for PyTorch: train them from scratch, or compress a trained network."""
 
+from tnlayers.anyof import AnyOf
 from tnlayers.chains import to_chains
 from tnlayers.checkpoints import load_checkpoint, save_safetensors
 from tnlayers.errors import CheckpointError, UnsupportedLayer, UserError
@@ -53,6 +54,7 @@ __all__ = [
     "TT",
     "ADTNConv2d",
     "ADTNLinear",
+    "AnyOf",
     "BlockTerm",
     "BlockTermConv2d",
     "ByMode",

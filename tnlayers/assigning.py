@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from tnlayers.anyof import AnyOf
 from tnlayers.errors import UserError
 from tnlayers.geometry import dense_type_of
 from tnlayers.method import Factorization
@@ -57,18 +58,21 @@ def left_over(
     for name in owners:
         fitting = [rule.factorization for rule in rules if rule.factorization and fits(name, rule.pattern)]
         if name in rest:
-            method = type(fitting[0]).__name__ if fitting else ""
+            method = fitting[0].name() if fitting else ""
             nothing = kind_refusal(model, name) or f"{method} has nothing for {kind_of(owners[name])}"
             reasons[name] = nothing if fitting else "no rule takes it"
     return reasons
 
 
 def method_for(model: nn.Module, name: str, rules: Sequence[Rule]) -> Factorization | None:
-    """Returns what the first rule that matches a dense layer would make of it; None if it has to stay dense."""
+    """Returns the method, of several the first, of the first rule that matches a dense layer; None if it has to stay dense."""
     if kind_refusal(model, name):
         return None
     matching = [rule for rule in rules if fits(name, rule.pattern) and _takes(rule, model, name)]
-    return matching[0].factorization if matching and not refusal(model, name) else None
+    if not matching or refusal(model, name):
+        return None
+    given = matching[0].factorization
+    return given.for_kind(dense_type_of(model.get_submodule(name)).__name__)[0] if isinstance(given, AnyOf) else given
 
 
 def _takes(rule: Rule, model: nn.Module, name: str) -> bool:
@@ -77,13 +81,13 @@ def _takes(rule: Rule, model: nn.Module, name: str) -> bool:
     return not kind_refusal(model, name) and _replaces(rule.factorization, model.get_submodule(name))
 
 
-def _replaces(method: Factorization, layer: nn.Module) -> bool:
+def _replaces(method: Factorization | AnyOf, layer: nn.Module) -> bool:
     return dense_type_of(layer).__name__ in method.replaces
 
 
 def _no_match(model: nn.Module, owners: Owners, rule: Rule) -> str:
     """Says what a pattern matches, if anything, and why that cannot be taken."""
-    method, start = type(rule.factorization).__name__, f"pattern {rule.pattern!r} matches"
+    method, start = rule.factorization.name() if rule.factorization else "", f"pattern {rule.pattern!r} matches"
     replaced = rule.factorization.replaced() if rule.factorization else ""
     other = [name for name in owners if fits(name, rule.pattern)]
     if other and (reason := kind_refusal(model, other[0])):

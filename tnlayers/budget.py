@@ -10,22 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnlayers.allocation import Candidate, Outside, allocate, within_error
 from tnlayers.errors import UserError
 from tnlayers.geometry import NOMINAL_CALLS, Call, Geometry
 from tnlayers.linalg import check_finite, precise, scale_of
 from tnlayers.method import Factorization
-from tnlayers.ranks import (
-    Candidate,
-    MacsKept,
-    Outside,
-    Rank,
-    RankRule,
-    Ranks,
-    RelativeError,
-    allocate,
-    check_rank,
-    within_error,
-)
+from tnlayers.ranks import MacsKept, Rank, RankRule, Ranks, RelativeError, check_rank
 from tnlayers.roles import Partition
 from tnlayers.schedule import ByMode, PlanChoice, of_mode
 from tnlayers.spec import LayerSpec
@@ -48,6 +38,7 @@ class Slot:
         device_type: where it runs.
         calls: how it is used; None where nothing says.
         present: what it is and how it is computed, if it is factorized: then no rank rises.
+        others: the same layer under other methods, one of which may be chosen instead.
     """
 
     geometry: Geometry
@@ -57,6 +48,7 @@ class Slot:
     device_type: str = "cpu"
     calls: Sequence[Call] | None = None
     present: tuple[LayerSpec, Partition] | None = None
+    others: tuple["Slot", ...] = ()
 
     @staticmethod
     def of_dense(
@@ -133,15 +125,19 @@ def settle(
     elif isinstance(rank, RelativeError):
         if any(slot.weight is None for slot in slots):
             raise UserError(f"{rank} needs trained weights; from scratch give a rank, ParamsKept or MacsKept")
-        choices = [_accurate(slot, rank) for slot in slots]
+        choices = [_cheapest([_accurate(one, rank) for one in (slot, *slot.others)]) for slot in slots]
     else:
         if rank.of == "model" and outside is None:
             raise UserError(f"{rank} is a budget of a model, and this is one layer; give {replace(rank, of='rule')}")
-        chosen = allocate([_candidate(slot, rank, by_macs=by_macs) for slot in slots], rank.fraction, outside)
+        options = [(slot, *slot.others) for slot in slots]
+        candidates = [
+            [_candidate(one, rank, by_macs=by_macs, measures=len(each) > 1) for one in each] for each in options
+        ]
+        chosen = allocate(candidates, rank.fraction, outside)
         elsewhere = Choice(None, reason=f"{rank}: {_dense_is_cheaper(rank)} or the budget is better spent elsewhere")
         choices = [
-            elsewhere if ranks is None else Choice(_highest(slot).at(ranks))
-            for slot, ranks in zip(slots, chosen, strict=True)
+            elsewhere if found is None else Choice(_highest(each[found[0]]).at(found[1]))
+            for each, found in zip(options, chosen, strict=True)
         ]
     return [
         replace(choice, plan=_planned(choice.spec, slot, plan, by_macs=by_macs))
@@ -183,8 +179,18 @@ def _highest(slot: Slot) -> LayerSpec:
     return slot.present[0] if slot.present else LayerSpec(slot.geometry, slot.method.with_rank(slot.highest()))
 
 
-def _candidate(slot: Slot, rule: RankRule, *, by_macs: bool) -> Candidate:
-    """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain."""
+def _cheapest(choices: Sequence[Choice]) -> Choice:
+    """Returns the choice with the fewest parameters; the first where none of them has any."""
+    made = [(choice.spec.params, place) for place, choice in enumerate(choices) if choice.spec]
+    return choices[min(made)[1] if made else 0]
+
+
+def _candidate(slot: Slot, rule: RankRule, *, by_macs: bool, measures: bool = False) -> Candidate:
+    """Returns what the rank rules need to know of a layer; ranks that hold each other down count as what they attain.
+
+    With `measures` some of the errors are those of the factors that a method really finds: estimates of different methods are bounds
+    of different tightness.
+    """
     highest, unit = _highest(slot), rule.multiple
     costs: list[Callable[[Ranks], int]] = [lambda ranks: highest.at(ranks).params]
     if by_macs:
@@ -195,14 +201,22 @@ def _candidate(slot: Slot, rule: RankRule, *, by_macs: bool) -> Candidate:
     max_ranks, error = slot.highest(unit), _error(slot)
     if slot.present and max_ranks != highest.ranks and all(max_ranks):
         present_cost = None  # its ranks are no multiples, and there are some below them
+    measured = partial(_measured, slot, highest) if measures and slot.weight else None
     if unit == 1:
-        return Candidate(max_ranks, error, costs, dense_cost, present_cost, clamp)
+        return Candidate(max_ranks, error, costs, dense_cost, present_cost, clamp, measured=measured)
 
     def attained(of: Callable[[Ranks], float]) -> Callable[[Ranks], Any]:
         return lambda ranks: of(clamp(ranks))
 
     # What a multiple attains next to others may be none, so that walks go over the multiples themselves.
-    return Candidate(max_ranks, attained(error), [*map(attained, costs)], dense_cost, present_cost, multiple=unit)
+    return Candidate(
+        max_ranks, attained(error), [*map(attained, costs)], dense_cost, present_cost, multiple=unit, measured=measured
+    )
+
+
+def _measured(slot: Slot, highest: LayerSpec, ranks: Ranks) -> float:
+    assert slot.weight is not None
+    return highest.at(ranks).decompose(precise(slot.weight()))[1] ** 2
 
 
 def _accurate(slot: Slot, rule: RelativeError) -> Choice:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tnlayers.anyof import AnyOf
 from tnlayers.errors import UserError, about
 from tnlayers.method import Factorization, known_methods
 from tnlayers.ranks import MacsKept, ParamsKept, RankRule, RelativeError
@@ -31,7 +32,7 @@ class Rule:
 
     Args:
         pattern: a layer's name as in `model.named_modules()`; `*`, `?` and `[...]` match as in file names, across dots.
-        factorization: the method and its rank; None leaves the layer dense.
+        factorization: the method and its rank, or several of them; None leaves the layer dense.
         reason: why; for reports.
         plan: how the factorized layers are computed; see `tnlayers.schedule`.
 
@@ -40,14 +41,14 @@ class Rule:
     """
 
     pattern: str
-    factorization: Factorization | None
+    factorization: Factorization | AnyOf | None
     reason: str = ""
     plan: PlanChoice = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise UserError(f"pattern {self.pattern!r}: expected the name of a layer, such as 'conv1' or 'layer3.*'")
-        if not isinstance(self.factorization, Factorization | None):
+        if not isinstance(self.factorization, Factorization | AnyOf | None):
             raise UserError(
                 f"rule {self.pattern!r}: {self.factorization!r} is no method with a rank, such as Tucker(8)"
             )
@@ -57,11 +58,7 @@ class Rule:
         """Strings, numbers and lists only."""
         if self.factorization is None:
             return {"pattern": self.pattern, "method": "dense"} | ({"reason": self.reason} if self.reason else {})
-        plain: dict[str, Any] = {"pattern": self.pattern, "method": self.factorization.name()}
-        for field in fields(self.factorization):
-            value = getattr(self.factorization, field.name)
-            if field.default is MISSING or value != field.default:
-                plain[field.name] = _plain(value)
+        plain = {"pattern": self.pattern} | _plain_methods(self.factorization)
         if self.plan != "auto":
             plain["plan"] = plain_plan(self.plan)
         return plain | ({"reason": self.reason} if self.reason else {})
@@ -76,42 +73,18 @@ class Rule:
         if not isinstance(plain, Mapping):
             raise UserError(f"{plain!r} is not a mapping; expected {{pattern: ..., method: ..., rank: ...}}")
         values = {str(key): value for key, value in plain.items()}
-        missing = [key for key in ("pattern", "method") if key not in values]
+        several = "methods" in values
+        missing = [key for key in ("pattern", "methods" if several else "method") if key not in values]
         if missing:
             raise UserError(f"{values} has no {missing[0]!r}; expected {{pattern: ..., method: ..., rank: ...}}")
         if not isinstance(values["pattern"], str):
             raise UserError(
                 f"pattern {values['pattern']!r} is not a string; expected a layer's name, such as 'conv1' or 'layer*'"
             )
-        pattern, name, reason = str(values.pop("pattern")), str(values.pop("method")), str(values.pop("reason", ""))
-        known = {"dense": None, **known_methods()}
-        exact_first = sorted(known, key=lambda key: key != name)
-        method = next((known[key] for key in exact_first if key.lower() == name.lower()), MISSING)
-        if method is MISSING:
-            own = "; a method of your own is known once its module is imported" if "." in name else _near(name, known)
-            raise UserError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
-        options = [*(field.name for field in fields(method)), "plan"] if method else []
-        for key in values:
-            if key not in options:
-                expected = ", ".join(["pattern", "method", *options])
-                raise UserError(
-                    f"option {key!r} is not known for method {name}; expected {expected}{_near(key, options)}"
-                )
-        if method is None:
-            return Rule(pattern, None, reason)
-        if "rank" not in values:
-            raise UserError(
-                f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
-            )
-        values["rank"] = rank_from_text(values["rank"])
+        pattern, reason = str(values.pop("pattern")), str(values.pop("reason", ""))
         plan = values.pop("plan", "auto")
-        try:
-            factorization = method(**values)
-        except UserError:
-            raise
-        except ValueError as error:  # of a method of the user's own
-            raise UserError(str(error)) from error
-        return Rule(pattern, factorization, reason, plan)
+        made = _several(values) if several else _one(values)
+        return Rule(pattern, made, reason, plan) if made else Rule(pattern, None, reason)
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -127,6 +100,87 @@ def rules_from_plain(plain: Sequence[Mapping[str, Any] | Rule]) -> list[Rule]:
         with about(f"rules[{place}] (pattern {pattern!r})"):
             rules.append(item if isinstance(item, Rule) else Rule.from_plain(item))
     return rules
+
+
+def _one(values: dict[str, Any]) -> Factorization | None:
+    """Makes the method of its name, its options and its rank."""
+    name = str(values.pop("method"))
+    method = _known(name)
+    if method is None:
+        _check_options(name, values, [])
+        return None
+    _check_options(name, values, [field.name for field in fields(method)])
+    if "rank" not in values:
+        raise UserError(
+            f"method {name} needs a 'rank': an int, a list of ints, or one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)"
+        )
+    values["rank"] = rank_from_text(values["rank"])
+    try:
+        return method(**values)
+    except UserError:
+        raise
+    except ValueError as error:  # of a method of the user's own
+        raise UserError(str(error)) from error
+
+
+def _several(values: dict[str, Any]) -> AnyOf:
+    """Makes the methods of a list, of which each is a name, or a mapping with options, under the rule's one rank."""
+    given, rank = values.pop("methods"), values.pop("rank", None)
+    if values:
+        raise UserError(
+            f"option {next(iter(values))!r} is not known for several methods; options of one stand with it: "
+            "methods: [Tucker, {method: MPS, order: h w i o}]"
+        )
+    if rank is None:
+        raise UserError(f"methods {given!r} need a 'rank': one of {', '.join(_RANK_RULES)}, such as MacsKept(0.5)")
+    rule = rank_from_text(rank)
+    made: list[Any] = []
+    for item in given if isinstance(given, list | tuple) else ():
+        entry = {str(key): value for key, value in item.items()} if isinstance(item, Mapping) else {"method": item}
+        if "method" not in entry or "rank" in entry:
+            raise UserError(f"methods has {item!r}; expected a name, or {{method: ..., options}} without a rank")
+        if str(entry["method"]).lower() == "dense":
+            raise UserError("methods has 'dense', which every layer may stay anyway; leave it out")
+        made.append(_one(entry | {"rank": 1}))
+    return AnyOf(made, rule)
+
+
+def _known(name: str) -> type[Factorization] | None:
+    """Returns the method of a name, whatever its case; None for "dense"."""
+    known = {"dense": None, **known_methods()}
+    exact_first = sorted(known, key=lambda key: key != name)
+    method: Any = next((known[key] for key in exact_first if key.lower() == name.lower()), MISSING)
+    if method is MISSING:
+        own = "; a method of your own is known once its module is imported" if "." in name else _near(name, known)
+        raise UserError(f"method {name!r} is not known; expected one of {', '.join(known)}{own}")
+    return method
+
+
+def _check_options(name: str, values: Mapping[str, Any], options: Sequence[str]) -> None:
+    for key in values:
+        if key not in options:
+            expected = ", ".join(["pattern", "method", *options, *(["plan"] if options else [])])
+            near = _near(key, [*options, "plan"])
+            raise UserError(f"option {key!r} is not known for method {name}; expected {expected}{near}")
+
+
+def _plain_methods(given: Factorization | AnyOf) -> dict[str, Any]:
+    """Returns the keys of a rule that say by what it factorizes."""
+    if not isinstance(given, AnyOf):
+        return _plain_method(given)
+    entries = [_plain_method(method) for method in given.methods]
+    for entry in entries:
+        del entry["rank"]
+    return {"methods": [entry if len(entry) > 1 else entry["method"] for entry in entries], "rank": _plain(given.rank)}
+
+
+def _plain_method(method: Factorization) -> dict[str, Any]:
+    plain: dict[str, Any] = {"method": method.name()}
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.default is MISSING or value != field.default:
+            plain[field.name] = _plain(value)
+    return plain
 
 
 def rank_from_text(value: Any, **more: type[Any]) -> Any:

@@ -17,6 +17,7 @@ from tnlayers.budget import Choice
 from tnlayers.errors import UserError, about, as_checkpoint_error
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.geometry import DENSE, Geometry, arguments, dense_type_of
+from tnlayers.method import Factorization
 from tnlayers.opened import Opened, open_in_place, opened_view, replace_layers
 from tnlayers.reasons import refusal
 from tnlayers.rules import Rule
@@ -125,7 +126,11 @@ def _read(structure: Any) -> dict[str, tuple[Rule, Mapping[str, Any] | None]]:
         dense = plain.pop("dense", None) if isinstance(entry, dict) else None
         with about(f"layers[{place}]"):
             rule = Rule.from_plain(plain)
-        if rule.factorization is None or rule.pattern in found or not isinstance(dense, dict | None):
+        if (
+            not isinstance(rule.factorization, Factorization)
+            or rule.pattern in found
+            or not isinstance(dense, dict | None)
+        ):
             raise UserError(f"layers[{place}]: {entry}: expected another layer, its method and its dense arguments")
         found[rule.pattern] = (rule, dense)
     return found
@@ -162,7 +167,7 @@ def _check_dense(name: str, dense: Mapping[str, Any] | None, layers: Mapping[str
 def _spec(rule: Rule, layer: nn.Module) -> LayerSpec:
     """Returns what a rule makes of a layer. Refuses unattainable ranks: we never write them, and they could exhaust memory."""
     method, geometry = rule.factorization, Geometry.of(layer)
-    assert method is not None
+    assert isinstance(method, Factorization)
     with about(rule.pattern):
         method.check_replaces(dense_type_of(layer))
     shape, ranks = geometry.weight_shape, method.rank

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from tnlayers.allocation import Outside
+from tnlayers.anyof import AnyOf
 from tnlayers.budget import Choice, Slot, settle
 from tnlayers.counting import whole_cost
 from tnlayers.errors import UserError, about
 from tnlayers.factorized import FactorizedLayer, Init
-from tnlayers.geometry import Call, Geometry
+from tnlayers.geometry import Call, Geometry, dense_type_of
 from tnlayers.joint import entries_made, generator_of, join
 from tnlayers.method import Factorization
-from tnlayers.ranks import MacsKept, Outside, ParamsKept
+from tnlayers.ranks import MacsKept, ParamsKept
 from tnlayers.roles import Partition
 from tnlayers.rules import Rule
 from tnlayers.spec import LayerSpec
@@ -108,7 +110,7 @@ def _stay(layer: nn.Module, reason: str) -> Choice:
 
 
 def _unreached(
-    method: Factorization, layers: Layers, calls: Mapping[str, list[Call]], example_input: Example | None
+    method: Factorization | AnyOf, layers: Layers, calls: Mapping[str, list[Call]], example_input: Example | None
 ) -> dict[str, str]:
     """Returns the layers whose multiply-accumulates a budget needs and the example does not tell, with the reason."""
     unseen = [name for name in layers if name not in calls]
@@ -168,12 +170,8 @@ def _choices(
     for rule, own in shared:
         assert rule.factorization is not None
         rank = rule.factorization.rank
-        methods = join(rule.factorization, [Geometry.of(layer) for layer in own.values()])
         layers |= own
-        slots |= {
-            name: _slot(layer, method, calls.get(name), flat=flat)
-            for (name, layer), method in zip(own.items(), methods, strict=True)
-        }
+        slots |= _slots(rule.factorization, own, calls, flat=flat)
     if isinstance(rank, (ParamsKept, MacsKept)) and _is_kept(slots, rank, outside or Outside()):
         return {name: _stay(layer, "") for name, layer in layers.items()}
     plan = shared[0][0].plan if len(shared) == 1 else "auto"
@@ -195,6 +193,25 @@ def _choices(
         if isinstance(rank, (int, tuple)):
             _warn_of_growth(name, choices[name])
     return choices
+
+
+def _slots(
+    given: Factorization | AnyOf, layers: Layers, calls: Mapping[str, list[Call]], *, flat: bool
+) -> dict[str, Slot]:
+    """Describes the layers of a rule; of several methods each layer has one slot or more, the others within the first."""
+    if not isinstance(given, AnyOf):
+        methods = join(given, [Geometry.of(layer) for layer in layers.values()])
+        return {
+            name: _slot(layer, method, calls.get(name), flat=flat)
+            for (name, layer), method in zip(layers.items(), methods, strict=True)
+        }
+    found = {}
+    for name, layer in layers.items():
+        own = given.for_kind(dense_type_of(layer).__name__)
+        slots = [_slot(layer, method, calls.get(name), flat=flat) for method in own]
+        first, *others = [slot for slot in slots if slot.present] or slots  # ranks of its own method only fall
+        found[name] = replace(first, others=tuple(others))
+    return found
 
 
 def _slot(layer: nn.Module, method: Factorization, calls: list[Call] | None, *, flat: bool) -> Slot:

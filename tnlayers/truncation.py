@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from tnlayers.allocation import Outside
+from tnlayers.anyof import AnyOf
 from tnlayers.assigning import method_for
 from tnlayers.budget import Slot, lowered, settle
 from tnlayers.counting import whole_cost
@@ -15,7 +17,7 @@ from tnlayers.layers import layer_type
 from tnlayers.linalg import check_finite
 from tnlayers.method import Factorization
 from tnlayers.opened import open_in_place, opened_view, replace_layers
-from tnlayers.ranks import MacsKept, Of, Outside, ParamsKept, Rank, RankRule
+from tnlayers.ranks import MacsKept, Of, ParamsKept, Rank, RankRule
 from tnlayers.rules import Rule, fits
 from tnlayers.schedule import of_mode
 from tnlayers.spec import LayerSpec
@@ -127,12 +129,12 @@ def truncate(model: nn.Module, rules: Sequence[Rule], example_input: Example | N
     rules = _by_name(model, rules, example_input)
     open_in_place(model, [rule.pattern for rule in rules])
     for rule in rules:
-        if rule.factorization is None:
-            raise UserError(f"{rule.pattern!r} has no method; expected what resolve_truncation returns")
+        if not isinstance(rule.factorization, Factorization):
+            raise UserError(f"{rule.pattern!r} has no one method; expected what resolve_truncation returns")
         _check_weight(rule.pattern, model.get_submodule(rule.pattern))
     for rule in rules:
         layer, method = model.get_submodule(rule.pattern), rule.factorization
-        assert method is not None
+        assert isinstance(method, Factorization)
         if isinstance(layer, FactorizedLayer):
             errors[rule.pattern] = layer.truncate(method.rank, rule.plan)
         else:
@@ -173,7 +175,8 @@ def _under(model: nn.Module, rule: Rule, names: Sequence[str], example_input: Ex
     for name in names:
         slots |= _checked(model, asked.rank, example_input, glob.escape(name), ())
         own = slots[name].method
-        if type(own) is not type(asked):
+        allowed = [type(method) for method in (asked.methods if isinstance(asked, AnyOf) else [asked])]
+        if type(own) not in allowed:
             raise UserError(
                 f"rule {rule.pattern!r}: {name!r} is {type(own).__name__}, and a truncation keeps the method; give "
                 f"{type(own).__name__}, or change the method by tensorize"
