@@ -86,9 +86,8 @@ def compress(
     batches = calibration_batches(data)
     recalibrated = recalibrate_if_better(model.net, dense, batches)
     accuracy["right after"] = accuracy_on_test(trainer, model, data)
-    notes = [f"from        {checkpoint}: {loaded}"]
     verb = "re-estimated on training pictures" if recalibrated else "kept: new ones did not bring the outputs nearer"
-    notes.append(f"BatchNorm   statistics {verb}")
+    notes = [f"from        {checkpoint}: {loaded}", f"BatchNorm   statistics {verb}"]
     healed: list[Healed] = []
     if healing.pictures:
         healed, accuracy["healed"] = _healed(trainer, model, dense, data, healing)
