@@ -91,7 +91,7 @@ def compress(
     healed: list[Healed] = []
     if healing.pictures:
         healed, accuracy["healed"] = _healed(trainer, model, dense, data, healing)
-        notes.append(healed_sentence(healed, healing))
+        notes.append(healed_sentence(healed, healing, data.num_train))
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
     tuned, said = _tuned(trainer, model, example) if tunes else ({}, [])
@@ -110,7 +110,7 @@ def _healed(
 ) -> tuple[list[Healed], float]:
     """Heals the net; returns what became of its slices and its accuracy."""
     found = heal_slices(trainer, model, dense, data, healing)
-    recalibrate_if_better(model.net, dense, calibration_batches(data))  # those that belong to no slice
+    recalibrate_if_better(model.net, dense, calibration_batches(data))  # with those that belong to no slice
     return found, accuracy_on_test(trainer, model, data)
 
 

@@ -18,6 +18,8 @@ from tnlayers.tuning import Progress
 
 __all__ = ["Healing", "heal_slices", "healed_sentence"]
 
+_FEWEST = 4  # two batches, each of which has a variance
+
 
 @dataclass(frozen=True)
 class Healing:
@@ -40,6 +42,10 @@ class Healing:
         for name, value in vars(self).items():
             if not value >= 0:
                 raise UserError(f"healing.{name} is {value}: expected a number of at least 0")
+        if 0 < self.pictures < _FEWEST:
+            raise UserError(
+                f"healing.pictures is {self.pictures}: expected 0, or at least {_FEWEST} pictures to learn from"
+            )
 
 
 def heal_slices(
@@ -58,12 +64,11 @@ def heal_slices(
         What became of each slice.
     """
     wanted = min(healing.pictures, data.num_train)
-    num_batches = max(2, -(-wanted // data.batch_size))
-    if num_batches > wanted:
-        raise UserError(f"healing.pictures is {healing.pictures}: expected 0, or at least two pictures to learn from")
-    batches, size = [], -(-wanted // num_batches)
-    for pictures in data.calibration_batches(num_batches):
-        batches.append(pictures[:size].to(model.dtype, memory_format=torch.channels_last))
+    if wanted < _FEWEST:
+        raise UserError(f"there are {wanted} training pictures; healing needs {_FEWEST} or more")
+    drawn = torch.cat(data.calibration_batches(-(-wanted // data.batch_size)))[:wanted]
+    parts = drawn.to(model.dtype).tensor_split(max(2, round(wanted / data.batch_size)))
+    batches = [part.contiguous(memory_format=torch.channels_last) for part in parts]
     device, shown = trainer.strategy.root_device, trainer.progress_bar_callback is not None
     bar = progress_bar(Console(stderr=True)) if shown and trainer.is_global_zero else nullcontext(_unseen)
     model.net.to(device)
@@ -75,14 +80,14 @@ def heal_slices(
     return found
 
 
-def healed_sentence(found: list[Healed], healing: Healing) -> str:
+def healed_sentence(found: list[Healed], healing: Healing, num_train: int) -> str:
     """Tells in one line what healing did to the errors of the slices."""
     stages = [[one.before for one in found], [one.refitted for one in found], [one.after for one in found]]
     before, refitted, after = (f"{sum(errors) / max(len(errors), 1):.3f}" for errors in stages)
     trained = f", {after} after {healing.steps} steps of each" if healing.steps else ""
     return (
-        f"healed      {len(found)} slices with {healing.pictures:,} unlabelled pictures: mean squared error of their outputs "
-        f"{before}, {refitted} with fitted factors{trained}"
+        f"healed      {len(found)} slices with {min(healing.pictures, num_train):,} unlabelled pictures: relative squared error of "
+        f"their outputs, on average {before}, {refitted} with fitted factors{trained}"
     )
 
 

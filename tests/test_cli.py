@@ -610,7 +610,7 @@ def test_compress_heals_without_labels(dense: Path, tmp_path: Path, capsys: pyte
     ("option", "message"),
     [
         (["--healing.pictures", "-1"], "healing.pictures is -1: expected a number of at least 0"),
-        (["--healing.pictures", "1"], "healing.pictures is 1: expected 0, or at least two pictures"),
+        (["--healing.pictures", "1"], "healing.pictures is 1: expected 0, or at least 4 pictures"),
     ],
 )
 def test_what_no_net_can_learn_from_is_said(

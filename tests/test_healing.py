@@ -146,6 +146,46 @@ def test_it_is_the_same_at_each_run_and_with_features_in_files(
     assert all(one.after < one.before for one in in_files)
 
 
+class Odd(nn.Module):
+    """Two runs that share an activation, a frozen normalisation, weights that both hold, and a branch that is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.ReLU(inplace=True)
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), act)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), act)
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), act)
+        self.third[1].weight = self.second[1].weight
+        self.unused = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+def test_runs_that_share_modules_and_weights_are_healed_by_themselves(batches: list[Tensor]) -> None:
+    torch.manual_seed(3)
+    dense = Odd()
+    for batch in batches * 10:
+        dense(batch)
+    dense.eval()
+    model = tensorize(copy.deepcopy(dense), [Rule("*", LowRank(3))])
+    model.train()
+    model.first[1].eval()
+    modes = [module.training for module in model.modules()]
+    shared, unused = model.second[1].weight.clone(), copy.deepcopy(model.unused.state_dict())
+    found = heal(model, dense, batches, steps=10)
+    assert [one.name for one in found] == ["first.0..2", "second.0..2", "third.0..2"]
+    assert all(one.after <= one.before for one in found)
+    assert sum(one.after for one in found) < 0.9 * sum(one.before for one in found)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model.second[1].weight, shared)
+    torch.testing.assert_close(model.unused.state_dict(), unused, **EXACT)
+    x = batches[0]
+    with torch.no_grad():
+        wanted, ours = dense.first(x), model.eval().first(x)
+    assert float((ours - wanted).square().sum() / wanted.square().sum()) == pytest.approx(found[0].after, rel=1e-3)
+
+
 def test_outputs_of_any_kind(batches: list[Tensor]) -> None:
     """A net for segmentation, whose pictures are wider than its slices."""
     torch.manual_seed(0)
@@ -160,6 +200,8 @@ def test_outputs_of_any_kind(batches: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"halves": True}, "gradients of float16 parameters vanish"),
+        ({"of_one": True}, "BatchNorm has no variance of one sample"),
         ({"batches": 1}, "1 batches: expected two or more"),
         ({"slices": ["blocks.7"]}, "slice 'blocks.7': expected the name of a module of both models"),
         ({"slices": ["unused"]}, "the batches do not reach 'unused'"),
@@ -171,5 +213,9 @@ def test_what_cannot_be_healed_is_said(
     for net in nets:
         net.unused = nn.Linear(2, 2)
     count = given.pop("batches", 4)
+    if given.pop("halves", False):
+        nets = nets[0].half(), nets[1].half()
+    if given.pop("of_one", False):
+        batches = [batch[:1] for batch in batches]
     with pytest.raises(UserError, match=message):
         heal(*nets, batches[:count], **given)

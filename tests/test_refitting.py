@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.cases import CASES, GEOMETRIES, Case
-from tests.tolerances import FLOAT64
+from tests.tolerances import EXACT, FLOAT64
 from tnlayers import LowRank, Rule, heal, tensorize
 from tnlayers.geometry import Geometry
 from tnlayers.moments import Moments, windows
@@ -36,12 +36,12 @@ def test_the_windows_times_the_weight_are_the_output(case: Case, options: dict[s
     dense = case.dense(**(options | {"bias": False}))
     x = case.input(3)
     geometry, y = Geometry.of(dense), dense(x).detach()
-    rows = windows(geometry, x)
     weight = geometry.exchanged(dense.weight).detach().unflatten(0, (geometry.groups, -1)).flatten(2)
-    flat = rows.reshape(-1, geometry.groups, weight.shape[-1])
-    made = torch.einsum("mgk,gok->mgo", flat, weight).flatten(1)
+    made = torch.einsum("gmk,gok->mgo", windows(geometry, x), weight).flatten(1)
     wanted = y.movedim(1, -1).reshape(made.shape)
     torch.testing.assert_close(made, wanted, **FLOAT64)
+    some = torch.tensor([len(made) - 1, 0, 1])
+    torch.testing.assert_close(windows(geometry, x, some), windows(geometry, x)[:, some], **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -111,6 +111,33 @@ def test_a_bias_takes_the_mean_and_a_frozen_one_stays() -> None:
         with torch.no_grad():
             means = (model(x) - dense(x)).mean(0).abs().max()
         assert (float(means) < 1e-4) != frozen
+
+
+def test_an_activation_in_place_spoils_no_output() -> None:
+    """Factors that can make every weight make the dense one's outputs again, whatever is written into these later."""
+    torch.manual_seed(6)
+    dense = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True))
+    model = tensorize(copy.deepcopy(dense), [Rule("0", LowRank(12))])
+    with torch.no_grad():
+        for factor in model[0].factors.values():
+            factor += 0.2 * torch.randn_like(factor)
+    x = torch.randn(32, 4, 8, 8)
+    refit_layers(model, dense, [(((x,), {}), ((x,), {}), None)], 0)
+    with torch.no_grad():
+        wanted = dense[0](x)
+        assert float((model[0](x) - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_sixteen_bits_are_enough_for_the_data() -> None:
+    """Sums of squares that no float16 holds, and a bfloat16 model under autocast."""
+    torch.manual_seed(7)
+    dense = nn.Linear(24, 16, bias=False)
+    x = 30 * torch.randn(4096, 24) @ torch.randn(24, 24)
+    moments = [_moments(dense, each, dense(x).detach().to(each.dtype)) for each in (x, x.bfloat16(), (x / 4).half())]
+    for some in moments:
+        assert all(torch.isfinite(value).all() for value in some.second(centred=True))
+    exact, rounded = (some.second(centred=False)[0] for some in moments[:2])
+    assert float((exact - rounded).norm() / exact.norm()) < 0.01
 
 
 def test_healing_in_closed_form_trains_nothing_and_takes_statistics_anew() -> None:

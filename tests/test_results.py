@@ -5,8 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightning_modules import build_net
 from lightning_modules.locks import try_lock
+from results import healing
 from results import run as runner
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.tables import section, tables
@@ -124,3 +127,33 @@ def test_the_tables_are_those_of_the_json_files() -> None:
     text = (ROOT / "results/README.md").read_text()
     assert tables(text, ROOT / "results") == text
     assert all(f"<!-- runs of {name} -->" in text for name in EXPERIMENTS)
+
+
+def test_the_page_of_healing_is_that_of_the_measured_runs() -> None:
+    found = json.loads(healing.JSON.read_text())
+    page = healing.PAGE.read_text()
+    assert healing.with_table(page, found) == page
+    seeds = {(name, budget): 0 for name in healing.METHODS for budget in healing.BUDGETS}
+    for one in found["runs"]:
+        seeds[one["method"], one["budget"]] += 1
+        assert set(one["accuracy"]) == set(healing.STAGES)
+    assert all(count == healing.SEEDS[name] for (name, _), count in seeds.items())
+
+
+def test_a_row_of_healing_has_every_stage() -> None:
+    """On pictures of noise and a net that nobody has trained; only the figures' being there counts."""
+
+    class Noise:
+        def calibration_batches(self, n: int) -> list[torch.Tensor]:
+            return [torch.randn(8, 3, 8, 8) for _ in range(n)]
+
+        def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return [(torch.randn(8, 3, 8, 8), torch.arange(8))]
+
+    torch.manual_seed(0)
+    dense = build_net("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
+    row = healing.measure(Noise(), dense, "LowRank", 0.5, 0)  # type: ignore[arg-type]
+    assert set(row["accuracy"]) == set(healing.STAGES)
+    assert len(row["errors, healed"]) == 9
+    assert row["seconds"].keys() == {"compress", "closed form", "healed"}
+    json.dumps(row)

@@ -15,8 +15,8 @@ __all__ = ["AnyOf"]
 class AnyOf:
     """Some methods under one rank rule: what it allows is shared out among layers and methods together.
 
-    How much a layer loses by each method is measured at some ranks and interpolated between them. Under a budget the sum of the
-    losses is the least; under `RelativeError` each layer gets the method that needs the fewest parameters.
+    How much a layer loses by each method is measured at some ranks and interpolated between them. A budget is shared out so that the sum
+    of the losses is as small as the search finds; under `RelativeError` each layer gets the method that needs the fewest parameters.
 
     Args:
         methods: classes such as Tucker, or instances where a method has options; their ranks do not count.

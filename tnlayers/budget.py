@@ -130,9 +130,12 @@ def settle(
         if rank.of == "model" and outside is None:
             raise UserError(f"{rank} is a budget of a model, and this is one layer; give {replace(rank, of='rule')}")
         options = [(slot, *slot.others) for slot in slots]
-        candidates = [
-            [_candidate(one, rank, by_macs=by_macs, measures=len(each) > 1) for one in each] for each in options
-        ]
+        several = any(slot.others for slot in slots)
+        if several and any(slot.weight is None for slot in slots):
+            raise UserError(
+                "which of several methods loses the least is measured on trained weights; from scratch give one method"
+            )
+        candidates = [[_candidate(one, rank, by_macs=by_macs, measures=several) for one in each] for each in options]
         chosen = allocate(candidates, rank.fraction, outside)
         elsewhere = Choice(None, reason=f"{rank}: {_dense_is_cheaper(rank)} or the budget is better spent elsewhere")
         choices = [

@@ -12,7 +12,7 @@ mean squared error, Adam with a rate that falls to 0 along a cosine, BatchNorm b
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.features import Features, Part
-from tnlayers.normalisation import normalising_by_batches, take_statistics
+from tnlayers.normalisation import batch_norms, normalising_by_batches, take_statistics
 from tnlayers.refitting import refit_layers
-from tnlayers.slices import at, has_module, in_order, module_of, slices_of
-from tnlayers.tracing import Example, evaluating, tensors_in
+from tnlayers.slices import at, has_module, held_elsewhere, in_order, module_of, slices_of
+from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, tensors_in
 from tnlayers.tuning import Progress
 
 __all__ = ["Healed", "heal"]
 
-_STEPS, _RATE = 150, 3e-3
+_STEPS, _RATE = 60, 3e-3
 _JUDGED = 8  # one batch of so many tells whether a fit helps, and takes no part in it
 
 
@@ -66,14 +66,15 @@ def heal(
 ) -> list[Healed]:
     """Fits each slice of a compressed model to the same slice of the dense one, front to back, in place.
 
-    All parameters of a slice that require gradients are trained, not those of its factors alone, and BatchNorm's statistics are
-    those of the batches. Dropout is off. What is worse on the batches set aside than what was there is undone.
+    All parameters of a slice that require gradients are trained, not those of its factors alone, but for those that the model holds
+    elsewhere too; BatchNorm's statistics are those of the batches. Dropout is off. What is worse on the batches set aside than what was
+    there is undone. A slice that the model calls several times is fitted to its first call.
 
     Args:
         model: with factorized layers.
         dense: the model that it was made of, as it was; it is not changed.
         batches: what the models take, two batches or more, of unlabelled data; gone through once for each slice and model.
-        slices: names of modules of both models; by default `slices_of`.
+        slices: names of slices of both models; by default those of `slices_of` that the batches reach.
         refits: whether the factors are fitted layer by layer first; alone, with no steps, it is the closed form of healing.
         steps: how many there are for each slice, of one batch each; 0 trains nothing.
         rate: the learning rate of Adam at the first step.
@@ -81,7 +82,8 @@ def heal(
         progress: is told of each slice; nothing is printed.
 
     Raises:
-        UserError: fewer than two batches, a name that one of the models does not have, or one that the batches do not reach.
+        UserError: fewer than two batches, or one of a single sample where there is a BatchNorm; a slice that one of the models does not
+            have, or that the batches do not reach; models on two devices; training in float16.
     """
     names = list(slices_of(model, dense) if slices is None else slices)
     for name in names:
@@ -92,8 +94,9 @@ def heal(
         raise UserError(
             f"{len(given)} batches: expected two or more, since some only judge what was fitted to the others"
         )
+    _check(model, dense, given, trains=steps > 0)
     order = in_order(model, names, given[0])
-    if missed := [name for name in names if name not in order]:
+    if slices and (missed := [name for name in names if name not in order]):
         raise UserError(f"the batches do not reach {missed[0]!r}; leave it out of `slices`")
     found = []
     for number, name in enumerate(order):
@@ -105,23 +108,32 @@ def heal(
                 ours, _ = at(model, name, batch, output=False)
                 theirs, target = at(dense, name, batch, output=True)
                 features.append((ours, theirs, target))
-            one = _Slice(module_of(model, name), module_of(dense, name), features, seed + number)
+            elsewhere = held_elsewhere(model, name)
+            one = _Slice(module_of(model, name), module_of(dense, name), elsewhere, features, seed + number)
             found.append(Healed(name, *one.healed(refits=refits, steps=steps, rate=rate)))
     return found
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A module, the dense one that it stands for, and for each batch the arguments of both and the dense one's output."""
+    """A module, the dense one that it stands for, and for each batch the arguments of both and the dense one's output.
+
+    Its parameters that the model holds `elsewhere` too stay as they are.
+    """
 
     module: nn.Module
     dense: nn.Module
+    elsewhere: Collection[nn.Parameter]
     features: Features
     seed: int
 
     @property
     def judged(self) -> Sequence[int]:
         return range(0, len(self.features), _JUDGED)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [each for each in self.module.parameters() if each.requires_grad and each not in self.elsewhere]
 
     @property
     def fitted(self) -> Sequence[int]:
@@ -131,8 +143,7 @@ class _Slice:
         """Fits the module; returns its errors before, between and after."""
         before = self.error()
         refitted = self.unless_worse(before, self.refit) if refits else before
-        trains = steps and any(parameter.requires_grad for parameter in self.module.parameters())
-        after = self.unless_worse(refitted, lambda: self.train(steps, rate)) if trains else refitted
+        after = self.unless_worse(refitted, lambda: self.train(steps, rate)) if steps and self.trained else refitted
         return before, refitted, after
 
     def error(self) -> float:
@@ -146,13 +157,16 @@ class _Slice:
 
     def unless_worse(self, before: float, change: Callable[[], None]) -> float:
         """Changes the module, and undoes that if its error is not less; returns the error."""
-        start = copy.deepcopy(self.module.state_dict())
+        layers = factorized_layers(self.module).values()
+        start, errors = copy.deepcopy(self.module.state_dict()), [layer.decomposition_error for layer in layers]
         change()
         after = self.error()
-        if after < before:
-            return after
-        self.module.load_state_dict(start)
-        return before
+        better = after < before
+        if not better:
+            self.module.load_state_dict(start)
+        for layer, error in zip(layers, errors, strict=True):
+            layer.decomposition_error = None if better else error
+        return after if better else before
 
     def refit(self) -> None:
         """Fits the factors of the layers that the dense slice has too, and takes the normalisations' statistics anew."""
@@ -161,25 +175,45 @@ class _Slice:
         take_statistics(self.module, (ours for ours, _, _ in part))
 
     def train(self, steps: int, rate: float) -> None:
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=rate)
+        optimizer = torch.optim.Adam(self.trained, lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-        drawn = self.features.drawn(self.fitted, self.seed, lambda kept: (kept[0], kept[2]))
+        drawn = self.features.drawn(self.fitted, self.seed)
         with normalising_by_batches(self.module), torch.enable_grad():
-            for _, ((args, kwargs), target) in zip(range(steps), drawn, strict=False):
+            for _, ((args, kwargs), _, target) in zip(range(steps), drawn, strict=False):
                 optimizer.zero_grad()
-                _distance(self.module(*args, **kwargs), target).backward()
+                # Adam asks for no scale, and gradients of a mean over many values may be too small for 16 bits.
+                entries = sum(tensor.numel() for tensor in tensors_in(target))
+                (entries * _distance(self.module(*args, **kwargs), target)).backward()
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()
+        take_statistics(self.module, (ours for ours, _, _ in Part(self.features, self.fitted)))
+
+
+def _check(model: nn.Module, dense: nn.Module, batches: Sequence[Example], *, trains: bool) -> None:
+    """Refuses what would fail in the middle."""
+    devices = [{parameter.device for parameter in each.parameters()} for each in (model, dense)]
+    if devices[0] != devices[1]:
+        raise UserError(f"the model is on {devices[0]} and the dense one on {devices[1]}; move it there too")
+    if trains and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise UserError(
+            "gradients of float16 parameters vanish: heal in float32 or bfloat16, or without training (steps=0)"
+        )
+    sizes = {len(tensor) for batch in batches for tensor in [next(tensors_in(arguments_of(batch)))] if tensor.dim()}
+    if batch_norms(model) and min(sizes, default=2) < 2:
+        raise UserError("BatchNorm has no variance of one sample: give batches of two or more, as with drop_last=True")
 
 
 def _distance(output: Any, target: Any) -> Tensor:
     """Returns ||y - y'||^2 / ||y||^2 over all tensors of an output, of those that are real numbers."""
     pairs = [
-        (ours.float(), theirs.float())
+        (_wide(ours), _wide(theirs))
         for ours, theirs in zip(tensors_in(output), tensors_in(target), strict=True)
         if theirs.is_floating_point()
     ]
     lost = torch.stack([(ours - theirs).square().sum() for ours, theirs in pairs]).sum()
     return lost / torch.stack([theirs.square().sum() for _, theirs in pairs]).sum().clamp_min(1e-30)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

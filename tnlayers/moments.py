@@ -19,18 +19,20 @@ __all__ = ["Moments", "windows"]
 _ENTRIES = 1 << 26  # of the windows that are taken out of one batch
 
 
-def windows(geometry: Geometry, x: Tensor) -> Tensor:
-    """Returns the windows that the weight meets at each place of the output, as a view (n, *positions, g i, *window).
+def windows(geometry: Geometry, x: Tensor, places: Tensor | None = None) -> Tensor:
+    """Returns the windows that the weight meets at places of the output, (g, m, i h w).
 
     A transposed convolution is one over an input with zeros between its values, with the window turned round.
 
     Args:
         geometry: of a layer that is no look-up.
         x: its input, (n, g i, ...) or without n; of a linear (..., i).
+        places: m numbers of places in an output (n, ...), channels aside; by default all.
     """
     axes = list(geometry.axes.values())
     if not axes:
-        return x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows if places is None else rows[places]).unsqueeze(0)
     x = x.unsqueeze(0) if x.dim() == len(axes) + 1 else x
     pads: list[int] = []
     for place, axis in enumerate(axes):
@@ -44,8 +46,11 @@ def windows(geometry: Geometry, x: Tensor) -> Tensor:
     for place, axis in enumerate(axes):
         step = 1 if axis.transposed else axis.stride
         x = x.unfold(2 + place, axis.dilation * (axis.kernel - 1) + 1, step)[..., :: axis.dilation]
-    x = x.flip([place for place, axis in enumerate(axes, 2 + len(axes)) if axis.transposed])
-    return x.movedim(1, 1 + len(axes))
+    x = x.movedim(1, 1 + len(axes))  # (n, *positions, g i, *window), all of it a view
+    positions = x.shape[: 1 + len(axes)]
+    chosen = torch.arange(math.prod(positions), device=x.device) if places is None else places
+    rows = x[torch.unravel_index(chosen, positions)]
+    return _by_group(rows.flip([place for place, axis in enumerate(axes, 2) if axis.transposed]), geometry.groups)
 
 
 def _spread(x: Tensor, dim: int, stride: int) -> Tensor:
@@ -59,7 +64,7 @@ def _spread(x: Tensor, dim: int, stride: int) -> Tensor:
 
 @dataclass
 class Moments:
-    """Sums over windows; `of` returns means.
+    """Sums over windows, of which `means` and `second` are the means.
 
     Attributes:
         geometry: of the layer.
@@ -85,22 +90,24 @@ class Moments:
             generator: draws the windows where there are too many.
         """
         groups, k = self.geometry.groups, math.prod(self.geometry.weight_shape[1:])
-        seen = windows(self.geometry, z)
-        positions = seen.shape[: 1 + len(self.geometry.axes)]
-        outputs = y.reshape(-1, y.shape[-1]) if not self.geometry.axes else y.reshape(-1, *y.shape[-len(positions) :])
-        outputs = outputs.movedim(1, -1)
+        axes = len(self.geometry.axes)
+        outputs = y.reshape(-1, *y.shape[-1 - axes :]).movedim(1, -1) if axes else y
+        outputs = outputs.reshape(-1, outputs.shape[-1])
         most = max(1, min(-(-self.limit // self.batches), _ENTRIES // max(groups * k, 1)))
-        total = math.prod(positions)
+        total = len(outputs)
         chosen = torch.arange(total) if total <= most else torch.randperm(total, generator=generator)[:most]
-        places = torch.unravel_index(chosen.to(seen.device), positions)
-        rows = _by_group(seen[places], groups)
-        wanted = _by_group(outputs[places], groups)
+        places = chosen.to(z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            self._add(_wide(windows(self.geometry, z, places)), _wide(_by_group(outputs[places], groups)))
+
+    def _add(self, rows: Tensor, wanted: Tensor) -> None:
+        """Takes windows (g, m, k) and the outputs (g, m, o) there."""
         self._inputs = self._inputs + precise(rows.mT @ rows)
         self._products = self._products + precise(wanted.mT @ rows)
         self._energy = self._energy + precise(wanted.square().sum())
         self._input_sum = self._input_sum + precise(rows.sum(dim=1))
         self._output_sum = self._output_sum + precise(wanted.sum(dim=1))
-        self.count += len(chosen)
+        self.count += rows.shape[1]
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Returns the means (g, k) of the windows and (g, o) of the outputs."""
@@ -120,3 +127,8 @@ class Moments:
 def _by_group(rows: Tensor, groups: int) -> Tensor:
     """(m, g c, ...) -> (g, m, c ...)."""
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Returns values in which sums of many squares stay in range and exact enough."""
+    return rows.float() if rows.dtype.itemsize < 4 else rows

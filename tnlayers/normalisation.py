@@ -1,5 +1,6 @@
 """BatchNorm while a net is fitted to features: by batches, with statistics taken anew at the end."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ def take_statistics(module: nn.Module, calls: Iterable[tuple[Any, Any]]) -> None
     norms = [norm for norm in batch_norms(module) if norm.track_running_stats]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
@@ -45,5 +46,7 @@ def take_statistics(module: nn.Module, calls: Iterable[tuple[Any, Any]]) -> None
             for args, kwargs in calls:
                 module(*args, **kwargs)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, state) in zip(norms, before, strict=True):
             norm.momentum = momentum
+            if not norm.num_batches_tracked:  # nothing has reached it
+                norm.load_state_dict(state)

@@ -4,7 +4,7 @@ A layer behind others that are compressed does not get what the dense one gets. 
 is wanted which puts out from the present inputs z what the dense layer puts out, y: the least of E ||y - W~ z||^2. That is the
 asymmetric reconstruction of Zhang, Zou, He and Sun, Accelerating very deep convolutional networks for classification and detection
 (2015), arXiv 1505.06798, section 3.3, here for every method: the sum is quadratic in each factor, and L-BFGS over all of them goes
-from the decomposition to a near minimum. Only second moments of the inputs are needed, and nothing is inverted.
+from the decomposition to a near minimum. Of the data only the means of z, y, z z^T and y z^T are needed, and nothing is inverted.
 """
 
 import math
@@ -29,7 +29,7 @@ Call = tuple[Any, Any]
 
 _STEPS = 60
 _HISTORY = 20
-_FLAT = 1e-7  # of the relative squared error, between two steps
+_FLAT = 1e-7  # of the relative squared error between two steps, and of the largest change of a factor's entry
 _PRIOR = 1e-3  # of the inputs' mean square: what keeps the weight where the inputs say nothing about it
 _FEW = 10  # times the entries of a window: of so many windows the prior weighs twice as much
 _WINDOWS = 1 << 16  # of its inputs that a layer is fitted to, or more:
@@ -37,7 +37,7 @@ _PER_ENTRY = 8  # so many for each entry of a window
 _LARGEST = 8192  # entries of a window, all pairs of which are counted
 
 
-def refit_layers(module: nn.Module, dense: nn.Module, calls: Sequence[tuple[Call, Call, Any]], seed: int) -> list[str]:
+def refit_layers(module: nn.Module, dense: nn.Module, calls: Sequence[tuple[Call, Call, Any]], seed: int) -> None:
     """Fits the factorized layers of a module to the layers of the same names in the dense one, in the order of their calls.
 
     BatchNorms of the module normalise by batches meanwhile; their statistics are to be taken anew afterwards. Where a layer has a bias
@@ -48,18 +48,12 @@ def refit_layers(module: nn.Module, dense: nn.Module, calls: Sequence[tuple[Call
         dense: what it stands for, in evaluation mode.
         calls: for each batch the arguments of the module, those of the dense one, and anything.
         seed: draws the places of large inputs that count.
-
-    Returns:
-        The names of the layers that were fitted.
     """
     layers = {name: layer for name, layer in factorized_layers(module).items() if _is_fitted(dense, name, layer)}
     absorbed = _before_norms(module, layers, calls[0][0])
-    done = []
     for name in absorbed:
         moments = _moments(module, dense, name, calls, seed)
         _fit(layers[name], dense.get_submodule(name), moments, centred=absorbed[name] or _sets_bias(layers[name]))
-        done.append(name)
-    return done
 
 
 def refit(
@@ -75,7 +69,8 @@ def refit(
         centred: whether what follows makes up for a constant: a bias that is set then, or a normalisation.
 
     Returns:
-        The parameters, as they were where nothing better was found, and E ||y - W~ z||^2 / E ||y||^2 before and after.
+        The parameters, as they were where nothing better was found, and E ||y - W~ z||^2 / E ||y||^2 before and after, both with what
+        holds the weight near the dense one.
     """
     inputs, products, energy = moments.second(centred=centred)
     few = 1 + _FEW * inputs.shape[-1] / moments.count
@@ -165,31 +160,39 @@ def _moments(
 
 def _recorded(module: nn.Module, call: Call, name: str) -> list[tuple[Tensor, Tensor]]:
     """Returns the input and the output of each call of a layer while a module runs."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
+    given: list[Tensor] = []
 
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found.append((next(tensors_in([args, kwargs])).detach(), output.detach()))
+    def enters(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(next(tensors_in([args, kwargs])).detach().clone())
 
-    handle = module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    def leaves(_: nn.Module, args: Any, output: Tensor) -> None:
+        # Copies, since what comes next may write into them.
+        found.append((given.pop(), output.detach().clone()))
+
+    layer = module.get_submodule(name)
+    handles = [layer.register_forward_pre_hook(enters, with_kwargs=True), layer.register_forward_hook(leaves)]
     try:
         module(*call[0], **call[1])
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return found
 
 
 def _before_norms(module: nn.Module, layers: Mapping[str, FactorizedLayer], call: Call) -> dict[str, bool]:
     """Returns the layers in the order of their calls, and whether a BatchNorm takes what they put out."""
-    outputs: dict[int, tuple[str, Tensor]] = {}
+    outputs: dict[int, tuple[str, Tensor, int]] = {}
     found: dict[str, bool] = {}
 
     def leaves(name: str, output: Tensor) -> None:
-        outputs[id(output)] = name, output  # kept, or its place in memory would be another's
+        outputs[id(output)] = name, output, output._version  # kept, or its place in memory would be another's
         found.setdefault(name, False)
 
     def enters(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args and id(args[0]) in outputs:
-            found[outputs[id(args[0])][0]] = True
+        name, output, version = outputs.get(id(args[0]) if args else 0, ("", None, 0))
+        if output is not None and output._version == version:  # else an activation in between has written into it
+            found[name] = True
 
     handles: Iterable[Any] = [
         *(layer.register_forward_hook(lambda *a, name=name: leaves(name, a[-1])) for name, layer in layers.items()),

@@ -9,7 +9,7 @@ from torch import nn
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.tracing import Example, arguments_of, evaluating, map_tensors
 
-__all__ = ["at", "has_module", "in_order", "module_of", "slices_of"]
+__all__ = ["at", "has_module", "held_elsewhere", "in_order", "module_of", "slices_of"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -77,7 +77,16 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
     run = nn.Sequential()
     for key, module in held[start : end + 1]:
         run.add_module(key, module)
-    return run.train(around.training)
+    run.training = around.training  # its own, not that of the modules
+    return run
+
+
+def held_elsewhere(model: nn.Module, name: str) -> set[nn.Parameter]:
+    """Returns the parameters that a model holds outside of a slice, maybe within it too."""
+    module = module_of(model, name)
+    around = _ends(name)[0].rpartition(".")[0] if ".." in name else name
+    inside = {_joined(around, key) for key, _ in module.named_parameters(remove_duplicate=False)}
+    return {value for key, value in model.named_parameters(remove_duplicate=False) if key not in inside}
 
 
 def in_order(model: nn.Module, names: Sequence[str], batch: Example) -> list[str]:
@@ -106,6 +115,8 @@ def at(model: nn.Module, name: str, batch: Example, *, output: bool) -> tuple[An
                 raise _Reached
 
     def leaves(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if found[0] is None:  # a module that several slices share
+            return
         found[1] = _copied(out)
         raise _Reached
 
