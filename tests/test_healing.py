@@ -1,7 +1,11 @@
 """Healing slice by slice: what a slice is, that it learns from the dense one, and that nothing else changes."""
 
 import copy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from tests.own_module import UNet
+from tests.processes import HANGING
 from tests.tolerances import EXACT
 from tnlayers import CP, LowRank, Rule, Tucker, UserError, features, heal, slices_of, tensorize, to_dense
 
@@ -144,6 +149,49 @@ def test_it_is_the_same_at_each_run_and_with_features_in_files(
     monkeypatch.setattr(features, "_IN_MEMORY", 0)
     in_files = heal(others[1], dense, batches, steps=6)  # its samples stay in their batches
     assert all(one.after < one.before for one in in_files)
+
+
+KILLED = """
+import os, signal, sys
+from tests.test_healing import interim_nets
+from tnlayers import heal
+
+model, dense, batches = interim_nets()
+
+def kill(name: str, done: float, total: float) -> None:
+    if done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+heal(model, dense, batches, steps=4, interim=sys.argv[1], progress=kill)
+"""
+
+
+def interim_nets() -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    dense = Net().eval()
+    model = tensorize(copy.deepcopy(dense), [Rule("*.conv?", Tucker(3)), Rule("head", LowRank(2))])
+    return model, dense, [torch.randn(16, 3, 8, 8) for _ in range(4)]
+
+
+def test_a_killed_job_goes_on_and_ends_in_the_same_model(tmp_path: Path) -> None:
+    path, root = tmp_path / "interim.pt", Path(__file__).parents[1]
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, path], cwd=root, timeout=HANGING, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    whole, dense, batches = interim_nets()
+    told: list[str] = []
+    found = heal(whole, dense, batches, steps=4)
+    model, _, _ = interim_nets()
+    again = heal(model, dense, batches, steps=4, interim=path, progress=lambda name, *_: told.append(name))
+    assert told == ["head"]
+    assert again == found
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), **EXACT)
+    with pytest.raises(UserError, match=r"interim.pt: expected what a job like this one.*there steps is 4, here 5"):
+        heal(model, dense, batches, steps=5, interim=path)
+    path.write_text("nothing")
+    with pytest.raises(UserError, match=r"interim.pt: expected what a job like this one"):
+        heal(model, dense, batches, steps=4, interim=path)
 
 
 class Odd(nn.Module):

@@ -97,6 +97,7 @@ FLOORS = [
     "features",
     "moments",
     "refitting",
+    "interim",
     "healing",
     "joint",
     "methods",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.features import Features, Part
+from tnlayers.interim import read_interim, write_interim
 from tnlayers.normalisation import batch_norms, normalising_by_batches, take_statistics
 from tnlayers.refitting import refit_layers
 from tnlayers.slices import at, has_module, held_elsewhere, in_order, module_of, slices_of
@@ -62,6 +63,7 @@ def heal(
     steps: int = _STEPS,
     rate: float = _RATE,
     seed: int = 0,
+    interim: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Healed]:
     """Fits each slice of a compressed model to the same slice of the dense one, front to back, in place.
@@ -79,39 +81,53 @@ def heal(
         steps: how many there are for each slice, of one batch each; 0 trains nothing.
         rate: the learning rate of Adam at the first step.
         seed: of the order of the batches.
+        interim: a file that keeps what is done after each slice. The same call with the same models and batches goes on there after it
+            was killed, and ends in the same model; the file stays.
         progress: is told of each slice; nothing is printed.
 
     Raises:
         UserError: fewer than two batches, or one of a single sample where there is a BatchNorm; a slice that one of the models does not
-            have, or that the batches do not reach; models on two devices; training in float16.
+            have, or that the batches do not reach; models on two devices; training in float16; an
+            interim file of another job.
     """
+    given = list(batches) if not isinstance(batches, Sequence) else batches
+    _check(model, dense, given, trains=steps > 0)
+    order = _ordered(model, dense, given[0], slices)
+    recipe = {"slices": order, "batches": len(given), "refits": refits, "steps": steps, "rate": rate, "seed": seed}
+    done = read_interim(Path(interim), model, recipe) if interim is not None else []
+    for number, name in enumerate(order[len(done) :], len(done)):
+        if progress is not None:
+            progress(name, number, len(order))
+        with TemporaryDirectory() as folder:
+            one = _slice_of(model, dense, name, given, Path(folder), seed + number)
+            done.append((name, *one.healed(refits=refits, steps=steps, rate=rate)))
+        if interim is not None:
+            write_interim(Path(interim), model, recipe, done)
+    return [Healed(*each) for each in done]
+
+
+def _ordered(model: nn.Module, dense: nn.Module, batch: Example, slices: Sequence[str] | None) -> list[str]:
+    """Returns the names of the slices in the order of their calls."""
     names = list(slices_of(model, dense) if slices is None else slices)
     for name in names:
         if not all(has_module(each, name) for each in (model, dense)):
             raise UserError(f"slice {name!r}: expected the name of a module of both models")
-    given = list(batches) if not isinstance(batches, Sequence) else batches
-    if len(given) < 2:
-        raise UserError(
-            f"{len(given)} batches: expected two or more, since some only judge what was fitted to the others"
-        )
-    _check(model, dense, given, trains=steps > 0)
-    order = in_order(model, names, given[0])
+    order = in_order(model, names, batch)
     if slices and (missed := [name for name in names if name not in order]):
         raise UserError(f"the batches do not reach {missed[0]!r}; leave it out of `slices`")
-    found = []
-    for number, name in enumerate(order):
-        if progress is not None:
-            progress(name, number, len(order))
-        with TemporaryDirectory() as folder:
-            features = Features(Path(folder))
-            for batch in given:
-                ours, _ = at(model, name, batch, output=False)
-                theirs, target = at(dense, name, batch, output=True)
-                features.append((ours, theirs, target))
-            elsewhere = held_elsewhere(model, name)
-            one = _Slice(module_of(model, name), module_of(dense, name), elsewhere, features, seed + number)
-            found.append(Healed(name, *one.healed(refits=refits, steps=steps, rate=rate)))
-    return found
+    return order
+
+
+def _slice_of(
+    model: nn.Module, dense: nn.Module, name: str, batches: Sequence[Example], folder: Path, seed: int
+) -> "_Slice":
+    """Returns a slice with what reaches it in both models as they are now; the folder is for what does not fit into memory."""
+    features = Features(folder)
+    for batch in batches:
+        ours, _ = at(model, name, batch, output=False)
+        theirs, target = at(dense, name, batch, output=True)
+        features.append((ours, theirs, target))
+    return _Slice(module_of(model, name), module_of(dense, name), held_elsewhere(model, name), features, seed)
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,10 @@ class _Slice:
 
 def _check(model: nn.Module, dense: nn.Module, batches: Sequence[Example], *, trains: bool) -> None:
     """Refuses what would fail in the middle."""
+    if len(batches) < 2:
+        raise UserError(
+            f"{len(batches)} batches: expected two or more, since some only judge what was fitted to the others"
+        )
     devices = [{parameter.device for parameter in each.parameters()} for each in (model, dense)]
     if devices[0] != devices[1]:
         raise UserError(f"the model is on {devices[0]} and the dense one on {devices[1]}; move it there too")
