@@ -67,7 +67,7 @@ def heal_slices(
     if wanted < _FEWEST:
         raise UserError(f"there are {wanted} training pictures; healing needs {_FEWEST} or more")
     drawn = torch.cat(data.calibration_batches(-(-wanted // data.batch_size)))[:wanted]
-    parts = drawn.to(model.dtype).tensor_split(max(2, round(wanted / data.batch_size)))
+    parts = drawn.to(model.dtype).tensor_split(max(2, min(round(wanted / data.batch_size), wanted // 2)))
     batches = [part.contiguous(memory_format=torch.channels_last) for part in parts]
     device, shown = trainer.strategy.root_device, trainer.progress_bar_callback is not None
     bar = progress_bar(Console(stderr=True)) if shown and trainer.is_global_zero else nullcontext(_unseen)

@@ -182,13 +182,17 @@ def test_a_killed_job_goes_on_and_ends_in_the_same_model(tmp_path: Path) -> None
     whole, dense, batches = interim_nets()
     told: list[str] = []
     found = heal(whole, dense, batches, steps=4)
-    model, _, _ = interim_nets()
+    model, dense, batches = interim_nets()
     again = heal(model, dense, batches, steps=4, interim=path, progress=lambda name, *_: told.append(name))
     assert told == ["head"]
     assert again == found
     torch.testing.assert_close(model.state_dict(), whole.state_dict(), **EXACT)
     with pytest.raises(UserError, match=r"interim.pt: expected what a job like this one.*there steps is 4, here 5"):
         heal(model, dense, batches, steps=5, interim=path)
+    with torch.no_grad():
+        dense.head.bias += 1
+    with pytest.raises(UserError, match=r"interim.pt: expected what a job like this one.*there weights and data is"):
+        heal(interim_nets()[0], dense, batches, steps=4, interim=path)
     path.write_text("nothing")
     with pytest.raises(UserError, match=r"interim.pt: expected what a job like this one"):
         heal(model, dense, batches, steps=4, interim=path)

@@ -15,7 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 from tnlayers.dense_form import dense_form
 from tnlayers.factorized import FactorizedLayer
 from tnlayers.opened import Opened
-from tnlayers.tracing import Example, arguments_of, evaluating, tensors_in
+from tnlayers.tracing import Example, arguments_of, evaluating, plain_attention, tensors_in
 
 __all__ = ["Counted", "count_macs", "num_params", "whole_cost"]
 
@@ -60,7 +60,7 @@ def count_macs(model: nn.Module, example_input: Example, modules: Mapping[str, n
     unknown = _Unknown(model, counter.flop_registry)
     own: dict[str, int] = {}
     eager = torch.compiler.set_stance("force_eager")  # a compiled graph has no operators to be seen
-    with evaluating(model), eager, _plain_attention():
+    with evaluating(model), eager, plain_attention():
         if any(isinstance(module, FactorizedLayer) for module in model.modules()):
             model(*args, **kwargs)  # makes the merged weights that evaluation keeps
         with _counting(modules or {}, counter.get_total_flops, own), unknown, counter:
@@ -105,17 +105,6 @@ class _Everywhere(ModuleTracker):
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Turns off the path on which torch computes attention layers as one operator, which nothing is known about."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

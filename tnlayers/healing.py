@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from tnlayers.errors import UserError
 from tnlayers.features import Features, Part
-from tnlayers.interim import read_interim, write_interim
+from tnlayers.interim import digest, read_interim, write_interim
 from tnlayers.normalisation import batch_norms, normalising_by_batches, take_statistics
 from tnlayers.refitting import refit_layers
 from tnlayers.slices import at, has_module, held_elsewhere, in_order, module_of, slices_of
-from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, tensors_in
+from tnlayers.tracing import Example, arguments_of, evaluating, factorized_layers, plain_attention, tensors_in
 from tnlayers.tuning import Progress
 
 __all__ = ["Healed", "heal"]
@@ -94,11 +94,14 @@ def heal(
     _check(model, dense, given, trains=steps > 0)
     order = _ordered(model, dense, given[0], slices)
     recipe = {"slices": order, "batches": len(given), "refits": refits, "steps": steps, "rate": rate, "seed": seed}
-    done = read_interim(Path(interim), model, recipe) if interim is not None else []
+    done: list[Any] = []
+    if interim is not None:
+        recipe["weights and data"] = digest(model.state_dict(), dense.state_dict(), given[0])
+        done = read_interim(Path(interim), model, recipe)
     for number, name in enumerate(order[len(done) :], len(done)):
         if progress is not None:
             progress(name, number, len(order))
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, plain_attention():  # torch's fast path hands on tensors of another kind
             one = _slice_of(model, dense, name, given, Path(folder), seed + number)
             done.append((name, *one.healed(refits=refits, steps=steps, rate=rate)))
         if interim is not None:
@@ -165,6 +168,7 @@ class _Slice:
     def error(self) -> float:
         """Returns the mean error in evaluation on the batches set aside."""
         found = []
+        torch.clear_autocast_cache()
         with evaluating(self.module):
             for place in self.judged:
                 (args, kwargs), _, target = self.features[place]
@@ -187,8 +191,8 @@ class _Slice:
     def refit(self) -> None:
         """Fits the factors of the layers that the dense slice has too, and takes the normalisations' statistics anew."""
         part = Part(self.features, self.fitted)
-        refit_layers(self.module, self.dense, part, self.seed)
-        take_statistics(self.module, (ours for ours, _, _ in part))
+        refit_layers(self.module, self.dense, part, self.seed, self.elsewhere)
+        take_statistics(self.module, (ours for ours, _, _ in part), self.elsewhere)
 
     def train(self, steps: int, rate: float) -> None:
         optimizer = torch.optim.Adam(self.trained, lr=rate)
@@ -197,13 +201,14 @@ class _Slice:
         with normalising_by_batches(self.module), torch.enable_grad():
             for _, ((args, kwargs), _, target) in zip(range(steps), drawn, strict=False):
                 optimizer.zero_grad()
+                torch.clear_autocast_cache()  # each step casts its weights anew
                 # Adam asks for no scale, and gradients of a mean over many values may be too small for 16 bits.
                 entries = sum(tensor.numel() for tensor in tensors_in(target))
                 (entries * _distance(self.module(*args, **kwargs), target)).backward()
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()
-        take_statistics(self.module, (ours for ours, _, _ in Part(self.features, self.fitted)))
+        take_statistics(self.module, (ours for ours, _, _ in Part(self.features, self.fitted)), self.elsewhere)
 
 
 def _check(model: nn.Module, dense: nn.Module, batches: Sequence[Example], *, trains: bool) -> None:

@@ -1,5 +1,6 @@
 """What a long job has done so far, in a file: a job that was killed goes on there and ends in the same model."""
 
+import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,18 @@ from torch import nn
 
 from tnlayers.errors import UserError
 from tnlayers.files import write_files
-from tnlayers.tracing import factorized_layers
+from tnlayers.tracing import factorized_layers, tensors_in
 
-__all__ = ["read_interim", "write_interim"]
+__all__ = ["digest", "read_interim", "write_interim"]
+
+
+def digest(*values: Any) -> str:
+    """Returns what tells tensors, in any nesting, from others of the same shapes."""
+    found = hashlib.sha256()
+    for tensor in tensors_in(values):
+        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def write_interim(path: Path, model: nn.Module, recipe: Mapping[str, Any], done: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """BatchNorm while a net is fitted to features: by batches, with statistics taken anew at the end."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,14 +27,15 @@ def normalising_by_batches(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def take_statistics(module: nn.Module, calls: Iterable[tuple[Any, Any]]) -> None:
+def take_statistics(module: nn.Module, calls: Iterable[tuple[Any, Any]], kept: Collection[nn.Parameter] = ()) -> None:
     """Sets the running statistics of a module's BatchNorms to the plain averages over calls of it.
 
     Args:
         module: is changed in place.
         calls: the positional and the keyword arguments of each.
+        kept: parameters of others; a BatchNorm whose weight is among them keeps its statistics.
     """
-    norms = [norm for norm in batch_norms(module) if norm.track_running_stats]
+    norms = [norm for norm in batch_norms(module) if norm.track_running_stats and norm.weight not in kept]
     if not norms:
         return
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]

@@ -8,7 +8,7 @@ from the decomposition to a near minimum. Of the data only the means of z, y, z 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,13 @@ _PER_ENTRY = 8  # so many for each entry of a window
 _LARGEST = 8192  # entries of a window, all pairs of which are counted
 
 
-def refit_layers(module: nn.Module, dense: nn.Module, calls: Sequence[tuple[Call, Call, Any]], seed: int) -> None:
+def refit_layers(
+    module: nn.Module,
+    dense: nn.Module,
+    calls: Sequence[tuple[Call, Call, Any]],
+    seed: int,
+    kept: Collection[nn.Parameter] = (),
+) -> None:
     """Fits the factorized layers of a module to the layers of the same names in the dense one, in the order of their calls.
 
     BatchNorms of the module normalise by batches meanwhile; their statistics are to be taken anew afterwards. Where a layer has a bias
@@ -48,8 +54,13 @@ def refit_layers(module: nn.Module, dense: nn.Module, calls: Sequence[tuple[Call
         dense: what it stands for, in evaluation mode.
         calls: for each batch the arguments of the module, those of the dense one, and anything.
         seed: draws the places of large inputs that count.
+        kept: parameters that stay as they are; layers that have some do too.
     """
-    layers = {name: layer for name, layer in factorized_layers(module).items() if _is_fitted(dense, name, layer)}
+    layers = {
+        name: layer
+        for name, layer in factorized_layers(module).items()
+        if _is_fitted(dense, name, layer) and not any(each in kept for each in layer.parameters())
+    }
     absorbed = _before_norms(module, layers, calls[0][0])
     for name in absorbed:
         moments = _moments(module, dense, name, calls, seed)

@@ -22,6 +22,7 @@ __all__ = [
     "map_tensors",
     "modes_kept",
     "num_samples",
+    "plain_attention",
     "tensors_in",
 ]
 
@@ -82,6 +83,17 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             if isinstance(module, FactorizedLayer):
                 module.train(mode)  # it also drops the weights that it merged
             module.training = mode
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Turns off the path on which torch computes attention layers as one operator, which nothing is known about."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def countable_layers(model: nn.Module) -> dict[str, nn.Module]:
