@@ -90,7 +90,7 @@ def compress(
     notes = [f"from        {checkpoint}: {loaded}", f"BatchNorm   statistics {verb}"]
     healed: list[Healed] = []
     if healing.pictures:
-        healed, accuracy["healed"] = _healed(trainer, model, dense, data, healing)
+        healed, accuracy["healed"] = _healed(trainer, model, dense, data, healing, batches)
         notes.append(healed_sentence(healed, healing, data.num_train))
     # The layout is the one in which the classifier runs the net.
     example = batches[0].cpu().to(model.dtype, memory_format=torch.channels_last)
@@ -106,11 +106,16 @@ def compress(
 
 
 def _healed(
-    trainer: Trainer, model: ImageClassifier, dense: nn.Module, data: ImageData, healing: Healing
+    trainer: Trainer,
+    model: ImageClassifier,
+    dense: nn.Module,
+    data: ImageData,
+    healing: Healing,
+    batches: Sequence[Tensor],
 ) -> tuple[list[Healed], float]:
-    """Heals the net; returns what became of its slices and its accuracy."""
+    """Heals the net, takes BatchNorm's statistics anew where that helps; returns what became of its slices, and its accuracy."""
     found = heal_slices(trainer, model, dense, data, healing)
-    recalibrate_if_better(model.net, dense, calibration_batches(data))  # with those that belong to no slice
+    recalibrate_if_better(model.net, dense, batches)  # with those that belong to no slice
     return found, accuracy_on_test(trainer, model, data)
 
 

@@ -120,3 +120,16 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, float, float], Non
     with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=300) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def progress_of(what: str, *, shown: bool) -> Iterator[Callable[[str, float, float], None]]:
+    """Gives a function as `progress_bar` does, which shows one name whatever is being done, and nothing unless `shown`.
+
+    So there is one line where there is no terminal.
+    """
+    if not shown:
+        yield lambda *_: None
+        return
+    with progress_bar(Console(stderr=True)) as bar:
+        yield lambda _, done, total: bar(what, done, total)

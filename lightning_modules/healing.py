@@ -1,20 +1,16 @@
 """Healing as a stage of `compress`: on the run's device, in its precision and layout, from unlabelled training pictures."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from lightning.pytorch import Trainer
-from rich.console import Console
 from torch import nn
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.console import progress_bar
+from lightning_modules.console import progress_of
 from lightning_modules.data import ImageData
 from tnlayers import Healed, heal
 from tnlayers.errors import UserError
-from tnlayers.tuning import Progress
 
 __all__ = ["Healing", "heal_slices", "healed_sentence"]
 
@@ -69,12 +65,12 @@ def heal_slices(
     drawn = torch.cat(data.calibration_batches(-(-wanted // data.batch_size)))[:wanted]
     parts = drawn.to(model.dtype).tensor_split(max(2, min(round(wanted / data.batch_size), wanted // 2)))
     batches = [part.contiguous(memory_format=torch.channels_last) for part in parts]
-    device, shown = trainer.strategy.root_device, trainer.progress_bar_callback is not None
-    bar = progress_bar(Console(stderr=True)) if shown and trainer.is_global_zero else nullcontext(_unseen)
+    device = trainer.strategy.root_device
+    shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     model.net.to(device)
     dense.to(device)
-    with trainer.precision_plugin.forward_context(), bar as show:
-        found = heal(model.net, dense, batches, steps=healing.steps, rate=healing.rate, progress=partial(_show, show))
+    with trainer.precision_plugin.forward_context(), progress_of("healing the slices", shown=shown) as progress:
+        found = heal(model.net, dense, batches, steps=healing.steps, rate=healing.rate, progress=progress)
     model.net.cpu()
     dense.cpu()
     return found
@@ -89,11 +85,3 @@ def healed_sentence(found: list[Healed], healing: Healing, num_train: int) -> st
         f"healed      {len(found)} slices with {min(healing.pictures, num_train):,} unlabelled pictures: relative squared error of "
         f"their outputs, on average {before}, {refitted} with fitted factors{trained}"
     )
-
-
-def _show(bar: Progress, name: str, done: float, total: float) -> None:
-    bar("healing the slices", done, total)
-
-
-def _unseen(*_: object) -> None:
-    """Shows nothing."""

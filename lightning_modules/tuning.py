@@ -1,20 +1,17 @@
 """How the layers of a run are computed the fastest: measured by its first process, under its precision, for all of them."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 
 from lightning.pytorch import Trainer
-from rich.console import Console
 from torch import nn
 
-from lightning_modules.console import progress_bar
+from lightning_modules.console import progress_of
 from tnlayers import Rule, autotune
 from tnlayers.errors import UserError, message
 from tnlayers.rules import fits
 from tnlayers.schedule import is_measured, plain_plan
 from tnlayers.tracing import Example, factorized_layers
-from tnlayers.tuning import Progress, Tuned
+from tnlayers.tuning import Tuned
 
 __all__ = ["tune"]
 
@@ -37,12 +34,8 @@ def tune(trainer: Trainer, net: nn.Module, rules: Sequence[Rule], example: Examp
     if trainer.is_global_zero and layers:
         shown = trainer.progress_bar_callback is not None
         try:
-            with (
-                trainer.precision_plugin.forward_context(),
-                progress_bar(Console(stderr=True)) if shown else nullcontext(_unseen) as bar,
-            ):
-                # One name for all layers, so that there is one line where there is no terminal.
-                found = autotune(net, example, layers=layers, progress=partial(_show, bar))
+            with trainer.precision_plugin.forward_context(), progress_of("timing the layers", shown=shown) as progress:
+                found = autotune(net, example, layers=layers, progress=progress)
         except Exception as error:  # whatever it is, the other processes must not wait for plans
             problem = error
     plans = {name: plain_plan(layers[name].plan_choice) for name in found}
@@ -53,14 +46,6 @@ def tune(trainer: Trainer, net: nn.Module, rules: Sequence[Rule], example: Examp
         for name, plan in plans.items():
             layers[name].set_plan(plan)
     return found
-
-
-def _show(bar: Progress, _: str, done: float, total: float) -> None:
-    bar("timing the layers", done, total)
-
-
-def _unseen(*_: object) -> None:
-    """Shows nothing."""
 
 
 def _has_plan(name: str, rules: Sequence[Rule]) -> bool:

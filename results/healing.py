@@ -113,6 +113,12 @@ def table(found: Mapping[str, Any]) -> str:
     )
 
 
+def written(found: Mapping[str, Any]) -> str:
+    """Writes the JSON with a line for each run."""
+    head = json.dumps({key: value for key, value in found.items() if key != "runs"}, indent=1).removesuffix("\n}")
+    return head + ',\n "runs": [\n' + ",\n".join(map(json.dumps, found["runs"])) + "\n]}\n"
+
+
 def _mean(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
@@ -142,7 +148,7 @@ def main() -> None:
             for budget in BUDGETS:
                 if seed < SEEDS[name] and (name, budget, seed) not in known:
                     found["runs"].append(run := measure(data, dense, name, budget, seed))
-                    options.out.write_text(json.dumps(found, indent=1) + "\n")
+                    options.out.write_text(written(found))
                     print(
                         name,
                         budget,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tnlayers.errors import UserError
 from tnlayers.features import Features, Part
 from tnlayers.interim import digest, read_interim, write_interim
+from tnlayers.linalg import wide
 from tnlayers.normalisation import batch_norms, normalising_by_batches, take_statistics
 from tnlayers.refitting import refit_layers
 from tnlayers.slices import at, has_module, held_elsewhere, in_order, module_of, slices_of
@@ -232,13 +233,9 @@ def _check(model: nn.Module, dense: nn.Module, batches: Sequence[Example], *, tr
 def _distance(output: Any, target: Any) -> Tensor:
     """Returns ||y - y'||^2 / ||y||^2 over all tensors of an output, of those that are real numbers."""
     pairs = [
-        (_wide(ours), _wide(theirs))
+        (wide(ours), wide(theirs))
         for ours, theirs in zip(tensors_in(output), tensors_in(target), strict=True)
         if theirs.is_floating_point()
     ]
     lost = torch.stack([(ours - theirs).square().sum() for ours, theirs in pairs]).sum()
     return lost / torch.stack([theirs.square().sum() for _, theirs in pairs]).sum().clamp_min(1e-30)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -29,6 +29,7 @@ __all__ = [
     "tails",
     "tucker",
     "unfold",
+    "wide",
 ]
 
 _SWEEPS = 20
@@ -40,6 +41,11 @@ def precise(weight: Tensor) -> Tensor:
     """Returns the weight in float64, detached; on the CPU where its device has no float64."""
     device = "cpu" if weight.device.type == "mps" else weight.device
     return weight.detach().to(device=device, dtype=torch.float64)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in which sums of many squares stay in range and exact enough: 16 bits become 32."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def check_finite(weight: Tensor) -> None:

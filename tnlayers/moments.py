@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnlayers.geometry import Geometry
-from tnlayers.linalg import precise
+from tnlayers.linalg import precise, wide
 
 __all__ = ["Moments", "windows"]
 
@@ -98,7 +98,7 @@ class Moments:
         chosen = torch.arange(total) if total <= most else torch.randperm(total, generator=generator)[:most]
         places = chosen.to(z.device)
         with torch.autocast(z.device.type, enabled=False):
-            self._add(_wide(windows(self.geometry, z, places)), _wide(_by_group(outputs[places], groups)))
+            self._add(wide(windows(self.geometry, z, places)), wide(_by_group(outputs[places], groups)))
 
     def _add(self, rows: Tensor, wanted: Tensor) -> None:
         """Takes windows (g, m, k) and the outputs (g, m, o) there."""
@@ -127,8 +127,3 @@ class Moments:
 def _by_group(rows: Tensor, groups: int) -> Tensor:
     """(m, g c, ...) -> (g, m, c ...)."""
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """Returns values in which sums of many squares stay in range and exact enough."""
-    return rows.float() if rows.dtype.itemsize < 4 else rows
